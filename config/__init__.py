@@ -1,0 +1,269 @@
+"""configure(): a dataclass <- config files <- command line, with types and helpful errors.
+
+Every script declares its settings once, as a dataclass whose comments are its `--help`:
+
+    @dataclass
+    class Config:
+        batch_size: int = 12        # rows of a micro-batch
+        compile: bool = False       # torch.compile the model
+
+and is then called in nanoGPT's way, later settings winning over earlier ones:
+
+    python train.py config/gpt2_small.py config/mine.py --batch_size=4 --compile 0
+
+A config file is Python of the user's own (plain assignments; `gradient_accumulation_steps = 5 * 8`
+and `import time` work, as in nanoGPT), so it is run, and deserves the trust that any script does.
+`run()` is the other half of the house rule: a user's mistake ends with one sentence, status 2.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import errno
+import inspect
+import os
+import runpy
+import sys
+import tokenize
+import types
+import typing
+from io import StringIO
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one sentence that says what, where and what to do."""
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Name -> type of every field, with string annotations resolved."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def choices_of(kind: Any) -> tuple[type, ...]:
+    """The plain types a field accepts: `int | None` -> (int, NoneType)."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return typing.get_args(kind)
+    return (typing.get_origin(kind) or kind,)
+
+
+def name_of(kind: Any) -> str:
+    return " or ".join("None" if k is type(None) else k.__name__ for k in choices_of(kind))
+
+
+def coerce(name: str, value: Any, kind: Any, where: str) -> Any:
+    """Bring `value` (text from the command line, or an object from a config file) to `kind`.
+
+    >>> coerce("learning_rate", "1", float, "--learning_rate")
+    1.0
+    """
+    kinds = choices_of(kind)
+    wrong = UserError(f"{where}: {name} is {name_of(kind)}, and {value!r} is not")
+    if type(None) in kinds and (value is None or value in ("None", "none")):
+        return None
+    for k in kinds:
+        if k is bool:
+            if isinstance(value, bool):
+                return value
+            if str(value).lower() in TRUE + FALSE:
+                return str(value).lower() in TRUE
+        elif k is int and not isinstance(value, bool):
+            # 5e3 is a fine way to write 5000; 0.5 for an int is a mistake, never rounded silently
+            try:
+                return int(value) if isinstance(value, (int, str)) else exact_int(value)
+            except (ValueError, TypeError, OverflowError):
+                try:
+                    return exact_int(float(value))
+                except (ValueError, TypeError, OverflowError):
+                    pass
+        elif k is float and not isinstance(value, bool):
+            try:
+                return float(value)
+            except (ValueError, TypeError):
+                pass
+        elif k is str and isinstance(value, (str, os.PathLike)):
+            return str(value)
+        elif k is list and isinstance(value, (list, tuple)):
+            return list(value)
+        elif k is list and isinstance(value, str):
+            return [part for part in value.split(",") if part]
+    raise wrong
+
+
+def exact_int(value: float) -> int:
+    if value != int(value):
+        raise ValueError(value)
+    return int(value)
+
+
+def unknown(name: str, known: Sequence[str], where: str) -> UserError:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]}?" if near else "; --help lists every setting"
+    return UserError(f"{where}: there is no setting {name!r}{hint}")
+
+
+def read_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
+    """Run a config file and return its settings, typed. Modules, functions, _names are skipped."""
+    if not Path(path).is_file():
+        raise UserError(f"config file {path!r} does not exist (settings are given as --name=value)")
+    try:
+        namespace = runpy.run_path(path)
+    except UserError:
+        raise
+    except Exception as e:      # a typo in the user's file: its own message, without our frames
+        raise UserError(f"config file {path} does not run: {type(e).__name__}: {e}") from e
+    settings = {}
+    for name, value in namespace.items():
+        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
+            continue
+        if name not in kinds:
+            raise unknown(name, list(kinds), path)
+        settings[name] = coerce(name, value, kinds[name], path)
+    return settings
+
+
+def field_comments(cls: type) -> tuple[dict[str, str], dict[str, str]]:
+    """(field -> its trailing comment, field -> the `# --- heading` above it), read from source."""
+    comments, headings, last, heading = {}, {}, None, None
+    try:
+        source = inspect.getsource(cls)
+    except (OSError, TypeError):
+        return {}, {}
+    names = {f.name for f in dataclasses.fields(cls)}
+    for tok in tokenize.generate_tokens(StringIO(inspect.cleandoc("\n" + source)).readline):
+        first = tok.line.split(":")[0].strip()
+        if tok.type == tokenize.COMMENT:
+            text = tok.string.lstrip("# ").rstrip()
+            if first in names:
+                comments[first], last = text, first
+            elif text.startswith("---"):
+                heading, last = text.strip("- "), None
+            elif last:                      # a comment line below a field carries its text on
+                comments[last] += " " + text
+        elif tok.type == tokenize.NAME and first in names:
+            last = first if first in comments else None
+            if heading:
+                headings[first], heading = heading, None
+    return comments, headings
+
+
+def help_text(cls: type, positional: Sequence[str] = ()) -> str:
+    """The `--help` of a script: its docstring, then every field, its type, default, comment."""
+    module = sys.modules.get(cls.__module__)
+    lines = [(module.__doc__ or "").strip(), ""] if module else []
+    plain = " ".join(f"[{p}]" for p in positional) or "[config/FILE.py …]"
+    lines.append(f"usage: python {Path(sys.argv[0]).name} {plain} [--name=value …]\n")
+    comments, headings = field_comments(cls)
+    for f in dataclasses.fields(cls):
+        if f.name in headings:
+            lines.append(f"\n{headings[f.name]}:")
+        fallback = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        kind = name_of(field_types(cls)[f.name])
+        lines.append(f"  --{f.name}={fallback!r}  ({kind})  {comments.get(f.name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def configure(cls: type, argv: Sequence[str] | None = None, positional: Sequence[str] = ()) -> Any:
+    """Build `cls` from its defaults, then config files, then `--name=value` / `--name value`.
+
+    A plain word is a config file, or, where `positional` names fields, fills those in order (a
+    last field that is a list takes the rest; words ending in .py stay words there). The result
+    carries `given`, the names that a file or the command line set, so that a stage can tell a
+    choice from a default. Errors: UserError for an unknown name, a wrong type, a missing file.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    kinds = field_types(cls)
+    if "-h" in argv or "--help" in argv:
+        print(help_text(cls, positional))
+        raise SystemExit(0)
+    files: list[str] = []
+    settings: dict[str, Any] = {}
+    waiting = list(positional)
+    while argv:
+        word = argv.pop(0)
+        if not word.startswith("--") or word == "--":
+            if not positional:
+                files.append(word)
+            elif not waiting:
+                raise UserError(f"{word!r} is one word too many; --help shows the usage")
+            elif kinds[waiting[0]] in (list[str], list):
+                settings.setdefault(waiting[0], []).append(word)
+            else:
+                field = waiting.pop(0)
+                settings[field] = coerce(field, word, kinds[field], "command line")
+            continue
+        # only the first "=" separates: --start=a=b asks for the text "a=b"
+        name, eq, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name not in kinds:
+            raise unknown(name, list(kinds), "command line")
+        if not eq:
+            flag = bool in choices_of(kinds[name])
+            if flag and (not argv or argv[0].lower() not in TRUE + FALSE):
+                value = "1"                  # a bare --flag switches it on
+            elif argv and not argv[0].startswith("--"):
+                value = argv.pop(0)
+            else:
+                raise UserError(f"command line: --{name} needs a value, as in --{name}=…")
+        settings[name] = coerce(name, value, kinds[name], "command line")
+    from_files: dict[str, Any] = {}
+    for path in files:
+        from_files.update(read_config_file(path, kinds))
+    merged = {**from_files, **settings}
+    cfg = cls(**merged)
+    cfg.given = frozenset(merged)           # not a field: never saved, never printed
+    return cfg
+
+
+def show(cfg: Any) -> str:
+    """The resolved settings on one block of lines; those set by the user are marked with *."""
+    given = getattr(cfg, "given", frozenset())
+    rows = [f"{'*' if k in given else ' '} {k} = {v!r}" for k, v in dataclasses.asdict(cfg).items()]
+    return "\n".join(rows)
+
+
+def complain(message: str) -> None:
+    """One sentence on stderr; under torchrun the other ranks say who they are."""
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {message}" if rank == "0" else f"error [rank {rank}]: {message}",
+          file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[Any], Any], cls: type, positional: Sequence[str] = ()) -> None:
+    """configure(), then main(cfg); what the user can mend becomes one sentence and status 2."""
+    try:
+        main(configure(cls, positional=positional))
+        sys.stdout.flush()
+    except UserError as e:
+        complain(str(e))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        complain("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:                 # `sample.py | head`: the reader has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as e:
+        # A full disk or a folder that is not ours to write: the system's words are the sentence.
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            complain(f"the disk is full ({e.filename or e}): free some space; nothing that was "
+                     "already written is lost")
+        elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            complain(f"no permission to write or read {e.filename}: choose another folder")
+        else:
+            raise
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as e:
+        text = str(e)
+        full = isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError"
+        if not full and "can't allocate memory" not in text:
+            raise
+        known = field_types(cls)
+        advice = [f"--{k}" for k in ("batch_size", "block_size", "n_embd") if k in known]
+        fewer = f": try a smaller {' or '.join(advice)}" if advice else ""
+        complain(f"out of memory{fewer} ({text.splitlines()[0] if text else 'no details'})")
+        sys.exit(2)

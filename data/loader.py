@@ -1,0 +1,375 @@
+"""Token shards on disk -> batches: the same (seed, step) gives the same batch everywhere.
+
+`data/prepare.py` writes a dataset once; training reads it through two small classes:
+
+    from data import loader
+    dataset = loader.Dataset(loader.find("stdlib"))
+    batches = loader.Batches(dataset.tokens("train"), batch_size=12, block_size=64, seed=1337)
+    batches(0)["ids"].shape                 # torch.Size([12, 64]), the batch of step 0
+
+Here too is how text files are read (`Reader`), for prepare.py and for every stage with its own data.
+`Batches` has no cursor. A step is looked up, never reached: to resume at step 700 is to call
+`batches(700)`, and 1, 2 or 8 ranks that each take their slice of the global batch see, together,
+the same tokens. The shards are memory-mapped, so a corpus larger than memory costs no more than
+the rows in use. The number to expect: about 5 million tokens/s on one core, from page cache.
+"""
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import os
+import re
+import sys
+import zlib
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
+from config import UserError  # noqa: E402  (found only once the root is on the path)
+
+VERSION = 1                             # of the layout: meta.json and the shards beside it
+DTYPES = ("uint16", "uint32")           # 16 bits hold ids below 65,536; nothing else is written
+
+
+# --- text files --------------------------------------------------------------------------------
+BLOCK = 1 << 20                         # bytes read at once: the unit of memory
+LONGEST = 1 << 26                       # a line or JSON value beyond this is a broken file
+
+
+def kind_of(path: str | Path) -> str:
+    """The suffix that says how to read a file: ".jsonl" for a.jsonl and for a.jsonl.gz."""
+    return os.path.splitext(str(path).lower().removesuffix(".gz"))[1]
+
+
+class Reader:
+    """Text, JSON, CSV and .gz of them as streams; what is broken is named by file and line.
+
+    `consumed` counts the bytes taken from the disk so far, for a progress line. With skip_bad,
+    broken bytes and records are dropped and counted in `bad`; without it they are a UserError.
+    """
+
+    def __init__(self, skip_bad: bool = False):
+        self.skip_bad, self.bad, self.consumed = skip_bad, 0, 0
+
+    def fault(self, what: str) -> None:
+        if not self.skip_bad:
+            raise UserError(f"{what} (--skip_bad=1 drops and counts what is broken)")
+        self.bad += 1
+
+    def blocks(self, path: Path) -> Iterator[str]:
+        """A file's text in blocks of about BLOCK characters; it must be UTF-8."""
+        packed, before = Path(path).suffix.lower() == ".gz", self.consumed
+        rest, offset = b"", 0               # bytes not yet decoded, and where they lie
+        with open(path, "rb") as raw, (gzip.open(raw) if packed else raw) as f:
+            while True:
+                try:
+                    block = f.read(BLOCK)
+                except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+                    raise UserError(f"{path} is not a complete gzip file: {e}") from None
+                self.consumed = before + raw.tell()
+                rest += block
+                if offset == 0 and rest.startswith(codecs.BOM_UTF8):    # Notepad's mark, no text
+                    rest, offset = rest[3:], 3
+                try:
+                    # a character may straddle two blocks: its first bytes wait in `rest`
+                    text, used = codecs.utf_8_decode(rest, "strict", not block)
+                except UnicodeDecodeError as e:
+                    self.fault(f"{path} is not UTF-8 text: byte {offset + e.start:,} is invalid")
+                    text, used = rest[:e.start].decode("utf-8"), e.end
+                rest, offset = rest[used:], offset + used
+                if text:
+                    yield text
+                if not block and not rest:
+                    return
+
+    def lines(self, path: Path) -> Iterator[str]:
+        """The lines of a file, each with its newline."""
+        rest = ""
+        for block in self.blocks(path):
+            *whole, rest = (rest + block).split("\n")   # splitlines() would break at U+2028 too
+            yield from (line + "\n" for line in whole)
+            if len(rest) > LONGEST:
+                raise UserError(f"{path} has a line of more than {LONGEST:,} characters")
+        if rest:
+            yield rest
+
+    def json_values(self, path: Path) -> Iterator[tuple[int, Any]]:
+        """(line, value) of JSON lines, of one array, or of values spread over several lines.
+
+        All of these are values with space, commas and the array's brackets between them. What
+        does not parse may only be incomplete: more is read before it counts as broken.
+        """
+        decoder, gap = json.JSONDecoder(), re.compile(r"[ \t\r\n,\[\]]*")
+        blocks, buffer, at, line, inside, ended = self.blocks(path), "", 0, 1, False, False
+        while True:
+            start = gap.match(buffer, at).end()
+            between = buffer[at:start]
+            line, at = line + between.count("\n"), start
+            if bracket := between.strip(" \t\r\n,"):
+                inside = bracket[-1] == "["                 # in the array, or behind its end
+            try:
+                value, at = decoder.raw_decode(buffer, start)
+                yield line, value
+                line += buffer.count("\n", start, at)
+                continue
+            except (ValueError, RecursionError) as e:       # RecursionError: "[[[[[[[[[[…"
+                problem = getattr(e, "msg", "nested too deeply")
+            if not ended and len(buffer) - start < LONGEST:
+                # at least double what is there, so that parsing again stays linear
+                more, want = [buffer[start:]], len(buffer) - start + 1
+                while want > 0 and not ended:
+                    more.append(next(blocks, ""))
+                    want, ended = want - len(more[-1]), not more[-1]
+                buffer, at = "".join(more), 0
+            elif start < len(buffer):
+                self.fault(f"{path}, line {line}: not JSON, {problem}")
+                at = buffer.find("\n", start) if "\n" in buffer[start:] else len(buffer)
+            else:
+                if inside:
+                    self.fault(f"{path}, line {line}: the array has no end, the file is cut off")
+                return
+
+    def records(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+        """("FILE, line N", record) of a .json, .jsonl or .csv file, .gz or not."""
+        if kind_of(path) != ".csv":
+            for line, value in self.json_values(path):
+                if isinstance(value, dict):
+                    yield f"{path}, line {line}", value
+                else:
+                    self.fault(f"{path}, line {line}: a {type(value).__name__} where a JSON "
+                               "object should be")
+            return
+        csv.field_size_limit(LONGEST)       # the default stops at 128 kB, less than a long text
+        rows = csv.DictReader(self.lines(path), strict=True)
+        try:
+            for row in rows:
+                yield f"{path}, line {rows.line_num}", row
+        except csv.Error as e:
+            raise UserError(f"{path}, line {rows.line_num}: {e}") from None
+
+
+# --- a prepared directory ----------------------------------------------------------------------
+def find(dataset: str) -> Path:
+    """The directory of a dataset: a path as it is, or a name under the repository's data/."""
+    path = Path(dataset).expanduser()
+    # A bare name means data/<name>, even where the working directory has a folder so called,
+    # unless that folder is a prepared dataset itself.
+    bare = len(path.parts) == 1 and not (path / "meta.json").is_file()
+    return ROOT / "data" / path if bare else path
+
+
+class Dataset:
+    """A directory that data/prepare.py finished: `meta`, `vocab_size`, `eot`, tokens(split)."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        # meta.json is written last of all files, so where it lies the dataset is complete.
+        try:
+            self.meta = json.loads((self.directory / "meta.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{self.directory} is not prepared: run `python data/prepare.py "
+                            f"{self.directory.name}`") from None
+        except (ValueError, RecursionError):
+            raise self.damaged("meta.json is not JSON") from None
+        try:
+            if self.meta["version"] != VERSION:
+                raise self.damaged(f"meta.json has version {self.meta['version']!r}, this code "
+                                   f"reads {VERSION}")
+            self.vocab_size = int(self.meta["vocab_size"])
+            # the end-of-text id opens every document; a character dataset has none
+            self.eot = None if self.meta["eot"] is None else int(self.meta["eot"])
+            self.shards = {split: [(str(s["file"]), int(s["tokens"])) for s in about["shards"]]
+                           for split, about in self.meta["splits"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise self.damaged(f"meta.json lacks or garbles {e}") from None
+
+    def damaged(self, what: str) -> UserError:
+        return UserError(f"{self.directory}: {what}; run `python data/prepare.py` with --force=1 "
+                         "to build it again")
+
+    def tokens(self, split: str) -> "Tokens":
+        """The "train" or "val" split as one memory-mapped sequence of ids."""
+        if split not in self.shards:
+            raise UserError(f"{self.directory} has no split {split!r}; it has "
+                            f"{', '.join(self.shards)}")
+        return Tokens(self, split)
+
+
+class Tokens:
+    """The shards of one split as one long sequence: len(tokens), tokens.read(start, n)."""
+
+    def __init__(self, dataset: Dataset, split: str):
+        self.dataset, self.split = dataset, split
+        self.shards = [self.open(name, count) for name, count in dataset.shards[split]]
+        # ends[i] is the position just behind shard i: where a read has to change shards
+        self.ends = np.cumsum([len(s) for s in self.shards], dtype=np.int64)
+
+    def open(self, name: str, count: int) -> np.ndarray:
+        """Map one shard, refusing whatever is not exactly what meta.json says."""
+        # meta.json may come from anywhere: a name must not lead out of the directory
+        if not name or Path(name).name != name:
+            raise self.dataset.damaged(f"{name!r} is not the name of a shard")
+        try:
+            shard = np.load(self.dataset.directory / name, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise self.dataset.damaged(f"{name} is missing") from None
+        except (ValueError, EOFError, SyntaxError):     # foreign bytes, or fewer than announced
+            raise self.dataset.damaged(f"{name} is truncated or is no .npy file") from None
+        if not isinstance(shard, np.ndarray) or shard.ndim != 1 or shard.dtype.name not in DTYPES:
+            raise self.dataset.damaged(f"{name} does not hold one row of 16 or 32 bit ids")
+        if len(shard) != count:
+            raise self.dataset.damaged(f"{name} holds {len(shard)} tokens, meta.json says {count}")
+        return shard
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Ids start .. start + n as (n,) int64, across shard borders; all below vocab_size."""
+        if start < 0 or n < 0 or start + n > len(self):
+            raise IndexError(f"tokens {start}..{start + n} of {len(self)}")
+        out = np.empty(n, dtype=np.int64)
+        done, i = 0, int(np.searchsorted(self.ends, start, side="right"))
+        while done < n:
+            begin = start + done - (int(self.ends[i]) - len(self.shards[i]))
+            part = self.shards[i][begin:begin + n - done]
+            out[done:done + len(part)] = part
+            done, i = done + len(part), i + 1
+        # An id past the embedding's last row is a crash deep inside a kernel; caught here, it is
+        # a sentence. One max() a row costs nothing beside the model.
+        if n and out.max() >= self.dataset.vocab_size:
+            raise self.dataset.damaged(f"the {self.split} split holds the id {out.max()}, and its "
+                                       f"vocabulary ends at {self.dataset.vocab_size - 1}")
+        return out
+
+
+# --- windows -> tensors ------------------------------------------------------------------------
+def windows_in(tokens: Tokens, block_size: int) -> int:
+    """How many windows of block_size inputs, each with a target, lie side by side in a split."""
+    if block_size < 1:
+        raise UserError(f"block_size is {block_size}; a window needs at least 1 token")
+    count = (len(tokens) - 1) // block_size         # the last target needs one token more
+    if count < 1:
+        raise UserError(f"the {tokens.split} split of {tokens.dataset.directory} has "
+                        f"{len(tokens)} tokens, too few for one window of block_size {block_size} "
+                        f"and its target: lower --block_size or prepare more text")
+    return count
+
+
+def gather(tokens: Tokens, starts: np.ndarray, block_size: int,
+           eot: int | None = None) -> dict[str, torch.Tensor]:
+    """Cut the windows at `starts` (B,) into {"ids", "targets": (B, T) int64[, "doc"]}.
+
+    With `eot`, "doc" (B, T) int32 numbers the documents inside each row from 0: the end-of-text
+    id opens a document, so the number is the count of them so far, and attention that stays
+    within equal numbers never looks across a border.
+    """
+    rows = np.empty((len(starts), block_size + 1), dtype=np.int64)
+    for row, start in zip(rows, starts.tolist()):
+        row[:] = tokens.read(start, block_size + 1)
+    rows = torch.from_numpy(rows)                                       # (B, T+1)
+    # contiguous: a rank's slice goes to the GPU in one copy, and kernels want stride 1
+    batch = {"ids": rows[:, :-1].contiguous(), "targets": rows[:, 1:].contiguous()}
+    if eot is not None:
+        batch["doc"] = (batch["ids"] == eot).cumsum(1, dtype=torch.int32)
+    return batch
+
+
+def mask_eot(tokens: Tokens, eot: int | None, documents: bool) -> int | None:
+    """The id that separates documents, or None when no document numbers are wanted."""
+    if documents and eot is None:
+        raise UserError(f"{tokens.dataset.directory} has no end-of-text id (its tokenizer is by "
+                        "character), so documents cannot be told apart: use --documents=0")
+    return eot if documents else None
+
+
+class Batches:
+    """Global training batches as a function of (seed, step), for ever.
+
+    An epoch is a permutation of `windows` non-overlapping windows of block_size tokens: without
+    replacement, so that every window is seen once before any is seen twice (nanoGPT draws with
+    replacement, and after one epoch's worth of draws has missed 37% of its windows). Every epoch
+    moves the grid by another offset, so that windows begin at other tokens each time around.
+    Step s takes samples s*B .. s*B + B - 1 of the endless concatenation of epochs.
+    """
+
+    def __init__(self, tokens: Tokens, batch_size: int, block_size: int, seed: int = 1337,
+                 eot: int | None = None, documents: bool = False):
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+        self.tokens, self.batch_size, self.block_size = tokens, batch_size, block_size
+        self.seed, self.eot = seed % 2**64, mask_eot(tokens, eot, documents)
+        # One window of the grid is given up to leave room for offsets 0 .. block_size - 1: the
+        # count is then the same in every epoch. A split of a single window has nothing to give.
+        self.windows = max(1, windows_in(tokens, block_size) - 1)
+        self.offsets = min(block_size, len(tokens) - self.windows * block_size)
+        self.epochs: dict[int, np.ndarray] = {}     # epoch -> starts of its windows, in order
+
+    def epoch(self, number: int) -> np.ndarray:
+        """Where the windows of an epoch start, in the order they are seen: (windows,) int64."""
+        if number not in self.epochs:
+            # The raw words of PCG64 are fixed by its definition; Generator.permutation and
+            # .integers may change with NumPy (NEP 19), and with them every run's data order.
+            words = np.random.PCG64([self.seed, number]).random_raw(self.windows + 1)
+            order = np.argsort(words[1:], kind="stable")
+            offset = int(words[0] % np.uint64(self.offsets))
+            self.epochs[number] = offset + order * self.block_size
+            # a batch may straddle two epochs; older ones are cheap to make again
+            while len(self.epochs) > 2:
+                self.epochs.pop(next(iter(self.epochs)))
+        return self.epochs[number]
+
+    def __call__(self, step: int) -> dict[str, torch.Tensor]:
+        """The batch of a step: {"ids": (B, T) int64, "targets": (B, T) int64[, "doc": int32]}."""
+        starts = np.empty(self.batch_size, dtype=np.int64)
+        done, sample = 0, step * self.batch_size
+        while done < self.batch_size:       # once, or once more for every epoch that ends here
+            number, place = divmod(sample + done, self.windows)
+            part = self.epoch(number)[place:place + self.batch_size - done]
+            starts[done:done + len(part)] = part
+            done += len(part)
+        return gather(self.tokens, starts, self.block_size, self.eot)
+
+
+class FixedBatches:
+    """Given windows as a sequence of batches: len, [i] and iteration; cut when asked for.
+
+    A list would do, but 200 batches of a large model are hundreds of megabytes.
+    """
+
+    def __init__(self, tokens: Tokens, starts: np.ndarray, batch_size: int, block_size: int,
+                 eot: int | None):
+        self.tokens, self.starts, self.eot = tokens, starts, eot
+        self.batch_size, self.block_size = batch_size, block_size
+
+    def __len__(self) -> int:
+        return -(-len(self.starts) // self.batch_size)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)             # this is also what ends a for loop over the sequence
+        starts = self.starts[i * self.batch_size:(i + 1) * self.batch_size]
+        return gather(self.tokens, starts, self.block_size, self.eot)
+
+
+def eval_batches(tokens: Tokens, batch_size: int, block_size: int, eval_iters: int,
+                 eot: int | None = None, documents: bool = False) -> FixedBatches:
+    """Up to eval_iters batches of a split, the same in every run: a fixed sample to score.
+
+    The windows are evenly spaced over the whole split and none comes twice, so a short split
+    gives fewer batches, the last one perhaps with fewer rows.
+    """
+    if batch_size < 1 or eval_iters < 1:
+        raise UserError(f"batch_size is {batch_size} and eval_iters {eval_iters}; both must be "
+                        "at least 1")
+    whole = windows_in(tokens, block_size)
+    count = min(whole, eval_iters * batch_size)
+    # whole >= count, so neighbours are at least one window apart: no duplicates
+    starts = np.arange(count, dtype=np.int64) * whole // count * block_size
+    return FixedBatches(tokens, starts, batch_size, block_size, mask_eot(tokens, eot, documents))

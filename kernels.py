@@ -1,0 +1,640 @@
+"""The maths of a language model: every operation by hand, and fast, behind one dispatch.
+
+Each operation is one function with up to three implementations of the same formula:
+
+    reference   plain tensor arithmetic that reads like the formula (no torch.nn.functional)
+    torch       PyTorch's own fused operator, or the fewest passes over memory on a CPU
+    triton      hand-written GPU kernels; an operation gains one with `@op.triton`
+
+    import kernels
+    y = kernels.rms_norm(x, weight, eps=1e-6)      # the form that is fastest on x's device
+    kernels.use("reference")                       # or --backend=reference on any script
+
+Shapes: B batch, T tokens, C width, H heads, D head_dim, V vocabulary. Sums and statistics are
+taken in float32 whatever the type of the input. tests/test_kernels.py holds every form against
+float64 autograd: relative L2 at most 1e-5 in float32 and 1e-2 in bfloat16.
+"""
+from __future__ import annotations
+
+import functools
+import math
+from typing import Callable, Sequence
+
+import torch
+import torch.nn.functional as F      # only inside the `torch` forms
+from torch import Tensor
+from torch.autograd import Function
+
+from config import UserError
+
+# ------------------------------------------------------------------------------ dispatch
+
+BACKENDS = ("auto", "reference", "torch", "triton")
+_backend = "auto"
+OPERATIONS: dict[str, Callable] = {}
+
+
+def use(backend: str) -> str:
+    """Choose the form of every operation from here on; returns the previous choice.
+
+    auto takes Triton on a GPU where an operation has it, PyTorch's operator everywhere else. A
+    form that an operation lacks falls back to `torch`, and that to `reference`.
+    """
+    global _backend
+    if backend not in BACKENDS:
+        raise UserError(f"--backend={backend} does not exist: choose {', '.join(BACKENDS)}")
+    if backend == "triton" and not any("triton" in op.forms for op in OPERATIONS.values()):
+        raise UserError("--backend=triton: no operation has a Triton kernel yet; use auto")
+    previous, _backend = _backend, backend
+    return previous
+
+
+def operation(reference: Callable) -> Callable:
+    """Make the reference implementation an operation; `.torch` and `.triton` add faster forms."""
+    forms = {"reference": reference}
+
+    @functools.wraps(reference)
+    def call(first, *args, **kwargs):
+        name = _backend
+        if name == "auto":
+            lead = first[0] if isinstance(first, (list, tuple)) and first else first
+            name = "triton" if isinstance(lead, Tensor) and lead.is_cuda else "torch"
+        form = forms.get(name) or forms.get("torch") or reference
+        return form(first, *args, **kwargs)
+
+    def adder(name: str) -> Callable:
+        def add(form: Callable) -> Callable:
+            forms[name] = form
+            return form
+        return add
+
+    call.forms, call.reference = forms, reference
+    call.torch, call.triton = adder("torch"), adder("triton")
+    OPERATIONS[reference.__name__] = call
+    return call
+
+
+def by_hand(x: Tensor) -> bool:
+    """True where the hand-counted CPU forms below apply: a compiler would rather fuse by itself."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def widen(x: Tensor) -> Tensor:
+    """Half types as float32, for sums and statistics; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+# ------------------------------------------------------------------ linear and embedding
+
+@operation
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x W^T + b; x (..., K), weight (N, K) -> (..., N), in the type of x.
+
+    Master weights may be float32 under bfloat16 activations: they are cast where they are used.
+    """
+    y = x @ weight.to(x.dtype).T
+    return y if bias is None else y + bias.to(x.dtype)
+
+linear.torch(lambda x, weight, bias=None: F.linear(
+    x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
+
+
+@operation
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Row `ids` of weight (V, C); ids (...) int64 -> (..., C)."""
+    return weight[ids]
+
+embedding.torch(F.embedding)
+
+# ------------------------------------------------------------------------- normalisation
+
+@operation
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
+    """y = x / sqrt(mean(x^2) + eps) * (offset + w), over the last dimension (Zhang 2019).
+
+    x (..., C), weight (C,). offset 1 is Gemma's (1 + w).
+    """
+    wide = widen(x)
+    normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
+    return (normed * (offset + weight.to(wide.dtype))).to(x.dtype)
+
+class RMSNormCPU(Function):
+    """Eight passes over x in all; autograd through the formula takes about twenty."""
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps)).to(x.dtype)   # (..., 1)
+        scale = (weight + offset).to(x.dtype)
+        normed = x * rstd
+        ctx.save_for_backward(normed, rstd, scale)
+        ctx.weight_dtype = weight.dtype
+        return normed * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        # dx = rstd * (dn - n * mean(dn * n)) with n = x * rstd and dn = dy * w
+        normed, rstd, scale = ctx.saved_tensors
+        dweight = (grad * normed).flatten(0, -2).sum(0, dtype=torch.float32)
+        dn = grad * scale
+        mean = torch.linalg.vecdot(dn, normed).unsqueeze(-1).div_(-normed.shape[-1])
+        dx = torch.addcmul(dn, normed, mean).mul_(rstd)
+        return dx, dweight.to(ctx.weight_dtype), None, None
+
+@rms_norm.torch
+def _(x, weight, eps=1e-6, offset=0.0):
+    # the hand-counted form pays in half precision; in float32 its statistics would equal F's
+    if by_hand(x) and x.dtype != torch.float64:
+        return RMSNormCPU.apply(x, weight, eps, offset)
+    weight = (weight + offset if offset else weight).to(x.dtype)
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+@operation
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None,
+               eps: float = 1e-5) -> Tensor:
+    """y = (x - mean) / sqrt(var + eps) * w + b, over the last dimension (Ba 2016). x (..., C)."""
+    wide = widen(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
+    y = normed * weight.to(wide.dtype)
+    return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
+
+@layer_norm.torch
+def _(x, weight, bias=None, eps=1e-5):
+    # subtle: on a CPU the backward without a bias falls to a path eight times slower
+    if bias is None and by_hand(x):
+        bias = torch.zeros_like(weight)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias, eps)
+
+# ------------------------------------------------------------------------------- position
+
+@operation
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding (Su 2021): rotate pairs of features by position times frequency.
+
+    x (B, T, H, D); cos, sin (T, R/2) or (B, T, R/2). The first R <= D features rotate, the rest
+    pass. Pairs are (i, i + R/2), Hugging Face's half-split; interleaved: (2i, 2i + 1), Meta's.
+    """
+    rotary = 2 * cos.shape[-1]
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)     # (.., T, 1, R/2)
+    turn, rest = x[..., :rotary], x[..., rotary:]
+    if interleaved:
+        a, b = turn[..., 0::2], turn[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+    else:
+        a, b = turn[..., :rotary // 2], turn[..., rotary // 2:]
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
+
+class RopeCPU(Function):
+    """Written half by half into the result; a rotation's backward is the opposite rotation."""
+    @staticmethod
+    def forward(ctx, x, cos, sin, interleaved):
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved = interleaved
+        return RopeCPU.rotate(x, cos, sin, interleaved)
+
+    @staticmethod
+    def rotate(x, cos, sin, interleaved):
+        half = cos.shape[-1]
+        cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+        first, second = ((slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved
+                         else (slice(0, half), slice(half, 2 * half)))
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        a, b, ya, yb = x[..., first], x[..., second], y[..., first], y[..., second]
+        torch.mul(a, cos, out=ya).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=yb).addcmul_(a, sin)
+        y[..., 2 * half:] = x[..., 2 * half:]
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return RopeCPU.rotate(grad, cos, -sin, ctx.interleaved), None, None, None
+
+@rope.torch
+def _(x, cos, sin, interleaved=False):
+    if by_hand(x):
+        return RopeCPU.apply(x, cos, sin, interleaved)
+    return rope.reference(x, cos, sin, interleaved)         # torch.compile fuses it in one pass
+
+# ---------------------------------------------------------------------------- activations
+
+@operation
+def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+    """x Phi(x) (Hendrycks 2016); approximate="tanh" is GPT-2's own formula."""
+    if approximate == "tanh":
+        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+    return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
+
+
+@operation
+def silu(x: Tensor) -> Tensor:
+    """x sigmoid(x), also called swish."""
+    return x / (1 + torch.exp(-x))
+
+
+@operation
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0)."""
+    return x * (x > 0)
+
+
+@operation
+def relu2(x: Tensor) -> Tensor:
+    """max(x, 0)^2 (Primer, So 2021)."""
+    return relu.reference(x) ** 2
+
+class ReLU2CPU(Function):
+    """d/dx = 2 max(x, 0): the saved relu is all that the backward needs, twice."""
+    @staticmethod
+    def forward(ctx, x):
+        positive = torch.relu(x)
+        ctx.save_for_backward(positive)
+        return positive * positive
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad * ctx.saved_tensors[0]).mul_(2)
+
+gelu.torch(lambda x, approximate="none": F.gelu(x, approximate=approximate))
+silu.torch(F.silu)
+relu.torch(F.relu)
+relu2.torch(lambda x: ReLU2CPU.apply(x) if by_hand(x) else F.relu(x).square())
+
+# Hugging Face's names for the activations a config.json may ask for
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": gelu, "gelu_new": functools.partial(gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": functools.partial(gelu, approximate="tanh"),
+    "silu": silu, "relu": relu, "relu2": relu2,
+}
+
+
+@operation
+def glu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """act(gate) * up: SwiGLU with silu, GeGLU with gelu (Shazeer 2020). Shapes (..., N)."""
+    return ACTIVATIONS[activation](gate) * up
+
+
+@operation
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zero a share p of the elements at random and scale the others to keep the mean."""
+    return x * keep_mask(x.shape, p, x.device).to(x.dtype) / (1 - quantised(p))
+
+
+def quantised(p: float) -> float:
+    """The drop rate on a CPU is p rounded to a 256th: eight decisions from one 64-bit draw."""
+    return round(p * 256) / 256
+
+
+def keep_mask(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
+    """Boolean mask of the given shape, True with probability 1 - quantised(p).
+
+    bernoulli_ on a CPU costs seven nanoseconds an element and would be the slowest operation of
+    a training step; a random byte compared with p * 256 costs a tenth.
+    """
+    count = math.prod(shape)
+    draws = torch.empty((count + 7) // 8, dtype=torch.int64, device=device)
+    draws.random_(-2 ** 63, None)                     # all 64 bits, the sign included
+    return (draws.view(torch.uint8)[:count] >= round(p * 256)).view(shape)
+
+dropout.torch(lambda x, p: dropout.reference(x, p) if by_hand(x) else F.dropout(x, p))
+
+
+@operation
+def softmax(x: Tensor) -> Tensor:
+    """exp(x - max) / sum(exp(x - max)) over the last dimension, in float32."""
+    wide = widen(x)
+    e = torch.exp(wide - wide.amax(-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)).to(x.dtype)
+
+softmax.torch(lambda x: torch.softmax(x, -1))    # half types are summed in float32 inside
+
+# ------------------------------------------------------------------------------ attention
+
+def attention_mask(rows: Tensor, keys: Tensor, window: int = 0,
+                   doc_q: Tensor | None = None, doc_k: Tensor | None = None) -> Tensor:
+    """True where a query may look: not ahead, not `window` or more back, in its own document.
+
+    rows (..., T) and keys (S,) are positions; doc_q (B, T) and doc_k (B, S) document numbers.
+    """
+    distance = rows.unsqueeze(-1) - keys                                    # (..., T, S)
+    seen = distance >= 0
+    if window:
+        seen = seen & (distance < window)
+    if doc_q is not None:
+        seen = seen & (doc_q.unsqueeze(-1) == doc_k.unsqueeze(-2))          # (B, T, S)
+    return seen
+
+
+@operation
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int = 0,
+              softcap: float = 0.0, doc: Tensor | None = None, positions: Tensor | None = None,
+              dropout_p: float = 0.0) -> Tensor:
+    """softmax(q k^T scale, masked) v: causal, grouped-query, windowed, within documents.
+
+    q (B, H, T, D); k, v (B, Hkv, S, D) with H a multiple of Hkv; returns (B, H, T, D).
+    positions (B, T): where the queries stand among the S keys; default: they are the last T.
+    window W: key j is seen by query i if i - j < W (0: all). softcap c: c tanh(score / c).
+    doc (B, S) document numbers: attention stays inside one. scale defaults to 1/sqrt(D).
+    """
+    B, H, T, D = q.shape
+    S, groups = k.shape[2], H // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(-2, -1)) * (D ** -0.5 if scale is None else scale)   # (B, H, T, S)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    rows = torch.arange(S - T, S, device=q.device) if positions is None else positions
+    doc_q = None if doc is None else doc[:, -T:]
+    seen = attention_mask(rows, torch.arange(S, device=q.device), window, doc_q, doc)
+    scores = scores.masked_fill(~(seen if seen.ndim == 2 else seen.unsqueeze(1)), -math.inf)
+    weights = softmax.reference(scores)
+    if dropout_p:
+        weights = dropout.reference(weights, dropout_p)
+    return weights @ v
+
+class AttentionCPU(Function):
+    """Causal attention in blocks that stay in a core's cache; two to three times SDPA on a CPU.
+
+    Blocks of `ROWS` queries see only keys up to their own end, so half of the square is never
+    computed; `GROUP` heads share a call to keep the scores near 2 MB. Like FlashAttention
+    (Dao 2022) nothing of size (T, T) is kept: the backward recomputes each block's softmax.
+    """
+    ROWS, GROUP = 128, 48
+
+    @staticmethod
+    def blocks(q, window, doc):
+        """Yield slices (heads, rows, keys) and the mask of what is hidden at the keys' end."""
+        BH, T = q.shape[:2]
+        # a document mask differs by batch row: a group is one row's heads then
+        step = AttentionCPU.GROUP if doc is None else BH // doc.shape[0]
+        positions = torch.arange(T)
+        for i in range(0, T, AttentionCPU.ROWS):
+            end = min(i + AttentionCPU.ROWS, T)
+            start = max(0, i - window + 1) if window else 0
+            # without window or documents only the square on the diagonal has anything to hide
+            first = start if window or doc is not None else i
+            hidden = ~attention_mask(positions[i:end], positions[first:end], window)
+            for h in range(0, BH, step):
+                if doc is not None:
+                    own = doc[h // step]
+                    other = own[i:end, None] != own[start:end]
+                yield (slice(h, h + step), slice(i, end), slice(start, end),
+                       hidden if doc is None else hidden | other)
+
+    @staticmethod
+    def weights(q, k, scale, softcap, hidden):
+        """One block's softmax (G, rows, keys) and, for the backward, tanh of the capped scores."""
+        scores, tanh = torch.bmm(q, k.transpose(1, 2)).mul_(scale), None
+        if softcap:
+            tanh = scores.div_(softcap).tanh_()
+            scores = tanh * softcap
+        scores[..., -hidden.shape[-1]:].masked_fill_(hidden, -math.inf)
+        return torch.softmax(scores, -1), tanh
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, window, softcap, doc, dropout_p):
+        out, masks = torch.empty_like(q), []
+        for h, rows, keys, hidden in AttentionCPU.blocks(q, window, doc):
+            p, _ = AttentionCPU.weights(q[h, rows], k[h, keys], scale, softcap, hidden)
+            if dropout_p:
+                masks.append(keep_mask(p.shape, dropout_p, p.device))
+                p = p.mul_(masks[-1]).div_(1 - quantised(dropout_p))
+            out[h, rows] = torch.bmm(p, v[h, keys])
+        ctx.save_for_backward(q, k, v)
+        ctx.rest = (scale, window, softcap, doc, dropout_p, masks)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        scale, window, softcap, doc, dropout_p, masks = ctx.rest
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for n, (h, rows, keys, hidden) in enumerate(AttentionCPU.blocks(q, window, doc)):
+            p, tanh = AttentionCPU.weights(q[h, rows], k[h, keys], scale, softcap, hidden)
+            dp = torch.bmm(grad[h, rows], v[h, keys].transpose(1, 2))
+            dropped = p
+            if dropout_p:
+                keep = masks[n] / (1 - quantised(dropout_p))
+                dropped, dp = p * keep, dp.mul_(keep)
+            dv[h, keys] += torch.bmm(dropped.transpose(1, 2), grad[h, rows])
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)  # p (dp - sum p dp)
+            if softcap:
+                ds = ds * (1 - tanh * tanh)
+            dq[h, rows] = torch.bmm(ds, k[h, keys])
+            dk[h, keys] += torch.bmm(ds.transpose(1, 2), q[h, rows])
+        return dq, dk, dv, None, None, None, None, None
+
+@attention.torch
+def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
+    B, H, T, D = q.shape
+    S, groups = k.shape[2], H // k.shape[1]
+    scale = D ** -0.5 if scale is None else scale
+    if by_hand(q) and positions is None and T == S and T > 1:
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        flat = [x.reshape(B * H, T, D) for x in (q, k, v)]
+        return AttentionCPU.apply(*flat, scale, window, softcap, doc, dropout_p).view(B, H, T, D)
+    if softcap:
+        return attention.reference(q, k, v, scale=scale, window=window, softcap=softcap, doc=doc,
+                                   positions=positions, dropout_p=dropout_p)
+    plain = positions is None and not window and doc is None
+    mask = None
+    if not plain or T not in (1, S):
+        rows = torch.arange(S - T, S, device=q.device) if positions is None else positions
+        mask = attention_mask(rows, torch.arange(S, device=q.device), window,
+                              None if doc is None else doc[:, -T:], doc)
+        mask = mask if mask.ndim == 2 else mask.unsqueeze(1)                # (B, 1, T, S)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale,
+        is_causal=mask is None and T == S and T > 1, enable_gqa=groups > 1)
+
+# --------------------------------------------------------------------------------- losses
+
+def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, softcap: float,
+               z_loss: float, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss of each row of logits (N, V) float32, and what its gradient needs: (loss, z, lse, live).
+
+    z = softcap tanh(logits / softcap);  lse = log sum exp z;  e = label_smoothing
+    loss = lse - (1 - e) z[target] - e mean(z) + z_loss lse^2,  and 0 where target is ignored
+    """
+    z = softcap * torch.tanh(logits / softcap) if softcap else logits
+    top = z.amax(-1, keepdim=True)
+    lse = top.squeeze(-1) + torch.log(torch.exp(z - top).sum(-1))
+    live = targets != ignore_index
+    right = z.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    loss = lse - (1 - label_smoothing) * right - label_smoothing * z.mean(-1)
+    loss = loss + z_loss * lse * lse
+    return torch.where(live, loss, 0.0), z, lse, live
+
+
+@operation
+def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100,
+                  softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0,
+                  reduction: str = "sum") -> Tensor:
+    """-log softmax(logits)[target] in nats: a sum (never a mean) or, with "none", a value a row.
+
+    logits (..., V), targets (...) int64; rows whose target is ignore_index count 0. z_loss is
+    PaLM's penalty on the normaliser, label_smoothing is Szegedy's (2016). Returns float32.
+    """
+    wide = widen(logits)
+    loss = row_losses(wide, targets, ignore_index, softcap, z_loss, label_smoothing)[0]
+    return loss.sum() if reduction == "sum" else loss
+
+@cross_entropy.torch
+def _(logits, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
+      reduction="sum"):
+    wide = widen(logits)
+    wide = softcap * torch.tanh(wide / softcap) if softcap else wide
+    flat, where = wide.reshape(-1, wide.shape[-1]), targets.reshape(-1)
+    loss = F.cross_entropy(flat, where, ignore_index=ignore_index, reduction="none",
+                           label_smoothing=label_smoothing)
+    if z_loss:
+        loss = loss + z_loss * torch.logsumexp(flat, -1) ** 2 * (where != ignore_index)
+    return loss.sum() if reduction == "sum" else loss.view(targets.shape)
+
+
+@operation
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100,
+                         softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0,
+                         reduction: str = "sum") -> Tensor:
+    """cross_entropy(x W^T, targets) without ever holding the (N, V) logits: the output layer.
+
+    x (..., C), weight (V, C), targets (...). Only `torch` and later forms are chunked.
+    """
+    return cross_entropy.reference(
+        linear.reference(x, weight), targets, ignore_index=ignore_index, softcap=softcap,
+        z_loss=z_loss, label_smoothing=label_smoothing, reduction=reduction)
+
+class ChunkedLoss(Function):
+    """A loss on x W^T, a chunk of rows of logits at a time: (N, V) never exists whole.
+
+    rule(logits, part, learn) -> (loss of the rows, d loss / d logits or None). A sum has one
+    known upstream gradient, so dX and dW are made in the forward, while the logits are there;
+    a loss per row recomputes them in the backward.
+    """
+    LOGITS = 2 ** 23                                  # elements of a chunk: 32 MB in float32
+
+    @staticmethod
+    def walk(x, weight, rule, upstream):
+        """(loss (N,), dx, dweight); gradients are scaled by upstream (N,); None asks for none."""
+        w, wide, dx, dw = weight.to(x.dtype), widen(x[:0]).dtype, None, None
+        loss = torch.zeros(x.shape[0], dtype=wide, device=x.device)
+        if upstream is not None:
+            dx, dw = torch.empty_like(x), torch.zeros(weight.shape, dtype=wide, device=x.device)
+        rows = max(1, ChunkedLoss.LOGITS // weight.shape[0])
+        for i in range(0, x.shape[0], rows):
+            part = slice(i, min(i + rows, x.shape[0]))
+            loss[part], dz = rule(widen(x[part] @ w.T), part, upstream is not None)
+            if upstream is not None:
+                dz = dz.mul_(upstream[part].unsqueeze(-1)).to(x.dtype)
+                dx[part] = dz @ w
+                dw += dz.T @ x[part]
+        return loss, dx, dw
+
+    @staticmethod
+    def forward(ctx, x, weight, rule, reduction):
+        summed = reduction == "sum"
+        learn = summed and any(ctx.needs_input_grad[:2])
+        ones = torch.ones(x.shape[0], device=x.device) if learn else None
+        loss, dx, dw = ChunkedLoss.walk(x, weight, rule, ones)
+        ctx.rule, ctx.summed, ctx.weight_dtype = rule, summed, weight.dtype
+        if any(ctx.needs_input_grad[:2]):
+            ctx.save_for_backward(*((dx, dw) if summed else (x, weight)))
+        return loss.sum() if summed else loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.summed:
+            dx, dw = (d * grad.to(d.dtype) for d in ctx.saved_tensors)
+        else:
+            _, dx, dw = ChunkedLoss.walk(*ctx.saved_tensors, ctx.rule, grad)
+        return dx, dw.to(ctx.weight_dtype), None, None
+
+@linear_cross_entropy.torch
+def _(x, weight, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
+      reduction="sum"):
+    flat, right = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+
+    def rule(logits, part, learn):
+        loss, z, lse, live = row_losses(logits, right[part], ignore_index, softcap, z_loss,
+                                        label_smoothing)
+        if not learn:
+            return loss, None
+        # d loss / d z = p (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V
+        lse = lse.unsqueeze(-1)
+        dz = torch.exp(z - lse).mul_(1 + 2 * z_loss * lse).sub_(label_smoothing / z.shape[-1])
+        where = right[part].clamp(min=0).unsqueeze(-1)
+        dz.scatter_add_(-1, where, torch.full_like(lse, label_smoothing - 1))
+        if softcap:
+            dz.mul_(1 - (z / softcap) ** 2)
+        return loss, dz.mul_(live.unsqueeze(-1))
+
+    loss = ChunkedLoss.apply(flat, weight, rule, reduction)
+    return loss if reduction == "sum" else loss.view(targets.shape)
+
+
+@operation
+def linear_kl(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, *,
+              temperature: float = 1.0, live: Tensor | None = None) -> Tensor:
+    """Sum over rows of T^2 KL(teacher || student), both softened by T (Hinton 2015). Nats.
+
+    x (..., C), weight (V, C); teacher_x (..., Ct), teacher_weight (>= V, Ct) is cut to V; live
+    (...) marks the rows that count. Gradients reach the student alone.
+    """
+    def log_softmax(h, w):
+        z = widen(linear.reference(h, w)) / temperature
+        z = z - z.amax(-1, keepdim=True).detach()
+        return z - torch.log(torch.exp(z).sum(-1, keepdim=True))
+    student = log_softmax(x, weight)
+    teacher = log_softmax(teacher_x, teacher_weight[:weight.shape[0]]).detach()
+    rows = (torch.exp(teacher) * (teacher - student)).sum(-1) * temperature ** 2
+    return (rows if live is None else torch.where(live, rows, 0.0)).sum()
+
+@linear_kl.torch
+def _(x, weight, teacher_x, teacher_weight, *, temperature=1.0, live=None):
+    flat, known = x.reshape(-1, x.shape[-1]), teacher_x.reshape(-1, teacher_x.shape[-1]).detach()
+    output = teacher_weight[:weight.shape[0]].detach().to(known.dtype)
+    counts = None if live is None else live.reshape(-1, 1)
+
+    def rule(logits, part, learn):
+        student = torch.log_softmax(logits / temperature, -1)
+        teacher = torch.log_softmax(widen(known[part] @ output.T) / temperature, -1)
+        p = teacher.exp()
+        loss = (p * (teacher - student)).sum(-1) * temperature ** 2
+        dz = student.exp_().sub_(p).mul_(temperature)      # d KL / d logits, times T^2
+        if counts is not None:
+            loss, dz = loss * counts[part, 0], dz.mul_(counts[part])
+        return loss, dz
+
+    return ChunkedLoss.apply(flat, weight, rule, "sum")
+
+# --------------------------------------------------------------------- mixture of experts
+
+@operation
+def moe(x: Tensor, chosen: Tensor, share: Tensor, gate: Tensor, up: Tensor, down: Tensor,
+        activation: str = "silu") -> Tensor:
+    """Each token through its k experts: y = sum_j share_j down_e(act(gate_e x) * up_e x).
+
+    e = chosen_j. x (N, C); chosen (N, k) int64 expert numbers, share (N, k) their weights;
+    gate, up (E, I, C), down (E, C, I). No token is dropped (MegaBlocks, Gale 2022). The reference asks every expert.
+    """
+    y = torch.zeros_like(x)
+    for e in range(gate.shape[0]):
+        weight = (share * (chosen == e)).sum(-1, keepdim=True).to(x.dtype)          # (N, 1)
+        hidden = glu.reference(linear.reference(x, gate[e]), linear.reference(x, up[e]),
+                               activation)
+        y = y + weight * linear.reference(hidden, down[e])
+    return y
+
+@moe.torch
+def _(x, chosen, share, gate, up, down, activation="silu"):
+    # tokens sorted by expert: each expert multiplies one contiguous run of rows
+    N, k = chosen.shape
+    order = chosen.reshape(-1).argsort(stable=True)
+    runs = torch.bincount(chosen.reshape(-1), minlength=gate.shape[0]).tolist()
+    rows = x[order // k].split(runs)                                      # (tokens of e, C) each
+    out = [linear(glu(linear(r, gate[e]), linear(r, up[e]), activation), down[e])
+           for e, r in enumerate(rows)]
+    out = torch.cat(out) * share.reshape(-1)[order].unsqueeze(-1).to(x.dtype)
+    return torch.zeros_like(x).index_add(0, order // k, out)

@@ -1,0 +1,9 @@
+"""Tests import the scripts from the repository root and run them as a user would."""
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")        # an oracle must never wait for a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
