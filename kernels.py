@@ -415,7 +415,7 @@ class AttentionCPU(Function):
             dp = torch.bmm(grad[h, rows], v[h, keys].transpose(1, 2))
             dropped = p
             if dropout_p:
-                keep = masks[n] / (1 - quantised(dropout_p))
+                keep = masks[n].to(p.dtype).div_(1 - quantised(dropout_p))
                 dropped, dp = p * keep, dp.mul_(keep)
             dv[h, keys] += torch.bmm(dropped.transpose(1, 2), grad[h, rows])
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)  # p (dp - sum p dp)

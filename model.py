@@ -82,6 +82,8 @@ GPT2 = dict(qkv_bias=True, o_bias=True, mlp_bias=True, norm_bias=True, activatio
 LLAMA = dict(position="rope", norm="rmsnorm", activation="silu", gated=True,
              tie_word_embeddings=False)
 QWEN3 = dict(LLAMA, qk_norm=True, norm_eps=1e-6, rope_theta=1e6)
+ARCEE = dict(LLAMA, activation="relu2", gated=False)
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen3": QWEN3, "arcee": ARCEE}
 LLAMA3 = dict(LLAMA, vocab_size=128256, rope_theta=500000.0)
 
 

@@ -7,7 +7,7 @@
     batches = loader.Batches(dataset.tokens("train"), batch_size=12, block_size=64, seed=1337)
     batches(0)["ids"].shape                 # torch.Size([12, 64]), the batch of step 0
 
-Here too is how text files are read (`Reader`), for prepare.py and for every stage with its own data.
+Here too is how text files are read (`Reader`), for prepare.py and every stage with its own data.
 `Batches` has no cursor. A step is looked up, never reached: to resume at step 700 is to call
 `batches(700)`, and 1, 2 or 8 ranks that each take their slice of the global batch see, together,
 the same tokens. The shards are memory-mapped, so a corpus larger than memory costs no more than
@@ -18,6 +18,7 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -47,6 +48,19 @@ def kind_of(path: str | Path) -> str:
     return os.path.splitext(str(path).lower().removesuffix(".gz"))[1]
 
 
+def cut_at(text: str) -> int:
+    """Where to cut, near the end of `text`, so that the halves encode as the whole would.
+
+    Behind a newline that stands between a visible character and a letter or digit: no split
+    pattern joins across that point or looks ahead over it, so no token crosses it. Failing that
+    behind any newline, any space, or the end: then a token or two differ, and nothing is lost.
+    """
+    for mark in (r"\S\n(?=[^\W_])", r"\n", r" "):
+        if found := re.compile(mark).search(text, max(0, len(text) - (1 << 16))):
+            return found.end()
+    return len(text)
+
+
 class Reader:
     """Text, JSON, CSV and .gz of them as streams; what is broken is named by file and line.
 
@@ -65,7 +79,7 @@ class Reader:
     def blocks(self, path: Path) -> Iterator[str]:
         """A file's text in blocks of about BLOCK characters; it must be UTF-8."""
         packed, before = Path(path).suffix.lower() == ".gz", self.consumed
-        rest, offset = b"", 0               # bytes not yet decoded, and where they lie
+        rest, offset, held = b"", 0, ""     # bytes not yet decoded, where they lie; decoded text
         with open(path, "rb") as raw, (gzip.open(raw) if packed else raw) as f:
             while True:
                 try:
@@ -82,10 +96,14 @@ class Reader:
                 except UnicodeDecodeError as e:
                     self.fault(f"{path} is not UTF-8 text: byte {offset + e.start:,} is invalid")
                     text, used = rest[:e.start].decode("utf-8"), e.end
-                rest, offset = rest[used:], offset + used
-                if text:
-                    yield text
+                rest, offset, held = rest[used:], offset + used, held + text
+                if len(held) >= BLOCK // 2:
+                    at = cut_at(held)
+                    yield held[:at]
+                    held = held[at:]
                 if not block and not rest:
+                    if held:
+                        yield held
                     return
 
     def lines(self, path: Path) -> Iterator[str]:
@@ -129,7 +147,8 @@ class Reader:
                 buffer, at = "".join(more), 0
             elif start < len(buffer):
                 self.fault(f"{path}, line {line}: not JSON, {problem}")
-                at = buffer.find("\n", start) if "\n" in buffer[start:] else len(buffer)
+                at = buffer.find("\n", start)               # go on with the next line
+                at = at if at >= 0 else len(buffer)
             else:
                 if inside:
                     self.fault(f"{path}, line {line}: the array has no end, the file is cut off")
@@ -151,7 +170,7 @@ class Reader:
             for row in rows:
                 yield f"{path}, line {rows.line_num}", row
         except csv.Error as e:
-            raise UserError(f"{path}, line {rows.line_num}: {e}") from None
+            raise UserError(f"{path}, line {rows.reader.line_num}: {e}") from None
 
 
 # --- a prepared directory ----------------------------------------------------------------------
@@ -247,6 +266,65 @@ class Tokens:
             raise self.dataset.damaged(f"the {self.split} split holds the id {out.max()}, and its "
                                        f"vocabulary ends at {self.dataset.vocab_size - 1}")
         return out
+
+
+# --- tokens -> shards ---------------------------------------------------------------------------
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal, as `sha256sum` prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class Shards:
+    """Writes the ids of one split to .npy files of at most shard_tokens each."""
+
+    def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int):
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.vocab_size = vocab_size
+        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self.about = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}    # for meta.json
+        self.file, self.count = None, 0
+
+    def header(self, count: int) -> bytes:
+        """The 128 bytes that open an .npy file of one row (NumPy's format, version 1.0)."""
+        text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
+        return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode() + b"\n"
+
+    def write(self, ids: np.ndarray, documents: int, size: int) -> None:
+        """Append ids (n,), which open `documents` documents and stand for `size` UTF-8 bytes."""
+        if len(ids) and ids.max() >= self.vocab_size:       # in 16 bits it would wrap around
+            raise UserError(f"the id {ids.max()} is not of this tokenizer, which has "
+                            f"{self.vocab_size} ids: is it the right one?")
+        for key, value in (("tokens", len(ids)), ("documents", documents), ("bytes", size)):
+            self.about[key] += int(value)
+        while len(ids):
+            if self.file is None:
+                name = f"{self.split}_{len(self.about['shards']):05d}.npy"
+                self.file, self.count = open(self.folder / name, "wb"), 0
+                self.file.write(self.header(0))         # the true count is known at the end
+            part = ids[:self.shard_tokens - self.count]
+            self.file.write(part.astype(self.dtype).tobytes())
+            self.count, ids = self.count + len(part), ids[len(part):]
+            if self.count == self.shard_tokens:
+                self.finish()
+
+    def finish(self) -> None:
+        """Complete the shard at hand: its length, its hash."""
+        self.file.seek(0)
+        self.file.write(self.header(self.count))
+        self.file.close()
+        path, self.file = Path(self.file.name), None
+        self.about["shards"].append({"file": path.name, "tokens": self.count,
+                                     "sha256": hash_file(path)})
+
+    def close(self) -> dict[str, Any]:
+        """Finish, and tell what was written: the entry of this split in meta.json."""
+        if self.file:
+            self.finish()
+        return self.about
 
 
 # --- windows -> tensors ------------------------------------------------------------------------

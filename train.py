@@ -1,0 +1,617 @@
+"""Pretraining, and fit(): the one training loop, which every later stage calls with its own loss.
+
+    python data/prepare.py                                      # once: text -> token shards
+    python train.py config/demo.py                              # a laptop, no flag needed
+    python train.py config/gpt2_small.py                        # one GPU
+    torchrun --nproc_per_node=8 train.py config/gpt2_small.py   # one node with eight
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d \\
+        train.py config/gpt2_small.py                           # two nodes
+    python train.py --init_from=resume --out_dir=out            # go on where a run stopped
+
+Device, precision and torch.compile are found out. The number to expect stands at the head of each
+file in config/; RESULTS.md says what it was measured on. A step is a function of (seed, step): a
+resumed run is the run that never stopped, bit for bit on a CPU.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import kernels
+import tokenizer as tokenizers
+from config import UserError, run, show
+from data import loader
+from model import FAMILIES, ModelConfig, PRESETS, Transformer, preset
+from optim import Optimizer, clip_grad_norm
+
+Batch = dict[str, Tensor]
+Loss = Callable[[Any, Batch], tuple[Tensor, Tensor, dict]]
+
+
+@dataclass
+class Config:
+    # --- data
+    dataset: str = "stdlib"             # a name under data/, or the path of a prepared folder
+    document_mask: bool = False         # keep attention inside a document
+    batch_size: int = 12                # rows of a micro-batch: lower it when memory runs out
+    gradient_accumulation_steps: int = 40   # micro-batches of a step, over all ranks together
+    block_size: int = 1024              # tokens of a row
+    # --- model
+    init_from: str = "scratch"          # scratch, resume, a preset (gpt2, …), or a folder
+    family: str = "gpt2"                # gpt2, llama, qwen3 or arcee: the flags of a scratch model
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = 0                  # key and value heads; 0: n_head
+    n_embd: int = 768
+    head_dim: int = 0                   # 0: n_embd / n_head
+    intermediate_size: int = 0          # width of the MLP; 0: the family's rule
+    bias: bool = False                  # biases in linears and LayerNorms
+    qk_norm: bool | None = None         # None, here and below: the family's choice
+    tie_word_embeddings: bool | None = None
+    rope_theta: float | None = None
+    activation: str | None = None       # gelu, gelu_new, silu, relu, relu2
+    gated: bool | None = None
+    dropout: float = 0.0
+    init_std: float = 0.02
+    checkpointing: bool = False         # recompute blocks in the backward: less memory, 4/3 time
+    # --- optimizer
+    optimizer: str = "adamw"            # adamw, or muon on the hidden matrices
+    learning_rate: float = 6e-4         # of AdamW
+    muon_learning_rate: float = 0.02
+    max_iters: int = 600000
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    grad_clip: float = 1.0              # 0: never clip
+    z_loss: float = 0.0
+    label_smoothing: float = 0.0
+    # --- learning rate
+    decay_lr: bool = True
+    schedule: str = "cosine"            # cosine, linear, constant or wsd (stable, then decay)
+    warmup_iters: int = 2000
+    lr_decay_iters: int = 0             # step at which min_lr is reached; 0: max_iters
+    min_lr: float = -1.0                # -1: a tenth of learning_rate
+    wsd_decay: float = 0.2              # share of the steps that wsd decays over
+    # --- evaluation, logs, checkpoints
+    out_dir: str = "out"
+    eval_interval: int = 2000
+    eval_iters: int = 200               # batches of the fixed validation set
+    eval_only: bool = False
+    log_interval: int = 1
+    always_save_checkpoint: bool = True     # at every evaluation, not only at a better one
+    keep: int = 2                       # checkpoints kept besides the best
+    sample_interval: int = 0            # print a sample every so many steps; 0: never
+    sample_prompt: str = ""
+    wandb_log: bool = False
+    wandb_project: str = "handmade"
+    wandb_run_name: str = "run"
+    tensorboard: bool = False
+    # --- machine
+    device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
+    dtype: str = "auto"                 # auto, float32, bfloat16, float16
+    compile: bool | None = None         # None: on a GPU yes, on a CPU no (see RESULTS.md)
+    backend: str = "auto"               # form of the operations: auto, reference, torch, triton
+    seed: int = 1337
+
+
+# ---------------------------------------------------------------------------- the machine
+
+# Dense bf16 (fp16 where that is all) peak of a device in TFLOP/s, from the makers' data sheets.
+# The first name contained in the device's own name counts; an unknown device has no MFU.
+PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0,
+               "L4": 121.0, "A10G": 70.0, "A6000": 155.0, "RTX 4090": 165.0, "RTX 3090": 71.0,
+               "V100": 125.0, "T4": 65.0, "MI300X": 1307.0, "MI250X": 383.0}
+
+
+@dataclass
+class Machine:
+    """Where this rank runs, and in which precision."""
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """Each value summed over the ranks, in float64: exact for any count of tokens."""
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        t = torch.stack([torch.as_tensor(v, dtype=wide, device=self.device) for v in values])
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t.tolist()
+
+    def rows(self, batch: Batch) -> Batch:
+        """This rank's slice of a global batch, on its device."""
+        B = len(batch["ids"])
+        part = slice(B * self.rank // self.world, B * (self.rank + 1) // self.world)
+        return {k: v[part].to(self.device, non_blocking=True) for k, v in batch.items()}
+
+
+def find_machine(cfg: Config) -> Machine:
+    """Device, precision and rank from the settings and torchrun's environment."""
+    name = cfg.device
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device={cfg.device}: PyTorch sees no GPU here; use --device=cpu")
+    try:
+        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
+    except RuntimeError as e:
+        raise UserError(f"--device={cfg.device} is not a device: auto, cpu, cuda, mps") from e
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if cfg.dtype not in ("auto", *kinds):
+        raise UserError(f"--dtype={cfg.dtype} does not exist: auto, {', '.join(kinds)}")
+    if cfg.dtype != "auto":
+        dtype = kinds[cfg.dtype]
+    elif device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    else:
+        # a CPU without bf16 instructions emulates them, slower than float32
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        dtype = torch.bfloat16 if fast else torch.float32
+    machine = Machine(device, dtype)
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        machine.rank, machine.world = dist.get_rank(), dist.get_world_size()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")      # tf32 for what stays in float32
+    if device.type == "cpu":
+        keep_freed_memory()
+    return machine
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed blocks instead of returning each large tensor to the kernel.
+
+    Without it every activation above 32 MB is fresh pages, zeroed at first touch: GELU on
+    (16384, 1536) takes ten times as long. Elsewhere than on glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
+
+
+def utilisation(flops_per_second: float, device: torch.device) -> float | None:
+    """Share of the device's peak (MFU, PaLM appendix B), or None where the peak is unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
+    return flops_per_second / (peak * 1e12) if peak else None
+
+
+def memory_used(device: torch.device) -> float:
+    """Peak memory of this process in GB: the device's on a GPU, resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# --------------------------------------------------------------------------- the schedule
+
+def lr_scale(cfg: Config, step: int) -> float:
+    """Learning rate of a step as a share of learning_rate; `step` counts from 0.
+
+    Linear warmup, then cosine or linear down to min_lr at lr_decay_iters, constant, or WSD: full
+    rate until the last wsd_decay share of the steps, then linear (Hu 2024, MiniCPM).
+    """
+    if step < cfg.warmup_iters:
+        return (step + 1) / (cfg.warmup_iters + 1)
+    if not cfg.decay_lr or cfg.schedule == "constant":
+        return 1.0
+    floor = 0.1 if cfg.min_lr < 0 else cfg.min_lr / cfg.learning_rate
+    end = cfg.lr_decay_iters or cfg.max_iters
+    start = cfg.warmup_iters
+    if cfg.schedule == "wsd":
+        start = max(start, round(end * (1 - cfg.wsd_decay)))
+    done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
+    share = 0.5 * (1 + math.cos(math.pi * done)) if cfg.schedule == "cosine" else 1 - done
+    return floor + (1 - floor) * share
+
+
+# ----------------------------------------------------------------------------- what it says
+
+class Journal:
+    """Progress on stderr, one JSON object a line in out_dir/log.jsonl, wandb and tensorboard."""
+
+    def __init__(self, cfg: Config, machine: Machine, step: int):
+        self.on, self.live = machine.main, sys.stderr.isatty()
+        self.file = self.wandb = self.board = None
+        if not self.on or cfg.eval_only:
+            return
+        path = Path(cfg.out_dir) / "log.jsonl"
+        # a resumed run writes the steps after its checkpoint anew: forget what came of them
+        lines = path.read_text().splitlines(keepends=True) if step else []
+        path.write_text("".join(x for x in lines if x.endswith("}\n")
+                                and json.loads(x)["step"] <= step))
+        self.file = path.open("a")
+        if cfg.wandb_log:
+            import wandb
+            self.wandb = wandb
+            wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
+        if cfg.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(cfg.out_dir)
+
+    def record(self, **row: Any) -> None:
+        if not self.file:
+            return
+        # NaN is not JSON: a value that is not finite is null
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v
+               for k, v in row.items()}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+        for key, value in row.items() if self.board else ():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(key, value, row["step"])
+
+    def say(self, text: str, passing: bool = False) -> None:
+        """A line on stderr; a passing one is overwritten by the next on a terminal."""
+        if self.on:
+            start = "\r\033[K" if self.live else ""
+            print(start + text, end="" if passing and self.live else "\n", file=sys.stderr,
+                  flush=True)
+
+
+def clock(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+@torch.no_grad()
+def evaluate(model: Transformer, batches: Iterable[Batch], loss: Loss, machine: Machine,
+             token_bytes: Tensor | None = None) -> dict[str, float]:
+    """Mean loss in nats a token over fixed batches, reduced over the ranks: val_loss, val_ppl and,
+    where token_bytes (V,) says how long each token is, val_bpb (bits per byte of text)."""
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64)                # nats, tokens, bytes
+    for batch in batches:
+        part = machine.rows(batch)
+        if not len(part["ids"]):
+            continue                                          # more ranks than rows
+        value, count, _ = loss(model, part)
+        live = part["targets"][part["targets"] >= 0]
+        size = 0 if token_bytes is None else token_bytes[live].sum().item()
+        sums += torch.tensor([value.item(), count.item(), size])
+    model.train()
+    total, weight, size = machine.sum(*sums)
+    mean = total / max(1.0, weight)
+    result = {"val_loss": mean, "val_ppl": math.exp(min(mean, 700.0))}
+    if size:
+        result["val_bpb"] = total / math.log(2) / size
+    return result
+
+
+# ------------------------------------------------------------------------------- the loop
+
+class Stop:
+    """SIGTERM and Ctrl-C ask for a stop at the end of the step; a second Ctrl-C insists."""
+    asked = False
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def ask(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class State:
+    """What a checkpoint remembers besides weights and optimizer."""
+    step: int = 0                   # steps done
+    best: float = math.inf          # lowest val_loss
+    skipped: int = 0                # non-finite steps, in all
+    in_a_row: int = 0               # of them without a good one between: 10 end the run
+    scale: float = 1.0              # loss scale, float16 only
+    steady: int = 0                 # steps since the scale last changed
+    seconds: float = 0.0            # of training so far, over all resumptions
+
+
+def save(cfg: Config, model: Transformer, tokenizer, optimizer: Optimizer, state: State,
+         better: bool) -> None:
+    """A complete checkpoint beside the others, then the note that names it, then the pruning.
+
+    A kill at any moment leaves the previous note and a checkpoint that it names, complete.
+    """
+    out = Path(cfg.out_dir)
+    name = f"step_{state.step:06d}"
+    checkpoint.save_checkpoint(out / name, model, tokenizer, {
+        "optimizer": optimizer.state_dict(), "state": asdict(state), "settings": asdict(cfg)})
+    note = out / "checkpoints.json"
+    names = json.loads(note.read_text()) if note.exists() else {}
+    names.update({"last": name} | ({"best": name} if better else {}))
+    aside = note.with_suffix(".tmp")
+    aside.write_text(json.dumps(names))
+    os.replace(aside, note)
+    old = sorted(p for p in out.glob("step_*") if p.is_dir() and p.name not in names.values())
+    for path in old[:max(0, len(old) - (cfg.keep - 1))]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
+              optimizer: Optimizer, state: State, asked: bool) -> dict[str, Any]:
+    """Forward, backward and update on a global batch: this rank's rows, in micro-batches.
+
+    Returns loss, grad_norm, finite and asked (whether any rank was asked to stop).
+    """
+    # a step's randomness is its own: a resumed run needs no generator state
+    torch.manual_seed((cfg.seed * 1_000_003 + state.step) * machine.world + machine.rank)
+    mine = machine.rows(batch)
+    parts = range(0, len(mine["ids"]), cfg.batch_size)
+    total = weight = torch.zeros((), device=machine.device)
+    for i in parts:
+        micro = {k: v[i:i + cfg.batch_size] for k, v in mine.items()}
+        # gradients travel between ranks once, with the last micro-batch
+        wait = machine.world > 1 and i != parts[-1]
+        with model.no_sync() if wait else contextlib.nullcontext():
+            value, count, metrics = loss(model, micro)
+            (value * state.scale).backward()
+        total, weight = total + value.detach(), weight + count
+    total, weight, asked = machine.sum(total, weight, float(asked))
+    # DDP averages over ranks; the gradient wanted is the sum over ranks / the tokens of all
+    weight = max(1.0, weight)
+    norm = clip_grad_norm(optimizer.gradients(), cfg.grad_clip,
+                          machine.world / (weight * state.scale)).item()
+    finite = math.isfinite(norm) and math.isfinite(total)
+    if finite:
+        optimizer.step(lr_scale(cfg, state.step))
+    optimizer.zero_grad()
+    state.step, state.skipped = state.step + 1, state.skipped + (not finite)
+    state.in_a_row = 0 if finite else state.in_a_row + 1
+    if machine.dtype == torch.float16:                   # dynamic loss scaling (Micikevicius 2018)
+        state.steady = state.steady + 1 if finite else 0
+        if not finite or state.steady == 2000:
+            state.scale, state.steady = state.scale * (2.0 if finite else 0.5), 0
+    if state.in_a_row == 10:
+        raise UserError(f"step {state.step}: 10 steps in a row gave a loss or gradient that is "
+                        "not finite; lower --learning_rate or try --dtype=float32 (the last "
+                        f"checkpoint in {cfg.out_dir} is untouched)")
+    return {"loss": total / weight, **metrics, "grad_norm": norm, "finite": finite,
+            "asked": asked > 0}
+
+
+def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: Loss,
+        machine: Machine, *, eval_batches: Iterable[Batch] = (), tokenizer=None,
+        on_sample: Callable[[], str] | None = None) -> State:
+    """Train `model` until cfg.max_iters; the whole loop of every stage.
+
+    batches(step) is the global batch of a step, a dict of tensors with rows first; each rank takes
+    its slice and walks it in micro-batches of cfg.batch_size rows. loss(model, batch) returns
+    (sum, weight, metrics): the gradient of a step is that of sum / weight over the whole global
+    batch, so that accumulation and ranks never change the maths. Saves to cfg.out_dir.
+    """
+    optimizer = Optimizer(model.named_parameters(), cfg.optimizer, cfg.learning_rate, cfg.beta1,
+                          cfg.beta2, weight_decay=cfg.weight_decay,
+                          muon_learning_rate=cfg.muon_learning_rate)
+    state = State(scale=65536.0 if machine.dtype == torch.float16 else 1.0)
+    if cfg.init_from == "resume":
+        saved = checkpoint.load_trainer(checkpoint.resolve(cfg.out_dir, "last"))
+        optimizer.load_state_dict(saved["optimizer"])
+        state = State(**saved["state"])
+    model.compute_dtype, model.checkpointing = machine.dtype, cfg.checkpointing
+    compiled = cfg.compile or (cfg.compile is None and machine.device.type == "cuda")
+    fast = torch.compile(model) if compiled else model
+    ranks = DistributedDataParallel(fast, gradient_as_bucket_view=True) if (
+        machine.world > 1) else fast
+    token_bytes = None if tokenizer is None else torch.as_tensor(tokenizer.byte_lengths(),
+                                                                 device=machine.device)
+    journal = Journal(cfg, machine, state.step)
+    if cfg.eval_only:
+        result = evaluate(fast, eval_batches, loss, machine, token_bytes)
+        if machine.main:
+            print(" ".join(f"{k} {v:.4f}" for k, v in result.items()))
+        return state
+    if state.step >= cfg.max_iters:
+        journal.say(f"{cfg.out_dir} is already at step {state.step}: raise --max_iters to go on")
+    model.train()
+    timed, tokens = 0.0, 0                              # since the last line of the log
+    with Stop() as stop:
+        while state.step < cfg.max_iters:
+            began, scale = time.perf_counter(), lr_scale(cfg, state.step)
+            batch = batches(state.step)
+            done = take_step(cfg, ranks, batch, loss, machine, optimizer, state, stop.asked)
+            finite, leaving = done.pop("finite"), done.pop("asked")
+            timed, tokens = timed + time.perf_counter() - began, tokens + batch["ids"].numel()
+            state.seconds += time.perf_counter() - began
+            # ------ say how it goes
+            final = state.step >= cfg.max_iters
+            if state.step % cfg.log_interval == 0 or final or not finite:
+                rate = tokens / timed
+                mfu = utilisation(rate / machine.world * model.flops_per_token(cfg.block_size),
+                                  machine.device)
+                journal.record(step=state.step, **done, lr=scale * cfg.learning_rate,
+                               tokens_per_second=rate, mfu=mfu, seconds=state.seconds,
+                               memory=memory_used(machine.device), skipped=state.skipped)
+                left = (cfg.max_iters - state.step) * batch["ids"].numel() / rate
+                share = "n/a" if mfu is None else f"{mfu:.1%}"
+                odd = f" | {state.skipped} skipped" if state.skipped else ""
+                journal.say(
+                    f"step {state.step}/{cfg.max_iters} | loss {done['loss']:.4f} | lr "
+                    f"{scale * cfg.learning_rate:.2e} | norm {done['grad_norm']:.2f} | {rate:,.0f} "
+                    f"tok/s | mfu {share}{odd} | {clock(left)} left", passing=not final)
+                timed, tokens = 0.0, 0
+            # ------ evaluate and save
+            due, better = state.step % cfg.eval_interval == 0 or final, False
+            if due and not leaving and eval_batches:
+                result = evaluate(fast, eval_batches, loss, machine, token_bytes)
+                better, state.best = result["val_loss"] < state.best, min(result["val_loss"],
+                                                                          state.best)
+                journal.record(step=state.step, seconds=state.seconds, **result)
+                journal.say(f"step {state.step}: " + " | ".join(
+                    f"{k} {v:.4f}" for k, v in result.items()))
+            if machine.main and (leaving or final or
+                                 due and (better or cfg.always_save_checkpoint)):
+                save(cfg, model, tokenizer, optimizer, state, better)
+            if on_sample and cfg.sample_interval and state.step % cfg.sample_interval == 0:
+                model.eval()
+                journal.say(f"--- sample at step {state.step}\n{on_sample()}\n---")
+                model.train()
+            if leaving:
+                journal.say(f"stopped after step {state.step} and saved to {cfg.out_dir}; go on "
+                            f"with: python train.py --init_from=resume --out_dir={cfg.out_dir}")
+                break
+    if machine.world > 1:
+        dist.barrier()
+    return state
+
+
+# ------------------------------------------------------------------------------ pretraining
+
+def next_token_loss(cfg: Config) -> Loss:
+    """The loss of pretraining: cross entropy of each next token, summed, with its token count."""
+    def loss(model, batch: Batch) -> tuple[Tensor, Tensor, dict]:
+        targets, learn = batch["targets"], torch.is_grad_enabled()
+        options = dict(z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing) if learn else {}
+        total = model(batch["ids"], doc=batch.get("doc"), head=lambda hidden, weight:
+                      kernels.linear_cross_entropy(hidden, weight, targets, **options))
+        return total, (targets >= 0).sum(), {}
+    return loss
+
+
+def build_model(cfg: Config, vocab_size: int, machine: Machine) -> Transformer:
+    """The model of cfg.init_from, in float32 on the machine's device."""
+    torch.manual_seed(cfg.seed)
+    if cfg.init_from == "scratch" or cfg.init_from in PRESETS:
+        shape = {k: getattr(cfg, k) for k in
+                 ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size")}
+        flags = {k: getattr(cfg, k) for k in ("qk_norm", "tie_word_embeddings", "rope_theta",
+                                              "activation", "gated") if getattr(cfg, k) is not None}
+        common = {"block_size": cfg.block_size, "dropout": cfg.dropout, "init_std": cfg.init_std}
+        if cfg.init_from == "scratch":
+            if cfg.family not in FAMILIES:
+                raise UserError(f"family={cfg.family!r} does not exist: choose one of "
+                                f"{', '.join(FAMILIES)}")
+            biases = {k: cfg.bias for k in ("qkv_bias", "o_bias", "mlp_bias")}
+            biases["norm_bias"] = cfg.bias and cfg.family == "gpt2"      # RMSNorm has none
+            activation = {"activation": "gelu"} if cfg.family == "gpt2" else {}
+            config = ModelConfig(**{**FAMILIES[cfg.family], **activation, **biases, **shape,
+                                    **flags, **common, "vocab_size": vocab_size})
+        else:
+            given = {k: v for k, v in shape.items() if k in getattr(cfg, "given", ())}
+            config = preset(cfg.init_from, **given, **flags, **common)
+            if vocab_size > config.vocab_size:
+                raise UserError(f"the data's vocabulary of {vocab_size} is larger than "
+                                f"{cfg.init_from}'s {config.vocab_size}: use init_from=scratch")
+        return Transformer(config).to(machine.device)
+    source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
+    which = "last" if cfg.init_from == "resume" else "best"
+    model = checkpoint.load_model(checkpoint.resolve(source, which), machine.device, "float32")
+    if vocab_size > model.config.vocab_size:
+        raise UserError(f"dataset {cfg.dataset} has ids up to {vocab_size - 1}, the model of "
+                        f"{source} knows {model.config.vocab_size}: prepare the data with "
+                        f"--tokenizer={source}")
+    if cfg.block_size > model.config.block_size and model.config.position == "learned":
+        raise UserError(f"block_size {cfg.block_size} is beyond the {model.config.block_size} "
+                        f"learned positions of {source}: use at most that")
+    model.config.dropout = cfg.dropout
+    return model
+
+
+def inherit(cfg: Config) -> Config:
+    """On resume every setting that the command line leaves open is the saved run's."""
+    path = checkpoint.resolve(cfg.out_dir, "last")
+    saved = checkpoint.load_trainer(path)["settings"]
+    given = getattr(cfg, "given", frozenset())
+    own = {"init_from", "out_dir", "device", "eval_only"} | given
+    merged = replace(cfg, **{k: v for k, v in saved.items() if k in asdict(cfg) and k not in own})
+    merged.given = given
+    return merged
+
+
+def prepare_out_dir(cfg: Config) -> None:
+    """Make out_dir; a finished or broken-off run in it is moved aside, never overwritten."""
+    out = Path(cfg.out_dir)
+    if cfg.init_from != "resume" and (out / "checkpoints.json").exists():
+        n = next(n for n in range(1, 10 ** 6) if not Path(f"{out}.old{n}").exists())
+        out.rename(f"{out}.old{n}")
+        print(f"{out} held an earlier run: moved to {out}.old{n}", file=sys.stderr)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"cannot write to out_dir {out}: {e.strerror}; choose another with "
+                        "--out_dir") from e
+
+
+def main(cfg: Config) -> State:
+    kernels.use(cfg.backend)
+    if cfg.init_from == "resume":
+        cfg = inherit(cfg)
+    if cfg.schedule not in ("cosine", "linear", "constant", "wsd"):
+        raise UserError(f"schedule={cfg.schedule!r} does not exist: cosine, linear, constant, wsd")
+    for name in ("batch_size", "gradient_accumulation_steps", "block_size", "max_iters",
+                 "eval_interval", "log_interval", "n_layer", "n_head", "n_embd", "keep"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name} is {getattr(cfg, name)}: it must be at least 1")
+    machine = find_machine(cfg)
+    dataset = loader.Dataset(loader.find(cfg.dataset))
+    tokenizer = tokenizers.load(loader.find(cfg.dataset))
+    rows = cfg.batch_size * cfg.gradient_accumulation_steps
+    if rows < machine.world:
+        raise UserError(f"a step has {rows} rows for {machine.world} ranks: raise batch_size or "
+                        f"gradient_accumulation_steps to give each at least one")
+    batches = loader.Batches(dataset.tokens("train"), rows, cfg.block_size, seed=cfg.seed,
+                             eot=dataset.eot, documents=cfg.document_mask)
+    held_out = loader.eval_batches(dataset.tokens("val"), cfg.batch_size, cfg.block_size,
+                                   cfg.eval_iters, eot=dataset.eot, documents=cfg.document_mask)
+    model = build_model(cfg, dataset.vocab_size, machine)
+    if machine.main and not cfg.eval_only:
+        prepare_out_dir(cfg)
+    if machine.main:
+        print(show(cfg), file=sys.stderr)
+        cost = model.flops_per_token(cfg.block_size) * rows * cfg.block_size
+        print(f"{model.parameter_count():,} parameters | {rows * cfg.block_size:,} tokens and "
+              f"{cost / 1e9:,.0f} GFLOPs a step | {machine.device} x {machine.world}, "
+              f"{str(machine.dtype).split('.')[-1]}", file=sys.stderr)
+
+    def on_sample() -> str:
+        import sample               # a stage: known to the loop only where one is asked for
+        return sample.complete(model, tokenizer, cfg.sample_prompt, max_new_tokens=100)
+
+    try:
+        return fit(cfg, model, batches, next_token_loss(cfg), machine, eval_batches=held_out,
+                   tokenizer=tokenizer, on_sample=on_sample)
+    finally:
+        if machine.world > 1:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main, Config)
