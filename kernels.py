@@ -33,7 +33,6 @@ BACKENDS = ("auto", "reference", "torch", "triton")
 _backend = "auto"
 OPERATIONS: dict[str, Callable] = {}
 
-
 def use(backend: str) -> str:
     """Choose the form of every operation from here on; returns the previous choice.
 
@@ -45,9 +44,8 @@ def use(backend: str) -> str:
         raise UserError(f"--backend={backend} does not exist: choose {', '.join(BACKENDS)}")
     if backend == "triton" and not any("triton" in op.forms for op in OPERATIONS.values()):
         raise UserError("--backend=triton: no operation has a Triton kernel yet; use auto")
-    previous, _backend = _backend, backend
-    return previous
-
+    backend, _backend = _backend, backend
+    return backend
 
 def operation(reference: Callable) -> Callable:
     """Make the reference implementation an operation; `.torch` and `.triton` add faster forms."""
@@ -62,22 +60,15 @@ def operation(reference: Callable) -> Callable:
         form = forms.get(name) or forms.get("torch") or reference
         return form(first, *args, **kwargs)
 
-    def adder(name: str) -> Callable:
-        def add(form: Callable) -> Callable:
-            forms[name] = form
-            return form
-        return add
-
     call.forms, call.reference = forms, reference
-    call.torch, call.triton = adder("torch"), adder("triton")
+    call.torch = lambda form: forms.setdefault("torch", form)
+    call.triton = lambda form: forms.setdefault("triton", form)
     OPERATIONS[reference.__name__] = call
     return call
 
-
 def by_hand(x: Tensor) -> bool:
-    """True where the hand-counted CPU forms below apply: a compiler would rather fuse by itself."""
+    """True where the hand-counted CPU forms below apply: a compiler fuses better by itself."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
 
 def widen(x: Tensor) -> Tensor:
     """Half types as float32, for sums and statistics; float32 and float64 as they are."""
@@ -96,7 +87,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 linear.torch(lambda x, weight, bias=None: F.linear(
     x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
-
 
 @operation
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
@@ -118,7 +108,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 0.0) 
     return (normed * (offset + weight.to(wide.dtype))).to(x.dtype)
 
 class RMSNormCPU(Function):
-    """Eight passes over x in all; autograd through the formula takes about twenty."""
+    """Few passes over x: autograd through the formula walks memory about twice as often."""
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
@@ -141,12 +131,10 @@ class RMSNormCPU(Function):
 
 @rms_norm.torch
 def _(x, weight, eps=1e-6, offset=0.0):
-    # the hand-counted form pays in half precision; in float32 its statistics would equal F's
     if by_hand(x) and x.dtype != torch.float64:
         return RMSNormCPU.apply(x, weight, eps, offset)
     weight = (weight + offset if offset else weight).to(x.dtype)
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
-
 
 @operation
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None,
@@ -227,40 +215,25 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
     return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
 
-
 @operation
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x), also called swish."""
     return x / (1 + torch.exp(-x))
-
 
 @operation
 def relu(x: Tensor) -> Tensor:
     """max(x, 0)."""
     return x * (x > 0)
 
-
 @operation
 def relu2(x: Tensor) -> Tensor:
     """max(x, 0)^2 (Primer, So 2021)."""
     return relu.reference(x) ** 2
 
-class ReLU2CPU(Function):
-    """d/dx = 2 max(x, 0): the saved relu is all that the backward needs, twice."""
-    @staticmethod
-    def forward(ctx, x):
-        positive = torch.relu(x)
-        ctx.save_for_backward(positive)
-        return positive * positive
-
-    @staticmethod
-    def backward(ctx, grad):
-        return (grad * ctx.saved_tensors[0]).mul_(2)
-
 gelu.torch(lambda x, approximate="none": F.gelu(x, approximate=approximate))
 silu.torch(F.silu)
 relu.torch(F.relu)
-relu2.torch(lambda x: ReLU2CPU.apply(x) if by_hand(x) else F.relu(x).square())
+relu2.torch(lambda x: F.relu(x).square())
 
 # Hugging Face's names for the activations a config.json may ask for
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -269,23 +242,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu, "relu": relu, "relu2": relu2,
 }
 
-
 @operation
 def glu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """act(gate) * up: SwiGLU with silu, GeGLU with gelu (Shazeer 2020). Shapes (..., N)."""
     return ACTIVATIONS[activation](gate) * up
-
 
 @operation
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero a share p of the elements at random and scale the others to keep the mean."""
     return x * keep_mask(x.shape, p, x.device).to(x.dtype) / (1 - quantised(p))
 
-
 def quantised(p: float) -> float:
     """The drop rate on a CPU is p rounded to a 256th: eight decisions from one 64-bit draw."""
     return round(p * 256) / 256
-
 
 def keep_mask(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     """Boolean mask of the given shape, True with probability 1 - quantised(p).
@@ -299,7 +268,6 @@ def keep_mask(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     return (draws.view(torch.uint8)[:count] >= round(p * 256)).view(shape)
 
 dropout.torch(lambda x, p: dropout.reference(x, p) if by_hand(x) else F.dropout(x, p))
-
 
 @operation
 def softmax(x: Tensor) -> Tensor:
@@ -325,7 +293,6 @@ def attention_mask(rows: Tensor, keys: Tensor, window: int = 0,
     if doc_q is not None:
         seen = seen & (doc_q.unsqueeze(-1) == doc_k.unsqueeze(-2))          # (B, T, S)
     return seen
-
 
 @operation
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int = 0,
@@ -428,19 +395,17 @@ class AttentionCPU(Function):
 @attention.torch
 def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
     B, H, T, D = q.shape
-    S, groups = k.shape[2], H // k.shape[1]
-    scale = D ** -0.5 if scale is None else scale
+    S, groups, scale = k.shape[2], H // k.shape[1], D ** -0.5 if scale is None else scale
     if by_hand(q) and positions is None and T == S and T > 1:
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         flat = [x.reshape(B * H, T, D) for x in (q, k, v)]
         return AttentionCPU.apply(*flat, scale, window, softcap, doc, dropout_p).view(B, H, T, D)
-    if softcap:
+    if softcap:                                             # SDPA has none
         return attention.reference(q, k, v, scale=scale, window=window, softcap=softcap, doc=doc,
                                    positions=positions, dropout_p=dropout_p)
-    plain = positions is None and not window and doc is None
     mask = None
-    if not plain or T not in (1, S):
+    if positions is not None or window or doc is not None or T not in (1, S):
         rows = torch.arange(S - T, S, device=q.device) if positions is None else positions
         mask = attention_mask(rows, torch.arange(S, device=q.device), window,
                               None if doc is None else doc[:, -T:], doc)
@@ -467,7 +432,6 @@ def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, softcap: floa
     loss = loss + z_loss * lse * lse
     return torch.where(live, loss, 0.0), z, lse, live
 
-
 @operation
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100,
                   softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0,
@@ -477,8 +441,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100,
     logits (..., V), targets (...) int64; rows whose target is ignore_index count 0. z_loss is
     PaLM's penalty on the normaliser, label_smoothing is Szegedy's (2016). Returns float32.
     """
-    wide = widen(logits)
-    loss = row_losses(wide, targets, ignore_index, softcap, z_loss, label_smoothing)[0]
+    loss = row_losses(widen(logits), targets, ignore_index, softcap, z_loss, label_smoothing)[0]
     return loss.sum() if reduction == "sum" else loss
 
 @cross_entropy.torch
@@ -492,7 +455,6 @@ def _(logits, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_smoo
     if z_loss:
         loss = loss + z_loss * torch.logsumexp(flat, -1) ** 2 * (where != ignore_index)
     return loss.sum() if reduction == "sum" else loss.view(targets.shape)
-
 
 @operation
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100,
@@ -555,7 +517,6 @@ class ChunkedLoss(Function):
 def _(x, weight, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
       reduction="sum"):
     flat, right = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-
     def rule(logits, part, learn):
         loss, z, lse, live = row_losses(logits, right[part], ignore_index, softcap, z_loss,
                                         label_smoothing)
@@ -572,7 +533,6 @@ def _(x, weight, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_s
 
     loss = ChunkedLoss.apply(flat, weight, rule, reduction)
     return loss if reduction == "sum" else loss.view(targets.shape)
-
 
 @operation
 def linear_kl(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, *,
@@ -596,7 +556,6 @@ def _(x, weight, teacher_x, teacher_weight, *, temperature=1.0, live=None):
     flat, known = x.reshape(-1, x.shape[-1]), teacher_x.reshape(-1, teacher_x.shape[-1]).detach()
     output = teacher_weight[:weight.shape[0]].detach().to(known.dtype)
     counts = None if live is None else live.reshape(-1, 1)
-
     def rule(logits, part, learn):
         student = torch.log_softmax(logits / temperature, -1)
         teacher = torch.log_softmax(widen(known[part] @ output.T) / temperature, -1)

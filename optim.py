@@ -20,7 +20,6 @@ from torch.nn import Parameter
 from config import UserError
 from kernels import operation
 
-
 @operation
 def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], m: Sequence[Tensor],
           v: Sequence[Tensor], *, step: int, lr: float, beta1: float, beta2: float, eps: float,
@@ -45,10 +44,8 @@ def _(params, grads, m, v, *, step, lr, beta1, beta2, eps, weight_decay):
                         lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
                         amsgrad=False, maximize=False)
 
-
 # Coefficients of the quintic whose repetition pushes singular values towards 1 (Jordan 2024)
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
     """Roughly the nearest orthogonal matrix: U V^T of g = U S V^T; g (..., rows, cols).
@@ -64,7 +61,6 @@ def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
         A = x @ x.mT
         x = a * x + (b * A + c * (A @ A)) @ x
     return x.mT if tall else x
-
 
 @operation
 def muon(params: Sequence[Tensor], grads: Sequence[Tensor], momentum: Sequence[Tensor], *,
@@ -94,7 +90,6 @@ def _(params, grads, momentum, *, lr, beta, weight_decay, steps=5):
         torch._foreach_mul_(group, 1 - lr * weight_decay)
         torch._foreach_add_(group, updates, alpha=-lr * math.sqrt(max(1.0, rows / cols)))
 
-
 @operation
 def clip_grad_norm(grads: Sequence[Tensor], max_norm: float, scale: Tensor | float = 1.0) -> Tensor:
     """Multiply all gradients by scale, then by max_norm / norm where their norm exceeds it.
@@ -115,7 +110,6 @@ def _(grads, max_norm, scale=1.0):
     limit = (max_norm / (norm + 1e-6)).clamp(max=1.0) * scale if max_norm else scale
     torch._foreach_mul_(grads, limit)
     return norm
-
 
 class Optimizer:
     """AdamW on everything, or Muon on the hidden matrices and AdamW on the rest.

