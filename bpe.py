@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from itertools import chain
 from typing import Iterable, Iterator
@@ -241,26 +242,32 @@ def count_chunks(texts: Iterable[str], pattern: str, workers: int | None = None)
         yield batch
 
     source = batches()
-    first = [b for _, b in zip(range(2), source)]
+    head = [b for _, b in zip(range(2), source)]
+    little, source = len(head) < 2, chain(head, source)
+    del head                                    # the chain lets go of it, batch by batch
     counts: Counter[str] = Counter()
     # Workers are forked, never spawned: a spawned one imports the user's script again, and a
     # script without a __main__ guard would start workers of its own, without end.
     can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
     workers = (os.cpu_count() or 1) if workers is None else workers
-    if len(first) < 2 or workers < 2 or not can_fork:
-        for batch in chain(first, source):
+    if little or workers < 2 or not can_fork:
+        for batch in source:
             counts.update(count_batch(pattern, batch))
         return counts
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        running = set()
-        for batch in chain(first, source):
-            running.add(pool.submit(count_batch, pattern, batch))
-            if len(running) > 2 * workers:          # read no faster than the workers count
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for job in done:
-                    counts.update(job.result())
-        for job in running:
-            counts.update(job.result())
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+            running = set()
+            for batch in source:
+                running.add(pool.submit(count_batch, pattern, batch))
+                if len(running) > 2 * workers:          # read no faster than the workers count
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    for job in done:
+                        counts.update(job.result())
+            for job in running:
+                counts.update(job.result())
+    except BrokenProcessPool:
+        raise UserError("a process that splits text was killed, for want of memory as a rule: use "
+                        "fewer with --workers=1") from None
     return counts
 
 

@@ -23,7 +23,6 @@ import json
 import math
 import mmap
 import os
-import pickle
 import re
 import shutil
 import struct
@@ -53,12 +52,10 @@ ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16"
               "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 # Buffers that older versions of transformers saved with the weights and nobody reads
 IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
-
-
-# The files of a checkpoint, ours and those that transformers saves beside them
-OURS = re.compile(r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab"
-                  r"|settings)\.json|model.*\.(safetensors|json)|trainer\.pt|merges\.txt"
-                  r"|chat_template\.\w+|vocab\.bpe|README\.md|LICENSE.*|\.gitattributes")
+# The files that saving replaces or, where the new model has none, removes
+OURS = re.compile(r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)"
+                  r"\.json|(pytorch_)?model.*\.(safetensors|bin|json)|trainer\.pt|merges\.txt"
+                  r"|chat_template\.\w+|vocab\.bpe")
 
 
 class Stored(NamedTuple):
@@ -326,9 +323,12 @@ def replace_directory(path: Path, fill: Callable[[Path], None]) -> Path:
         for leftover in (new, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        refuse_other_work(path)
+        kept = other_files(path)
         new.mkdir()
         fill(new)
+        for file in kept:                               # a README beside the weights, say
+            if not (new / file.name).exists():
+                shutil.copy2(file, new)
         for file in new.iterdir():
             sync(file)
         sync(new)
@@ -341,26 +341,28 @@ def replace_directory(path: Path, fill: Callable[[Path], None]) -> Path:
         shutil.rmtree(new, ignore_errors=True)          # gives a full disk its space back
         if old.is_dir() and not path.exists():
             os.rename(old, path)
-        # torch.save reports a failed write as a RuntimeError of its own
-        failed = isinstance(e, OSError) or "PytorchStreamWriter" in str(e)
-        if failed and not isinstance(e, UserError):
-            why = getattr(e, "strerror", None) or "writing failed: is the disk full?"
-            raise UserError(f"cannot save {path}: {why}; free some space or choose another "
-                            "folder (what was saved before is untouched)") from e
+        # torch.save answers a failed write with a RuntimeError of its own, raised over the cause
+        cause = e.__context__ if isinstance(e, RuntimeError) else e
+        if isinstance(cause, OSError):
+            raise UserError(f"cannot save {path}: {cause.strerror}; free some space or choose "
+                            "another folder (what was saved before is untouched)") from e
         raise
     return path
 
 
-def refuse_other_work(path: Path) -> None:
-    """UserError unless `path` is free, empty, or a checkpoint: what is replaced is deleted."""
+def other_files(path: Path) -> list[Path]:
+    """Files of an existing checkpoint that saving does not write: they are kept.
+
+    UserError if it is no checkpoint, or has folders: replacing it would delete other work.
+    """
     if not path.exists():
-        return
+        return []
     entries = list(path.iterdir()) if path.is_dir() else [path]
-    other = [entry.name for entry in entries if not OURS.fullmatch(entry.name) or entry.is_dir()]
-    if other or entries and not (path / "config.json").is_file():
-        what = f"holds {other[0]}, which is no part of" if other else "is not"
-        raise UserError(f"{path} {what} a checkpoint, and saving would replace all of it: "
-                        "choose another folder")
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    if folders or entries and not (path / "config.json").is_file():
+        what = f"holds the folder {folders[0]}" if folders else "is not a checkpoint"
+        raise UserError(f"{path} {what}, and saving would replace all of it: choose another folder")
+    return [entry for entry in entries if not OURS.fullmatch(entry.name)]
 
 # ------------------------------------------------------------------------------- loading
 
@@ -427,9 +429,10 @@ def load_trainer(path: str | Path, which: str = "last") -> dict[str, Any]:
     try:
         # weights_only: tensors and plain values; a pickle that would run code is refused
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as e:
-        raise UserError(f"{file} is damaged or not a trainer's state "
-                        f"({str(e).splitlines()[0]}): resume from another checkpoint") from e
+    except Exception as e:                  # whatever a damaged pickle may raise; torch's text
+        # would advise to switch the protection off, so only the kind of error is told
+        raise UserError(f"{file} is damaged or not a trainer's state ({type(e).__name__}): "
+                        "resume from another checkpoint") from e
     if not isinstance(state, dict):
         raise UserError(f"{file} is not a trainer's state: resume from another checkpoint")
     return state

@@ -117,7 +117,8 @@ ROWS = (
     replace(LLAMA_ROW, model_type="mistral", architecture="MistralForCausalLM",
             fixed=dict(LLAMA_ROW.fixed, qkv_bias=False, o_bias=False, mlp_bias=False),
             fields=without(LLAMA_ROW.fields, "qkv_bias", "o_bias", "mlp_bias"),
-            defaults=dict(LLAMA_ROW.defaults, max_position_embeddings=131072, num_key_value_heads=8),
+            defaults=dict(LLAMA_ROW.defaults, max_position_embeddings=131072,
+                          num_key_value_heads=8),
             only=dict(LLAMA_ROW.only, sliding_window=())),
 )
 FAMILIES = {row.model_type: row for row in ROWS}

@@ -28,7 +28,6 @@ from torch.autograd import Function
 from config import UserError
 
 # ------------------------------------------------------------------------------ dispatch
-
 BACKENDS = ("auto", "reference", "torch", "triton")
 _backend = "auto"
 OPERATIONS: dict[str, Callable] = {}
@@ -53,11 +52,9 @@ def operation(reference: Callable) -> Callable:
 
     @functools.wraps(reference)
     def call(first, *args, **kwargs):
-        name = _backend
-        if name == "auto":
-            lead = first[0] if isinstance(first, (list, tuple)) and first else first
-            name = "triton" if isinstance(lead, Tensor) and lead.is_cuda else "torch"
-        form = forms.get(name) or forms.get("torch") or reference
+        lead = first[0] if isinstance(first, (list, tuple)) and first else first
+        best = "triton" if isinstance(lead, Tensor) and lead.is_cuda else "torch"
+        form = forms.get(best if _backend == "auto" else _backend) or forms.get("torch", reference)
         return form(first, *args, **kwargs)
 
     call.forms, call.reference = forms, reference
@@ -75,7 +72,6 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 # ------------------------------------------------------------------ linear and embedding
-
 @operation
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + b; x (..., K), weight (N, K) -> (..., N), in the type of x.
@@ -96,7 +92,6 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 embedding.torch(F.embedding)
 
 # ------------------------------------------------------------------------- normalisation
-
 @operation
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * (offset + w), over the last dimension (Zhang 2019).
@@ -116,18 +111,17 @@ class RMSNormCPU(Function):
         scale = (weight + offset).to(x.dtype)
         normed = x * rstd
         ctx.save_for_backward(normed, rstd, scale)
-        ctx.weight_dtype = weight.dtype
         return normed * scale
 
     @staticmethod
     def backward(ctx, grad):
         # dx = rstd * (dn - n * mean(dn * n)) with n = x * rstd and dn = dy * w
         normed, rstd, scale = ctx.saved_tensors
-        dweight = (grad * normed).flatten(0, -2).sum(0, dtype=torch.float32)
+        dweight = (grad * normed).reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
         dn = grad * scale
         mean = torch.linalg.vecdot(dn, normed).unsqueeze(-1).div_(-normed.shape[-1])
         dx = torch.addcmul(dn, normed, mean).mul_(rstd)
-        return dx, dweight.to(ctx.weight_dtype), None, None
+        return dx, dweight, None, None         # autograd casts each to its input's type
 
 @rms_norm.torch
 def _(x, weight, eps=1e-6, offset=0.0):
@@ -146,16 +140,36 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None,
     y = normed * weight.to(wide.dtype)
     return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
 
+class LayerNormCPU(Function):
+    """PyTorch's own but for the gradients of w and b, which its CPU kernel adds up in the type
+    of x: over thousands of rows of bfloat16 they lose several percent. sum() does not."""
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        # float32 weights keep mean and rstd in float32; zeros: without a bias torch is slow
+        w = widen(weight)
+        b = torch.zeros_like(w) if bias is None else widen(bias)
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], w, b, eps)
+        ctx.save_for_backward(x, w, b, mean, rstd)
+        ctx.biased = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w, b, mean, rstd = ctx.saved_tensors
+        dx = torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean, rstd, w, b, [True, False, False])[0]
+        rows = grad.reshape(-1, x.shape[-1])
+        normed = ((x - mean.to(x.dtype)) * rstd.to(x.dtype)).reshape(rows.shape)
+        return dx, (rows * normed).sum(0), rows.sum(0) if ctx.biased else None, None
+
 @layer_norm.torch
 def _(x, weight, bias=None, eps=1e-5):
-    # subtle: on a CPU the backward without a bias falls to a path eight times slower
-    if bias is None and by_hand(x):
-        bias = torch.zeros_like(weight)
+    if by_hand(x) and x.dtype != torch.float64:
+        return LayerNormCPU.apply(x, weight, bias, eps)
     bias = None if bias is None else bias.to(x.dtype)
     return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias, eps)
 
 # ------------------------------------------------------------------------------- position
-
 @operation
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotary position embedding (Su 2021): rotate pairs of features by position times frequency.
@@ -179,12 +193,7 @@ class RopeCPU(Function):
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved = interleaved
-        return RopeCPU.rotate(x, cos, sin, interleaved)
-
-    @staticmethod
-    def rotate(x, cos, sin, interleaved):
-        half = cos.shape[-1]
+        ctx.interleaved, half = interleaved, cos.shape[-1]
         cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
         first, second = ((slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved
                          else (slice(0, half), slice(half, 2 * half)))
@@ -198,16 +207,14 @@ class RopeCPU(Function):
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return RopeCPU.rotate(grad, cos, -sin, ctx.interleaved), None, None, None
+        return RopeCPU.apply(grad, cos, -sin, ctx.interleaved), None, None, None
 
 @rope.torch
 def _(x, cos, sin, interleaved=False):
-    if by_hand(x):
-        return RopeCPU.apply(x, cos, sin, interleaved)
-    return rope.reference(x, cos, sin, interleaved)         # torch.compile fuses it in one pass
+    # a compiler fuses the formula into one pass by itself
+    return (RopeCPU.apply if by_hand(x) else rope.reference)(x, cos, sin, interleaved)
 
 # ---------------------------------------------------------------------------- activations
-
 @operation
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x) (Hendrycks 2016); approximate="tanh" is GPT-2's own formula."""
@@ -218,7 +225,7 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
 @operation
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x), also called swish."""
-    return x / (1 + torch.exp(-x))
+    return x * torch.sigmoid(x)
 
 @operation
 def relu(x: Tensor) -> Tensor:
@@ -279,20 +286,21 @@ def softmax(x: Tensor) -> Tensor:
 softmax.torch(lambda x: torch.softmax(x, -1))    # half types are summed in float32 inside
 
 # ------------------------------------------------------------------------------ attention
+def near(rows: Tensor, keys: Tensor, window: int = 0) -> Tensor:
+    """True where a query at position rows (..., T) may look at keys (S,): not ahead, and not
+    `window` or more back. (..., T, S)."""
+    distance = rows.unsqueeze(-1) - keys
+    return (distance >= 0) & (distance < window) if window else distance >= 0
 
-def attention_mask(rows: Tensor, keys: Tensor, window: int = 0,
-                   doc_q: Tensor | None = None, doc_k: Tensor | None = None) -> Tensor:
-    """True where a query may look: not ahead, not `window` or more back, in its own document.
-
-    rows (..., T) and keys (S,) are positions; doc_q (B, T) and doc_k (B, S) document numbers.
-    """
-    distance = rows.unsqueeze(-1) - keys                                    # (..., T, S)
-    seen = distance >= 0
-    if window:
-        seen = seen & (distance < window)
-    if doc_q is not None:
-        seen = seen & (doc_q.unsqueeze(-1) == doc_k.unsqueeze(-2))          # (B, T, S)
-    return seen
+def attention_mask(q: Tensor, k: Tensor, window: int, doc: Tensor | None,
+                   positions: Tensor | None) -> Tensor:
+    """What each query may see, (T, S) or (B, 1, T, S); the arguments are those of attention."""
+    T, S = q.shape[2], k.shape[2]
+    rows = torch.arange(S - T, S, device=q.device) if positions is None else positions
+    seen = near(rows, torch.arange(S, device=q.device), window)
+    if doc is not None:
+        seen = seen & (doc[:, -T:].unsqueeze(-1) == doc.unsqueeze(-2))
+    return seen if seen.ndim == 2 else seen.unsqueeze(1)
 
 @operation
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int = 0,
@@ -305,16 +313,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, wi
     window W: key j is seen by query i if i - j < W (0: all). softcap c: c tanh(score / c).
     doc (B, S) document numbers: attention stays inside one. scale defaults to 1/sqrt(D).
     """
-    B, H, T, D = q.shape
-    S, groups = k.shape[2], H // k.shape[1]
+    groups, D = q.shape[1] // k.shape[1], q.shape[3]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = (q @ k.transpose(-2, -1)) * (D ** -0.5 if scale is None else scale)   # (B, H, T, S)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    rows = torch.arange(S - T, S, device=q.device) if positions is None else positions
-    doc_q = None if doc is None else doc[:, -T:]
-    seen = attention_mask(rows, torch.arange(S, device=q.device), window, doc_q, doc)
-    scores = scores.masked_fill(~(seen if seen.ndim == 2 else seen.unsqueeze(1)), -math.inf)
+    scores = scores.masked_fill(~attention_mask(q, k, window, doc, positions), -math.inf)
     weights = softmax.reference(scores)
     if dropout_p:
         weights = dropout.reference(weights, dropout_p)
@@ -341,7 +345,7 @@ class AttentionCPU(Function):
             start = max(0, i - window + 1) if window else 0
             # without window or documents only the square on the diagonal has anything to hide
             first = start if window or doc is not None else i
-            hidden = ~attention_mask(positions[i:end], positions[first:end], window)
+            hidden = ~near(positions[i:end], positions[first:end], window)
             for h in range(0, BH, step):
                 if doc is not None:
                     own = doc[h // step]
@@ -394,8 +398,8 @@ class AttentionCPU(Function):
 
 @attention.torch
 def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
-    B, H, T, D = q.shape
-    S, groups, scale = k.shape[2], H // k.shape[1], D ** -0.5 if scale is None else scale
+    (B, H, T, D), S, groups = q.shape, k.shape[2], q.shape[1] // k.shape[1]
+    scale = D ** -0.5 if scale is None else scale
     if by_hand(q) and positions is None and T == S and T > 1:
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -406,16 +410,12 @@ def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, d
                                    positions=positions, dropout_p=dropout_p)
     mask = None
     if positions is not None or window or doc is not None or T not in (1, S):
-        rows = torch.arange(S - T, S, device=q.device) if positions is None else positions
-        mask = attention_mask(rows, torch.arange(S, device=q.device), window,
-                              None if doc is None else doc[:, -T:], doc)
-        mask = mask if mask.ndim == 2 else mask.unsqueeze(1)                # (B, 1, T, S)
+        mask = attention_mask(q, k, window, doc, positions)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale,
         is_causal=mask is None and T == S and T > 1, enable_gqa=groups > 1)
 
 # --------------------------------------------------------------------------------- losses
-
 def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, softcap: float,
                z_loss: float, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss of each row of logits (N, V) float32, and what its gradient needs: (loss, z, lse, live).
@@ -457,16 +457,13 @@ def _(logits, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_smoo
     return loss.sum() if reduction == "sum" else loss.view(targets.shape)
 
 @operation
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100,
-                         softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0,
-                         reduction: str = "sum") -> Tensor:
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) -> Tensor:
     """cross_entropy(x W^T, targets) without ever holding the (N, V) logits: the output layer.
 
-    x (..., C), weight (V, C), targets (...). Only `torch` and later forms are chunked.
+    x (..., C), weight (V, C), targets (...); options are those of cross_entropy. The reference
+    holds all logits, the other forms a chunk of rows.
     """
-    return cross_entropy.reference(
-        linear.reference(x, weight), targets, ignore_index=ignore_index, softcap=softcap,
-        z_loss=z_loss, label_smoothing=label_smoothing, reduction=reduction)
+    return cross_entropy.reference(linear.reference(x, weight), targets, **options)
 
 class ChunkedLoss(Function):
     """A loss on x W^T, a chunk of rows of logits at a time: (N, V) never exists whole.
@@ -476,6 +473,12 @@ class ChunkedLoss(Function):
     a loss per row recomputes them in the backward.
     """
     LOGITS = 2 ** 23                                  # elements of a chunk: 32 MB in float32
+
+    @staticmethod
+    def of(x, weight, rule, reduction):
+        # subtle: needs_input_grad stays true under no_grad, and evaluation would pay three times
+        both = (x, weight) if torch.is_grad_enabled() else (x.detach(), weight.detach())
+        return ChunkedLoss.apply(*both, rule, reduction)
 
     @staticmethod
     def walk(x, weight, rule, upstream):
@@ -498,9 +501,9 @@ class ChunkedLoss(Function):
     def forward(ctx, x, weight, rule, reduction):
         summed = reduction == "sum"
         learn = summed and any(ctx.needs_input_grad[:2])
-        ones = torch.ones(x.shape[0], device=x.device) if learn else None
-        loss, dx, dw = ChunkedLoss.walk(x, weight, rule, ones)
-        ctx.rule, ctx.summed, ctx.weight_dtype = rule, summed, weight.dtype
+        loss, dx, dw = ChunkedLoss.walk(
+            x, weight, rule, torch.ones(x.shape[0], device=x.device) if learn else None)
+        ctx.rule, ctx.summed = rule, summed
         if any(ctx.needs_input_grad[:2]):
             ctx.save_for_backward(*((dx, dw) if summed else (x, weight)))
         return loss.sum() if summed else loss
@@ -511,7 +514,7 @@ class ChunkedLoss(Function):
             dx, dw = (d * grad.to(d.dtype) for d in ctx.saved_tensors)
         else:
             _, dx, dw = ChunkedLoss.walk(*ctx.saved_tensors, ctx.rule, grad)
-        return dx, dw.to(ctx.weight_dtype), None, None
+        return dx, dw, None, None
 
 @linear_cross_entropy.torch
 def _(x, weight, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
@@ -531,7 +534,7 @@ def _(x, weight, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_s
             dz.mul_(1 - (z / softcap) ** 2)
         return loss, dz.mul_(live.unsqueeze(-1))
 
-    loss = ChunkedLoss.apply(flat, weight, rule, reduction)
+    loss = ChunkedLoss.of(flat, weight, rule, reduction)
     return loss if reduction == "sum" else loss.view(targets.shape)
 
 @operation
@@ -566,24 +569,22 @@ def _(x, weight, teacher_x, teacher_weight, *, temperature=1.0, live=None):
             loss, dz = loss * counts[part, 0], dz.mul_(counts[part])
         return loss, dz
 
-    return ChunkedLoss.apply(flat, weight, rule, "sum")
+    return ChunkedLoss.of(flat, weight, rule, "sum")
 
 # --------------------------------------------------------------------- mixture of experts
-
 @operation
 def moe(x: Tensor, chosen: Tensor, share: Tensor, gate: Tensor, up: Tensor, down: Tensor,
         activation: str = "silu") -> Tensor:
     """Each token through its k experts: y = sum_j share_j down_e(act(gate_e x) * up_e x).
 
     e = chosen_j. x (N, C); chosen (N, k) int64 expert numbers, share (N, k) their weights;
-    gate, up (E, I, C), down (E, C, I). No token is dropped (MegaBlocks, Gale 2022). The reference asks every expert.
+    gate, up (E, I, C), down (E, C, I). No token is dropped (MegaBlocks, Gale 2022).
     """
     y = torch.zeros_like(x)
     for e in range(gate.shape[0]):
         weight = (share * (chosen == e)).sum(-1, keepdim=True).to(x.dtype)          # (N, 1)
-        hidden = glu.reference(linear.reference(x, gate[e]), linear.reference(x, up[e]),
-                               activation)
-        y = y + weight * linear.reference(hidden, down[e])
+        hidden = glu.reference(x @ gate[e].T, x @ up[e].T, activation)
+        y = y + weight * (hidden @ down[e].T)
     return y
 
 @moe.torch

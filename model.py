@@ -54,11 +54,19 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("n_kv_head", "head_dim", "intermediate_size"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} {getattr(self, name)} is negative: 0 chooses it for you")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout {self.dropout} is not a share from 0 up to 1")
         self.n_kv_head = self.n_kv_head or self.n_head
         if not self.head_dim:
             if self.n_embd % self.n_head:
                 raise UserError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: "
-                                f"try n_embd {self.n_embd // self.n_head * self.n_head}")
+                                f"try n_embd {max(1, self.n_embd // self.n_head) * self.n_head}")
             self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head {self.n_head} is not a multiple of n_kv_head "
@@ -140,6 +148,11 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     f = 1.0 / config.rope_theta ** (pairs / config.head_dim)
     s = config.rope_scaling or {}
     kind = s.get("rope_type", s.get("type", "default"))
+    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                                                "original_max_position_embeddings")}
+    missing = [k for k in needed.get(kind, ()) if k not in s]
+    if missing:
+        raise UserError(f"rope_scaling of rope_type {kind!r} lacks {', '.join(missing)}")
     if kind == "linear":
         return f / s["factor"]
     if kind == "llama3":

@@ -362,7 +362,8 @@ def main(cfg: Config) -> None:
     if not streaming:
         out.write(f"\n{SEPARATOR}\n".join(samples) + "\n")
     out.flush()
-    print(f"\n{count} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s",
+    start = "\n" if sys.stderr.isatty() else ""         # leave the progress line
+    print(f"{start}{count} tokens in {seconds:.1f} s, {count / seconds:,.0f} tokens/s",
           file=sys.stderr)
 
 

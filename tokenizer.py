@@ -75,6 +75,9 @@ class Tokenizer:
         """Rebuild what follows from ids and special: tokens by id, and the size."""
         self.tokens = {i: t for t, i in self.ids.items()}
         self.tokens.update((i, name.encode()) for name, i in self.special.items())
+        if clash := [n for n in self.special if not n or n.encode() in self.ids]:
+            raise UserError(f"{clash[0]!r} cannot name a control token: it is empty or the text of "
+                            "an ordinary token")
         if not all(0 <= i < MAX_ID for i in self.tokens):
             raise UserError(f"the vocabulary has ids outside 0..{MAX_ID}: its file is broken")
         self.vocab_size = max(self.tokens, default=-1) + 1      # gaps count: it sizes embeddings
@@ -133,7 +136,10 @@ class Tokenizer:
         out: list[int] = []
         for part, special in self._pieces(text, allowed, refused):
             ids = ordinary(part)
-            out = out + ids if out else ids     # no copy for the usual text, which has one piece
+            if out:
+                out += ids
+            else:
+                out = ids           # no copy for the usual text, which is one piece
             if special is not None:
                 out.append(special)
         return out
@@ -223,8 +229,6 @@ class Tokenizer:
     def add_special_tokens(self, names: Iterable[str]) -> int:
         """Give each new name the next id at the end of the vocabulary; returns how many."""
         new = [n for n in dict.fromkeys(names) if n not in self.special]
-        if "" in new:
-            raise UserError("a control token needs a name, and one of them is empty")
         self.special.update((n, self.vocab_size + k) for k, n in enumerate(new))
         self._index()
         return len(new)
@@ -277,12 +281,13 @@ class Tokenizer:
                      "byte_fallback": False,
                      # a token without halves can only be a whole chunk, looked up before merging
                      "ignore_merges": any(len(h) > 2 for h in halves),
-                     "vocab": {printable(t): i for t, i in self.ids.items()},
+                     "vocab": {**{printable(t): i for t, i in self.ids.items()}, **self.special},
                      "merges": [" ".join(map(printable, h)) for h in halves if len(h) == 2]}
         else:       # a character is a "word"; one never seen is an error there too
             pre, decoder = cut, {"type": "Fuse"}
             model = {"type": "WordLevel", "unk_token": "<unk>",
-                     "vocab": {t.decode(): i for t, i in self.ids.items()}}
+                     "vocab": {**{t.decode(): i for t, i in self.ids.items()}, **self.special}}
+        # control tokens stand in the vocabulary as well: the library would number them anew
         return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
                 "normalizer": {"type": "NFC"} if self.nfc else None, "pre_tokenizer": pre,
                 "post_processor": self.post, "decoder": decoder, "model": model}

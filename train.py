@@ -461,10 +461,9 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
             if machine.main and (leaving or final or
                                  due and (better or cfg.always_save_checkpoint)):
                 save(cfg, model, tokenizer, optimizer, state, better)
-            if on_sample and cfg.sample_interval and state.step % cfg.sample_interval == 0:
-                model.eval()
+            if on_sample and cfg.sample_interval and state.step % cfg.sample_interval == 0 and (
+                    machine.main):
                 journal.say(f"--- sample at step {state.step}\n{on_sample()}\n---")
-                model.train()
             if leaving:
                 journal.say(f"stopped after step {state.step} and saved to {cfg.out_dir}; go on "
                             f"with: python train.py --init_from=resume --out_dir={cfg.out_dir}")
@@ -581,8 +580,11 @@ def main(cfg: Config) -> State:
               f"{str(machine.dtype).split('.')[-1]}", file=sys.stderr)
 
     def on_sample() -> str:
-        import sample               # a stage: known to the loop only where one is asked for
-        return sample.complete(model, tokenizer, cfg.sample_prompt, max_new_tokens=100)
+        import sample               # a stage: known here only where one is asked for
+        ids = sample.encode(tokenizer, cfg.sample_prompt)
+        how = sample.Sampling(temperature=0.8, top_k=200)
+        new = sample.generate(model, [ids], 100, how, cfg.seed, tokenizer.vocab_size)
+        return tokenizer.decode(ids + [row[0] for row in new])
 
     try:
         return fit(cfg, model, batches, next_token_loss(cfg), machine, eval_batches=held_out,

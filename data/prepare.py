@@ -540,10 +540,10 @@ def check(cfg: Config, named: Named | None) -> None:
 def main(cfg: Config) -> None:
     cfg = replace(cfg, source=cfg.source or Config().source)
     named = NAMES.get(" ".join(cfg.source))
-    usual = named or Named()
-    cfg = replace(cfg, tokenizer=cfg.tokenizer or usual.tokenizer,
-                  separator=cfg.separator or usual.separator, val_fraction=usual.val_fraction
-                  if cfg.val_fraction is None else cfg.val_fraction)
+    usual = named or Named()            # what was not asked for is as usual for this dataset
+    share = usual.val_fraction if cfg.val_fraction is None else cfg.val_fraction
+    cfg = replace(cfg, tokenizer=cfg.tokenizer or usual.tokenizer, val_fraction=share,
+                  separator=cfg.separator or usual.separator)
     check(cfg, named)
     name = cfg.source[0] if named else dataset_name(cfg.source[0])
     out = Path(cfg.out or ROOT / "data" / name).expanduser()
@@ -586,8 +586,7 @@ def main(cfg: Config) -> None:
             try:
                 encode_corpus(corpus, folder, writers, cfg.workers or len(cores))
             except BrokenExecutor:
-                raise UserError("an encoding process died, perhaps for want of memory: try "
-                                "--workers=1") from None
+                raise UserError("an encoding process died (no memory?): try --workers=1") from None
         meta = {"version": loader.VERSION, "dataset": out.name, "source": " ".join(cfg.source),
                 "settings": settings, "tokenizer": cfg.tokenizer, "vocab_size": tok.vocab_size,
                 "eot": tok.eot, "dtype": writers["train"].dtype.name,

@@ -208,7 +208,7 @@ def test_linear_strided_input():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_linear_float32_master_weights_get_float32_gradients(form):
-    """Mixed precision: half activations on float32 weights, and gradients as wide as the weights."""
+    """Mixed precision: half activations on float32 weights, gradients as wide as the weights."""
     x = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
     w, b = torch.randn(5, 8, requires_grad=True), torch.randn(5, requires_grad=True)
     with backend(form):
@@ -649,6 +649,14 @@ def test_linear_cross_entropy_forms_agree(kw, reduction, shape, chunk, monkeypat
     weight = torch.randn(V, C, dtype=f64) / math.sqrt(C)
     check_forms(lambda x, w: kernels.linear_cross_entropy(x, w, y, reduction=reduction, **kw),
                 (*shape, C), weight)
+
+
+def test_losses_of_strided_inputs(monkeypatch):
+    """A stage scores a slice of the hidden states, h[:, :-1]: its rows are not one run."""
+    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", 4 * 33)
+    y, x, w = targets_for((3, 5), 33), strided(3, 5, 8), strided(33, 8)
+    check_forms(lambda x, w: kernels.linear_cross_entropy(x, w, y), x, w)
+    check_forms(lambda z: kernels.cross_entropy(z, y.T.contiguous().T), strided(3, 5, 33))
 
 
 @pytest.mark.parametrize("form", FORMS)

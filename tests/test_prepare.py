@@ -113,7 +113,8 @@ def write(folder, form, docs):
             writer.writerows(rows)
         return [folder / "a.csv"]
     if form == "jsonl.gz":
-        (folder / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+        lines = "\n".join(map(json.dumps, rows)).encode()
+        (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines))
         return [folder / "a.jsonl.gz"]
     if form == "separator":
         (folder / "a.txt").write_text("\n<sep>\n".join(docs))
@@ -379,8 +380,8 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(tmp_path, docs, bpe, monk
     out = tmp_path / "out"
     prep(*args, f"--out={out}", f"--tokenizer={bpe}")
     before = state(out)
-    full = lambda path, mode="r": open("/dev/full" if str(path).endswith(".npy") else path, mode)  # noqa: E731
-    monkeypatch.setattr(loader, "open", full, raising=False)
+    monkeypatch.setattr(loader, "open", lambda path, mode="r": open(
+        "/dev/full" if str(path).endswith(".npy") else path, mode), raising=False)
     monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args), f"--out={out}", "--force",
                                       f"--tokenizer={bpe}"])
     capsys.readouterr()
@@ -511,7 +512,8 @@ def test_the_program_ends_with_status_2_and_one_line(tmp_path, argv):
 
 
 def test_skip_bad_prepares_what_is_good(tmp_path, bpe, capsys):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": \n{"body": "x"}\n{"text": "two"}\n')
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": \n{"body": "x"}\n'
+                                      '{"text": "two"}\n')
     prep(tmp_path / "a.jsonl", f"--out={tmp_path / 'out'}", f"--tokenizer={bpe}", "--skip_bad=1")
     assert sorted(documents(tmp_path / "out")) == ["one", "two"]
     assert "2 broken places" in capsys.readouterr().err
