@@ -27,7 +27,6 @@ from torch.autograd import Function
 
 from config import UserError
 
-# ------------------------------------------------------------------------------ dispatch
 BACKENDS = ("auto", "reference", "torch", "triton")
 _backend = "auto"
 OPERATIONS: dict[str, Callable] = {}
@@ -416,8 +415,8 @@ def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, d
         is_causal=mask is None and T == S and T > 1, enable_gqa=groups > 1)
 
 # --------------------------------------------------------------------------------- losses
-def row_losses(logits: Tensor, targets: Tensor, ignore_index: int, softcap: float,
-               z_loss: float, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def row_losses(logits: Tensor, targets: Tensor, ignore_index: int = -100, softcap: float = 0.0,
+               z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Tensor, ...]:
     """Loss of each row of logits (N, V) float32, and what its gradient needs: (loss, z, lse, live).
 
     z = softcap tanh(logits / softcap);  lse = log sum exp z;  e = label_smoothing
@@ -487,7 +486,7 @@ class ChunkedLoss(Function):
         loss = torch.zeros(x.shape[0], dtype=wide, device=x.device)
         if upstream is not None:
             dx, dw = torch.empty_like(x), torch.zeros(weight.shape, dtype=wide, device=x.device)
-        rows = max(1, ChunkedLoss.LOGITS // weight.shape[0])
+        rows = max(1, ChunkedLoss.LOGITS * (16 if x.is_cuda else 1) // weight.shape[0])
         for i in range(0, x.shape[0], rows):
             part = slice(i, min(i + rows, x.shape[0]))
             loss[part], dz = rule(widen(x[part] @ w.T), part, upstream is not None)
@@ -517,19 +516,20 @@ class ChunkedLoss(Function):
         return dx, dw, None, None
 
 @linear_cross_entropy.torch
-def _(x, weight, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
-      reduction="sum"):
+def _(x, weight, targets, *, reduction="sum", **options):
+    if torch.compiler.is_compiling():    # a chunk loop would break its graph, and it fuses this
+        return cross_entropy(linear(x, weight), targets, reduction=reduction, **options)
+    softcap, z_loss, smooth = map(options.get, ("softcap", "z_loss", "label_smoothing"), [0.0] * 3)
     flat, right = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     def rule(logits, part, learn):
-        loss, z, lse, live = row_losses(logits, right[part], ignore_index, softcap, z_loss,
-                                        label_smoothing)
+        loss, z, lse, live = row_losses(logits, right[part], **options)
         if not learn:
             return loss, None
         # d loss / d z = p (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V
         lse = lse.unsqueeze(-1)
-        dz = torch.exp(z - lse).mul_(1 + 2 * z_loss * lse).sub_(label_smoothing / z.shape[-1])
+        dz = torch.exp(z - lse).mul_(1 + 2 * z_loss * lse).sub_(smooth / z.shape[-1])
         where = right[part].clamp(min=0).unsqueeze(-1)
-        dz.scatter_add_(-1, where, torch.full_like(lse, label_smoothing - 1))
+        dz.scatter_add_(-1, where, torch.full_like(lse, smooth - 1))
         if softcap:
             dz.mul_(1 - (z / softcap) ** 2)
         return loss, dz.mul_(live.unsqueeze(-1))

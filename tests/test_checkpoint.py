@@ -82,9 +82,10 @@ def hf_logits(path):
 # ---------------------------------------------------------------------- oracle: transformers
 
 
-@pytest.mark.parametrize("shard_bytes", [10 ** 9, 20_000])
-@pytest.mark.parametrize("name", MODELS)
-def test_ours_opens_in_transformers_with_the_same_logits_and_the_reverse(name, shard_bytes, tmp_path):
+# every other one in shards of 20 kB
+@pytest.mark.parametrize("name, shard_bytes", [(name, 20_000 if i % 2 else 10 ** 9)
+                                               for i, name in enumerate(MODELS)])
+def test_ours_in_transformers_and_back_has_the_same_logits(name, shard_bytes, tmp_path):
     ours = build(name)
     save_model(tmp_path / "ours", ours, shard_bytes=shard_bytes)
     assert len(list((tmp_path / "ours").glob("*.safetensors"))) > 1 or shard_bytes == 10 ** 9
