@@ -76,6 +76,8 @@ def write_safetensors(path: Path, specs: Iterable[tuple[str, torch.dtype, tuple[
     """
     # wide elements first: every tensor then starts at a multiple of its own element size
     specs = sorted(specs, key=lambda spec: -spec[1].itemsize)
+    # {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …}, offsets counted
+    # from the end of the header
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in specs:
@@ -111,6 +113,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             raise UserError(f"{path} is not a whole safetensors file ({what}): "
                             "copy or save it again")
 
+    # 1. the length of the header, and the header itself
     try:
         size = path.stat().st_size
         with open(path, "rb") as f:
@@ -126,6 +129,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     except (ValueError, RecursionError) as e:
         need(False, f"its header is not JSON: {e}")
     need(isinstance(header, dict), "its header is no JSON object")
+    # 2. each tensor by itself: types, then places, then the size that shape and dtype ask for
     found: dict[str, Stored] = {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -146,6 +150,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         need(end - start == math.prod(shape) * ITEM_BYTES[dtype],
              f"tensor {name!r} of shape {shape} and dtype {dtype} has {end - start} bytes")
         found[name] = Stored(path, dtype, tuple(shape), start, end)
+    # 3. all together: each begins where the one before it ends, the last at the end of the file
     place = 8 + length
     for name, s in sorted(found.items(), key=lambda item: item[1][3:]):
         need(s.start == place, f"tensor {name!r} starts at byte {s.start}, not {place}")
@@ -164,6 +169,7 @@ def weight_index(directory: Path) -> dict[str, Stored]:
         if not single.is_file():
             raise UserError(f"{directory} has no model.safetensors: is the copy complete?")
         return read_header(single)
+    # {"weight_map": {"name": "model-00001-of-00002.safetensors", …}}
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
         raise UserError(f"{index} has no weight_map: copy it again")
@@ -176,6 +182,7 @@ def weight_index(directory: Path) -> dict[str, Stored]:
             raise UserError(f"{directory / shard} is missing, which {index.name} names: "
                             "copy the rest of the checkpoint")
         found.update(read_header(directory / shard))
+    # a shard of another checkpoint has the right name and the wrong tensors
     for name, shard in places.items():
         if name not in found or found[name].file.name != shard:
             raise UserError(f"tensor {name!r} is not in {shard}, where {index} has it: "
@@ -233,6 +240,7 @@ def save_checkpoint(path: str | Path, model: Any, tokenizer: Any, trainer: dict 
     def fill(directory: Path) -> None:
         write_model(directory, raw(model), tokenizer, shard_bytes)
         for name, content in (extra or {}).items():
+            # a name, not a path: nothing is written outside the new directory
             data = content.encode() if isinstance(content, str) else content
             (directory / Path(name).name).write_bytes(data)
         if trainer is not None:
@@ -248,6 +256,7 @@ def write_model(directory: Path, model: Transformer, tokenizer: Any, shard_bytes
     if family is HANDMADE:
         note("no published architecture has this combination of settings, so the checkpoint "
              "opens in this project only")
+    # names and shapes on disk, and where each tensor comes from
     slots = layout(disk_form(config, family), family)
     main = model.model.embed_tokens.weight.dtype
 
@@ -269,6 +278,7 @@ def write_model(directory: Path, model: Transformer, tokenizer: Any, shard_bytes
             sizes.append(0)
         shards[-1].append(spec)
         sizes[-1] += size
+    # one file where it fits; otherwise shards and an index that says what is where
     if len(shards) == 1:
         write_safetensors(directory / "model.safetensors", specs, get)
     else:
@@ -279,10 +289,15 @@ def write_model(directory: Path, model: Transformer, tokenizer: Any, shard_bytes
             places.update({name: file for name, _, _ in shard})
         write_json(directory / "model.safetensors.index.json",
                    {"metadata": {"total_size": sum(sizes)}, "weight_map": places})
+    # transformers 5 loads in the type that is named here, not in float32
     settings = hf_config(config, tokenizer)
     settings["dtype"] = str(main).removeprefix("torch.")
     write_json(directory / "config.json", settings)
+    # generate() of transformers looks for the end token in this file first
     ends = {key: settings[key] for key in ("bos_token_id", "eos_token_id")}
+    stops = tokenizer.stop_ids if tokenizer is not None else []
+    if len(stops) > 1:                                  # a chat's turn ends before the document
+        ends["eos_token_id"] = stops
     write_json(directory / "generation_config.json", ends)
     if tokenizer is not None:
         tokenizer.save(directory)
@@ -323,12 +338,13 @@ def replace_directory(path: Path, fill: Callable[[Path], None]) -> Path:
         for leftover in (new, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
-        kept = other_files(path)
+        kept = other_files(path)                        # refuses before anything is written
         new.mkdir()
         fill(new)
         for file in kept:                               # a README beside the weights, say
             if not (new / file.name).exists():
                 shutil.copy2(file, new)
+        # content before names: after a power cut a renamed file could be empty otherwise
         for file in new.iterdir():
             sync(file)
         sync(new)
@@ -391,7 +407,7 @@ def resolve(path: str | Path, which: str = "best") -> Path:
     index = path / "checkpoints.json"
     if index.is_file():
         names = read_json(index)
-        for name in (names.get(which), names.get("last")):
+        for name in (names.get(which), names.get("last")):      # the best may have been pruned
             if name is None:
                 continue
             if not isinstance(name, str) or Path(name).name != name:
@@ -467,6 +483,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
     if config.n_layer > len(stored):                    # and do not build a billion layers first
         raise UserError(f"{file} has {config.n_layer} layers, the weights only {len(stored)} "
                         "tensors: they belong to different models")
+    # what should be there against what is there, before any memory is taken
     on_disk = disk_form(config, family)
     found = match(layout(on_disk, family), stored, family, directory, files)
     # A bias that we saved as zero may have been trained since, elsewhere: then it is the model's
@@ -484,7 +501,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
     model = model.to(DTYPES[main] if dtype == "auto" else dtypes[dtype])
     model = model.to_empty(device=pick_device(device)).eval()
     params = dict(model.named_parameters())
-    with torch.no_grad():
+    with torch.no_grad():                               # copy_ casts and moves in one go
         for slot, s in found:
             tensor = files.tensor(s)
             rows = (tensor.T if slot.transpose else tensor).split([n[0] for n in slot.shapes])
@@ -499,6 +516,7 @@ def match(slots: dict[str, Slot], stored: dict[str, Stored], family: Family, dir
     """Pair every tensor the model needs with its place on disk; UserError at any difference."""
     left, pairs = dict(stored), []
     for name, slot in slots.items():
+        # a file of the bare body (AutoModel) has the names without their prefix
         found = left.pop(name, None) or left.pop(name.removeprefix(family.prefix), None)
         if found is None:
             raise UserError(f"the weights in {directory} lack tensor {name!r}, which config.json "
@@ -518,6 +536,7 @@ def match(slots: dict[str, Slot], stored: dict[str, Stored], family: Family, dir
                 files.tensor(output), files.tensor(tied)):
             raise UserError(f"{directory}: config.json ties the output matrix to the embedding, "
                             "the weights differ: set tie_word_embeddings to false in it")
+    # what is left over would be lost in silence: an adapter, a layer, a bias
     for name, s in left.items():
         if not IGNORED.search(name):
             raise UserError(f"tensor {name!r} in {s.file} has no place in the model that "

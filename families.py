@@ -124,6 +124,7 @@ ROWS = (
 FAMILIES = {row.model_type: row for row in ROWS}
 # Any combination of flags that no family has; the names are ours and only this project reads it
 HANDMADE = Family("handmade", "", {}, (), {})
+LARGEST = 2 ** 24           # of any size in a file: tensors beyond it are an attack, or damage
 BIASES = ("qkv_bias", "o_bias", "mlp_bias", "norm_bias")
 # Settings that a rope_type needs beside its name
 ROPE_KEYS = {"default": (), "linear": ("factor",),
@@ -134,6 +135,7 @@ ROPE_KEYS = {"default": (), "linear": ("factor",),
 def effective(config: ModelConfig) -> dict[str, Any]:
     """The settings that the maths depends on, in one spelling: equal models compare equal."""
     values = asdict(config)
+    # older files say "type" for "rope_type"; a default type is no scaling at all
     scaling = dict(values["rope_scaling"] or {})
     kind = scaling.pop("type", "default")
     scaling = {"rope_type": kind, **scaling}
@@ -150,7 +152,7 @@ def to_family(config: ModelConfig, family: Family) -> dict[str, Any]:
     for ours, theirs in family.fields:
         value = getattr(config, ours)
         # one key may stand for two flags: attention_bias is that of q, k, v and that of o
-        hf[theirs] = hf.get(theirs, False) or value if isinstance(value, bool) else value
+        hf[theirs] = (hf.get(theirs, False) or value) if isinstance(value, bool) else value
     if family.fixed.get("position") == "rope":
         scaling = effective(config)["rope_scaling"]
         # transformers 5 reads rope_parameters; 4 and most other programs read the other two
@@ -171,7 +173,7 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
         raise UserError(f"{where}: layer_types other than full_attention are not supported")
     if hf.get("quantization_config"):
         raise UserError(f"{where}: quantised weights are not supported; use the original ones")
-    values = dict(family.fixed)
+    values = dict(family.fixed)             # what the architecture is, then what the file says
     for ours, theirs in family.fields:
         if ours == "dropout":                   # a choice of the run, not of the model
             continue
@@ -187,7 +189,7 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
                 raise UserError(f"{where}: rotary settings by kind of layer are not supported")
             rope.update(part)
         values["rope_theta"] = rope.pop("rope_theta")
-        if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        if (rope.pop("partial_rotary_factor", None) or 1.0) != 1.0:
             raise UserError(f"{where}: a partial_rotary_factor is not supported")
         values["rope_scaling"] = rope or None
     return checked(values, where)
@@ -201,7 +203,7 @@ def checked(values: dict[str, Any], where: str) -> ModelConfig:
             raise UserError(f"{where}: there is no setting {name!r}: a newer version wrote it?")
         kind, number = kinds[name], type(value) in (int, float) and math.isfinite(value)
         if kind is int:
-            good = type(value) is int and (name not in derived) <= value < 2 ** 31
+            good = type(value) is int and (name not in derived) <= value < LARGEST
         elif kind is float:
             good = number and value >= 0
         else:
@@ -221,7 +223,10 @@ def checked(values: dict[str, Any], where: str) -> ModelConfig:
         # only what the formula reads: transformers adds keys of its own
         values["rope_scaling"] = None if kind == "default" else {
             "rope_type": kind, **{key: scaling[key] for key in ROPE_KEYS[kind]}}
-    return ModelConfig(**values)
+    config = ModelConfig(**values)
+    if config.n_head * config.head_dim >= LARGEST:
+        raise UserError(f"{where}: {config.n_head} heads of {config.head_dim} are no model's")
+    return config
 
 
 def padding(config: ModelConfig, family: Family) -> int | None:
@@ -270,6 +275,7 @@ def model_config_from_hf(hf: dict[str, Any], where: str = "config.json") -> Mode
     if own is not None and padding(own, FAMILIES[kind]) is not None:
         # transformers carries our section along when it saves a model that it has changed, say
         # with more tokens: then the section is stale, and the other fields count
+        # compared in the family's words, where biases of zero count as biases
         same = from_family(to_family(own, FAMILIES[kind]), FAMILIES[kind])
         if effective(same) == effective(theirs):
             return own

@@ -177,9 +177,11 @@ def generate(model: Any, prompts: list[list[int]], max_new_tokens: int,
     # the newest tokens that fit, as nanoGPT crops
     contexts = {r: list(prompt[-limit:]) for r, prompt in enumerate(prompts)}
     generators = {r: torch.Generator(device).manual_seed(seed + r) for r in contexts}
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-    for r, prompt in enumerate(prompts):
-        seen[r, [i for i in prompt if i < vocab_size]] = True
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+        for r, prompt in enumerate(prompts):
+            seen[r, [i for i in prompt if i < vocab_size]] = True
     live, cache = list(contexts), None          # rows that go on; `batch`: rows of the cache
     was_training = model.training
     model.eval()
@@ -187,7 +189,7 @@ def generate(model: Any, prompts: list[list[int]], max_new_tokens: int,
         for made in range(max_new_tokens):
             if cache is None or cache.end == cache.length:
                 for r in live:                  # a row that is full goes on from its last half
-                    if cache is not None and len(contexts[r]) >= limit:
+                    if len(contexts[r]) > limit:
                         contexts[r] = contexts[r][-max(1, limit // 2):]
                 batch = list(live)              # and rows that are over are left behind
                 longest = max(len(contexts[r]) for r in batch)
@@ -196,13 +198,15 @@ def generate(model: Any, prompts: list[list[int]], max_new_tokens: int,
             else:
                 logits = decode(model, tokens, cache)
             tokens = next_token(logits[:, :vocab_size], sampling,
-                                [generators[r] for r in batch], seen[batch])
-            seen[batch, tokens] = True
+                                [generators[r] for r in batch],
+                                None if seen is None else seen[batch])
+            if seen is not None:
+                seen[batch, tokens] = True
             step: list[int | None] = [None] * len(prompts)
             for r, token in zip(batch, tokens.tolist()):
                 if r in live:
                     step[r] = token
-                    contexts[r] = (contexts[r] + [token])[-limit:]
+                    contexts[r].append(token)
                     if ends(r, token):
                         live.remove(r)
             yield step

@@ -19,6 +19,7 @@ import ctypes
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -111,10 +112,10 @@ class Config:
 # ---------------------------------------------------------------------------- the machine
 
 # Dense bf16 (fp16 where that is all) peak of a device in TFLOP/s, from the makers' data sheets.
-# The first name contained in the device's own name counts; an unknown device has no MFU.
-PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0,
-               "L4": 121.0, "A10G": 70.0, "A6000": 155.0, "RTX 4090": 165.0, "RTX 3090": 71.0,
-               "V100": 125.0, "T4": 65.0, "MI300X": 1307.0, "MI250X": 383.0}
+# The first one in the device's name as whole words counts: an L40 is no L4, and has no MFU.
+PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0,
+               "L40S": 362.0, "L4": 121.0, "A10G": 70.0, "A6000": 155.0, "RTX 4090": 165.0,
+               "RTX 3090": 71.0, "V100": 125.0, "T4": 65.0, "MI300X": 1307.0, "MI250X": 383.0}
 
 @dataclass
 class Machine:
@@ -144,17 +145,11 @@ class Machine:
 
 def find_machine(cfg: Config) -> Machine:
     """Device, precision and rank from the settings and torchrun's environment."""
-    name = cfg.device
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device={cfg.device}: PyTorch sees no GPU here; use --device=cpu")
-    try:
-        device = torch.device(f"cuda:{local}" if name == "cuda" else name)
-    except RuntimeError as e:
-        raise UserError(f"--device={cfg.device} is not a device: auto, cpu, cuda, mps") from e
+    device = checkpoint.pick_device(cfg.device)
+    if cfg.device in ("auto", "cuda") and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if cfg.dtype not in ("auto", *kinds):
         raise UserError(f"--dtype={cfg.dtype} does not exist: auto, {', '.join(kinds)}")
@@ -192,7 +187,7 @@ def keep_freed_memory() -> None:
 def utilisation(flops_per_second: float, device: torch.device) -> float | None:
     """Share of the device's peak (MFU, PaLM appendix B), or None where the peak is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((v for k, v in PEAK_TFLOPS.items() if k in name), None)
+    peak = next((v for k, v in PEAK_TFLOPS.items() if re.search(rf"\b{k}\b", name)), None)
     return flops_per_second / (peak * 1e12) if peak else None
 
 def memory_used(device: torch.device) -> float:
@@ -236,9 +231,11 @@ class Journal:
             return
         path = Path(cfg.out_dir) / "log.jsonl"
         # a resumed run writes the steps after its checkpoint anew: forget what came of them
-        lines = path.read_text().splitlines(keepends=True) if step else []
-        path.write_text("".join(x for x in lines if x.endswith("}\n")
-                                and json.loads(x)["step"] <= step))
+        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(x for x in lines if x.endswith("}\n")
+                                 and json.loads(x)["step"] <= step))
+        os.replace(aside, path)
         self.file = path.open("a")
         if cfg.wandb_log:
             import wandb
@@ -402,7 +399,9 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
     optimizer = Optimizer(model.named_parameters(), cfg.optimizer, cfg.learning_rate, cfg.beta1,
                           cfg.beta2, weight_decay=cfg.weight_decay,
                           muon_learning_rate=cfg.muon_learning_rate)
-    state = State(scale=65536.0 if machine.dtype == torch.float16 else 1.0)
+    # float16: 2^16 on a mean, but the loss is a sum over the tokens of a micro-batch
+    scale = 65536.0 / (cfg.batch_size * cfg.block_size) if machine.dtype == torch.float16 else 1.0
+    state = State(scale=scale)
     if cfg.init_from == "resume":
         saved = checkpoint.load_trainer(checkpoint.resolve(cfg.out_dir, "last"))
         optimizer.load_state_dict(saved["optimizer"])
@@ -525,7 +524,10 @@ def build_model(cfg: Config, vocab_size: int, machine: Machine) -> Transformer:
 def inherit(cfg: Config) -> Config:
     """On resume every setting that the command line leaves open is the saved run's."""
     path = checkpoint.resolve(cfg.out_dir, "last")
-    saved = checkpoint.load_trainer(path)["settings"]
+    saved = checkpoint.load_trainer(path).get("settings")
+    if not isinstance(saved, dict):
+        raise UserError(f"{path}/trainer.pt is not of a run of train.py: start a new one from its "
+                        f"weights with --init_from={path} and another --out_dir")
     given = getattr(cfg, "given", frozenset())
     own = {"init_from", "out_dir", "device", "eval_only"} | given
     merged = replace(cfg, **{k: v for k, v in saved.items() if k in asdict(cfg) and k not in own})
@@ -549,9 +551,9 @@ def prepare_out_dir(cfg: Config) -> None:
                         "--out_dir") from e
 
 def main(cfg: Config) -> State:
-    kernels.use(cfg.backend)
     if cfg.init_from == "resume":
         cfg = inherit(cfg)
+    kernels.use(cfg.backend)
     if cfg.schedule not in ("cosine", "linear", "constant", "wsd"):
         raise UserError(f"schedule={cfg.schedule!r} does not exist: cosine, linear, constant, wsd")
     for name in ("batch_size", "gradient_accumulation_steps", "block_size", "max_iters",

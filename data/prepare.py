@@ -217,8 +217,6 @@ def fetch(url: str, part: Path) -> str:
                 have += len(block)
                 show(have)
         show(have, last=True)
-    if total and have > total:
-        part.unlink()
     return f"{have:,} of {total:,} bytes arrived" if total and have != total else ""
 
 

@@ -54,6 +54,15 @@ MODELS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second core, and lose much where it is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def build(kind="gpt2", dtype=torch.float32, **changes) -> Transformer:
     """A tiny model, every weight random: norms of 1 and biases of 0 would hide mistakes."""
     config = MODELS[kind][0] if isinstance(kind, str) else kind
@@ -288,6 +297,23 @@ def test_tokenizer_trainer_state_and_extra_files(tmp_path):
     assert generation == {"bos_token_id": tok.eot, "eos_token_id": tok.eot}
 
 
+def test_generation_in_transformers_ends_where_ours_does(tmp_path):
+    """After a chat's turn too: generation_config.json holds every id that ends an answer."""
+    import tokenizer
+    tok = tokenizer.train(["hello world " * 9], 260)
+    tok.template = "chatml"
+    tok.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    save_model(tmp_path / "m", build(vocab_size=tok.vocab_size), tok)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert theirs.generation_config.eos_token_id == tok.stop_ids and len(tok.stop_ids) == 2
+    expected = theirs.generate(torch.tensor([[1, 2, 3]]), do_sample=False, max_new_tokens=9)
+    from sample import Sampling, generate
+    ends = set(tok.stop_ids)
+    ours = [step[0] for step in generate(load_model(tmp_path / "m", "cpu"), [[1, 2, 3]], 9,
+                                         Sampling(0), ends=lambda row, token: token in ends)]
+    assert expected[0, 3:].tolist() == ours
+
+
 def test_wrappers_stay_out_of_the_names(tmp_path):
     """DDP and torch.compile put `module.` and `_orig_mod.` into the names (nanoGPT #325)."""
     class Wrapper(torch.nn.Module):
@@ -417,7 +443,7 @@ def test_names_and_shapes_are_compared_with_config_json(saved):
         hf.pop("handmade", None)
         (saved / "config.json").write_text(json.dumps({**hf, **changes}))
     for changes, message in [(dict(n_embd=32), "asks for"), (dict(vocab_size=V + 1), "asks for"),
-                             (dict(n_layer=2), "lack"), (dict(n_layer=10 ** 8), "layers")]:
+                             (dict(n_layer=2), "lack"), (dict(n_layer=10 ** 6), "layers")]:
         config(**changes)
         with pytest.raises(UserError, match=message):
             load_model(saved, "cpu")
@@ -463,7 +489,8 @@ def test_a_config_json_that_is_none(text, message, saved):
 
 @pytest.mark.parametrize("changes", [
     dict(num_hidden_layers=0), dict(hidden_size=-32), dict(vocab_size=2.5), dict(vocab_size=True),
-    dict(num_attention_heads=10 ** 12), dict(rms_norm_eps="small"), dict(rms_norm_eps=float("inf")),
+    dict(num_attention_heads=10 ** 12), dict(num_attention_heads=2 ** 20, head_dim=2 ** 20),
+    dict(rms_norm_eps="small"), dict(rms_norm_eps=float("inf")),
     dict(hidden_act="mish"), dict(attention_bias="yes"), dict(rope_parameters=[1]),
     dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}),
     dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
@@ -498,7 +525,8 @@ def test_shards_that_are_missing_outside_or_of_another_model(tmp_path):
     content = json.loads(index.read_text())
     shard = tmp_path / "m" / content["weight_map"][WTE]
     for name, message in [("../other.safetensors", "outside"), ("/etc/passwd", "outside"),
-                          ("model.bin", "outside"), ("gone.safetensors", "missing"), (7, "outside")]:
+                          ("model.bin", "outside"), ("gone.safetensors", "missing"),
+                          (7, "outside")]:
         places = {**content["weight_map"], WTE: name}
         index.write_text(json.dumps({"weight_map": places}))
         with pytest.raises(UserError, match=message):
@@ -643,7 +671,8 @@ def test_sigkill_at_random_moments_leaves_a_whole_checkpoint(tmp_path):
 
 def test_what_is_no_checkpoint_is_never_replaced(tmp_path, saved):
     """Replacing deletes: a folder of other work must survive a careless --out."""
-    for name, files in [("project", ["thesis.tex"]), ("run", ["config.json", "step_1/config.json"])]:
+    for name, files in [("project", ["thesis.tex"]),
+                        ("run", ["config.json", "step_1/config.json"])]:
         for file in files:
             (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / file).write_text("mine")
@@ -692,4 +721,5 @@ def test_the_header_reader_is_what_the_loader_trusts(saved):
     """read_header alone: names, dtypes, shapes and places of a good file."""
     header = read_header(saved / "model.safetensors")
     assert header[WTE].shape == (V, 16) and header[WTE].dtype == "F32"
-    assert sum(s.end - s.start for s in header.values()) < (saved / "model.safetensors").stat().st_size
+    size = (saved / "model.safetensors").stat().st_size
+    assert max(s.end for s in header.values()) == size

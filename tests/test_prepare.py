@@ -375,6 +375,33 @@ def test_a_finished_dataset_survives_a_failed_rebuild(tmp_path, docs, bpe):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("moved", range(5))
+def test_a_rebuild_broken_off_while_moving_is_not_prepared(tmp_path, docs, bpe, monkeypatch, moved):
+    """New shards beside an old meta.json would be the worst: a mixture that looks finished."""
+    args = [*write(tmp_path / "in", "jsonl", docs), f"--out={tmp_path / 'out'}",
+            f"--tokenizer={bpe}"]
+    prep(*args)
+    left, replace = [moved], os.replace
+
+    def some(source, target):
+        if Path(target).parent == tmp_path / "out":
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", some)
+    with contextlib.suppress(KeyboardInterrupt):
+        prep(*args, "--val_fraction=0.4")
+    monkeypatch.undo()
+    if left[0] < 0:
+        with pytest.raises(UserError, match="not prepared"):
+            loader.Dataset(tmp_path / "out")
+    prep(*args, "--val_fraction=0.4")
+    assert len(documents(tmp_path / "out", "val")) > 4
+    assert not (tmp_path / "out" / ".building").exists()
+
+
 def test_a_full_disk_is_one_sentence_and_costs_nothing(tmp_path, docs, bpe, monkeypatch, capsys):
     args = write(tmp_path / "in", "jsonl", docs)
     out = tmp_path / "out"
@@ -659,6 +686,7 @@ def test_a_server_that_ignores_range_starts_again_cleanly(tmp_path, server):
     server.files["/a.bin"], server.ranges = BODY, False
     server.faults = ["cut"]
     assert prepare.download(f"{server.url}/a.bin", tmp_path).read_bytes() == BODY
+    assert len(server.log) == 2
 
 
 @pytest.mark.parametrize("etag", ['"two"', "", 'W/"weak"'])

@@ -47,6 +47,15 @@ def run_all(*args, **kwargs) -> list[list[int]]:
     return rows
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from a second core, and lose much where it is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 GREEDY = Sampling(temperature=0)
 
 
@@ -133,9 +142,9 @@ def test_settings_out_of_range_are_one_sentence(bad):
                          ids=["greedy", "sampled"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_of_a_ragged_batch_equal_each_alone(kind, settings):
-    """Prompts of 1 token and more, past the context; row r alone has the seed + r (nanoGPT #613)."""
+    """Prompts of 1 token and more, past the context; row r alone has seed + r (nanoGPT #613)."""
     model = build(kind)
-    prompts = [prompt(n, n) for n in (1, 4, 11, 24, 30)]
+    prompts = [prompt(n, n) for n in (1, 11, 23, 24, 30)]
     together = run_all(model, prompts, 40, settings, seed=7)
     for r, row in enumerate(together):
         assert len(row) == 40
@@ -151,8 +160,6 @@ def test_generation_with_a_cache_equals_computing_everything_again(kind):
     for _ in range(made):
         token = int(model.logits(torch.tensor([context]))[0, -1].argmax())
         expected.append(token)
-        if len(context) >= limit:
-            context = context[-(limit // 2 - 1):] if False else context
         context.append(token)
         if len(context) > limit:                        # as documented: keep the last half
             context = context[-(limit // 2):]

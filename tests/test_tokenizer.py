@@ -160,6 +160,7 @@ def test_training_does_not_depend_on_order_or_workers():
     assert list(one.ranks) == list(two.ranks)
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11, 5), reason="Python's pool could hang there: gh-94777")
 def test_a_killed_worker_is_one_sentence(monkeypatch):
     monkeypatch.setattr(bpe, "count_batch", die)
     with pytest.raises(UserError, match="--workers=1"):
