@@ -31,6 +31,7 @@ import kernels
 from checkpoint import load_model, load_tokenizer, resolve
 from config import UserError, run
 
+SMALL = 4_000_000       # parameters; below, a second CPU thread costs more than it helps decode
 SEPARATOR = "---------------"       # between several samples, nanoGPT's
 
 
@@ -329,6 +330,9 @@ def main(cfg: Config) -> None:
     prompts = [encode(tokenizer, t) for t in texts]
     model = load_model(directory, cfg.device, cfg.dtype)
     weight = model.output_weight
+    if weight.device.type == "cpu" and model.parameter_count() < SMALL:
+        # a step is microseconds of work: threads would wait for each other, on busy cores for long
+        torch.set_num_threads(1)
     print(f"{directory}: {model.parameter_count():,} parameters, {weight.dtype} on {weight.device}",
           file=sys.stderr)
 
