@@ -2,6 +2,7 @@
 
     python bench.py tokenizer                   # CPU: training and encoding, about a minute
     python bench.py tokenizer --repeat=9        # more rounds, a better median
+    python bench.py train --repeat=3 --nanogpt=../nanoGPT    # CPU: beside a clone of nanoGPT
 
 Each section is a function in SECTIONS. Contenders take turns within a round, so that a busy moment
 of the machine hits all of them; the table shows the median over rounds, the spread, and the ratio
@@ -13,9 +14,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +34,7 @@ class Config:
     repeat: int = 5             # rounds; each runs every contender once
     vocab_size: int = 16384     # tokenizer: entries to learn
     text: str = ""              # tokenizer: a UTF-8 file instead of Python's standard library
+    nanogpt: str = ""           # train: a clone of nanoGPT, its shakespeare_char prepared
 
 
 # --- measuring ------------------------------------------------------------------------------
@@ -150,11 +155,107 @@ def tokenizer(cfg: Config) -> dict[str, Any]:
     return {"megabytes": megabytes, "vocab_size": cfg.vocab_size, **out}
 
 
+# --- training -------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent
+# nanoGPT's README command for a CPU, and its 6/6/384 configuration cut to a few steps
+SMALL = ("--device=cpu --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 "
+         "--n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
+         "--dropout=0.0").split()
+LARGE = "--device=cpu --max_iters={} --eval_iters=1 --eval_interval=1000 --log_interval=1".split()
+
+
+def script(folder: Path, *args: str) -> tuple[float, str]:
+    """Run `python train.py ARGS` in a folder: (wall seconds with start-up, what it printed)."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "train.py", *args], cwd=folder, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise UserError(f"python train.py {' '.join(args)} in {folder} ended with status "
+                        f"{done.returncode}: {done.stdout[-300:]}")
+    return time.perf_counter() - start, done.stdout
+
+
+def gemm_roof(dtype: Any) -> float:
+    """GFLOP/s of a 2048-cubed matmul, the best of ten: what no training step can exceed."""
+    import torch
+    a, b = (torch.randn(2048, 2048).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return 2 * 2048 ** 3 / min(times) / 1e9
+
+
+def train(cfg: Config) -> dict[str, Any]:
+    """Our train.py and, with --nanogpt=DIR, nanoGPT's, on Tiny Shakespeare on this CPU."""
+    import torch
+    from data import loader
+    from model import ModelConfig, Transformer
+
+    loader.Dataset(loader.find("shakespeare_char"))           # or one sentence, before any run
+    theirs = Path(cfg.nanogpt) if cfg.nanogpt else None
+    if theirs and not (theirs / "data/shakespeare_char/train.bin").exists():
+        raise UserError(f"{theirs} is no nanoGPT with its data: clone it there and run "
+                        "python data/shakespeare_char/prepare.py in it")
+    config = ROOT / "config/nanogpt_shakespeare_char.py"
+    out: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        out.setdefault(name, []).append(value)
+        print(f"\r{name}: {value:,.4g}{'':20}", file=sys.stderr)
+
+    with tempfile.TemporaryDirectory() as folder:
+        where = f"--out_dir={folder}/out"
+        for _ in range(cfg.repeat):
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                note(f"{name} GEMM roof, GFLOP/s", gemm_roof(dtype))
+            if theirs:
+                text = script(theirs, "config/train_shakespeare_char.py", "--compile=False",
+                              where, *(a.format(4) for a in LARGE))[1]
+                steps = [float(x) for x in re.findall(r"iter [1-9]\d*:.*time ([\d.]+)ms", text)]
+                note("6/6/384: nanoGPT, tokens/s", 64 * 256e3 / statistics.median(steps))
+            script(ROOT, str(config), where, *(a.format(8) for a in LARGE))
+            rows = [json.loads(x) for x in open(f"{folder}/out/log.jsonl")]
+            rates = [r["tokens_per_second"] for r in rows if "loss" in r and r["step"] > 2]
+            note("6/6/384: ours, tokens/s", statistics.median(rates))
+            if theirs:
+                seconds, text = script(theirs, "config/train_shakespeare_char.py",
+                                       "--compile=False", where, *SMALL)
+                note("README command: nanoGPT, seconds", seconds)
+                note("README command: nanoGPT, val loss",
+                     float(re.findall(r"step 2000: .*val loss ([\d.]+)", text)[-1]))
+            for title, args in (("README command: ours", [str(config), *SMALL]),
+                                ("config/shakespeare_char.py", ["config/shakespeare_char.py"])):
+                seconds, text = script(ROOT, *args, where)
+                note(f"{title}, seconds", seconds)
+                note(f"{title}, val loss", float(re.findall(r"val_loss ([\d.]+)", text)[-1]))
+    shape = ModelConfig(vocab_size=65, block_size=256, n_layer=6, n_head=6, n_embd=384)
+    flops = Transformer(shape).flops_per_token(256)
+    share = [r * flops / 1e9 / g for r, g in zip(out["6/6/384: ours, tokens/s"],
+                                                 out["bf16 GEMM roof, GFLOP/s"])]
+    out["6/6/384: ours, share of the bf16 roof"] = share
+    for a, b, name in (("6/6/384: ours, tokens/s", "6/6/384: nanoGPT, tokens/s", "6/6/384: speed"),
+                       ("README command: ours, seconds", "README command: nanoGPT, seconds",
+                        "README command: time"),
+                       ("config/shakespeare_char.py, seconds", "README command: nanoGPT, seconds",
+                        "config/shakespeare_char.py: time")):
+        if b in out:
+            out[f"{name}, ours / nanoGPT"] = [x / y for x, y in zip(out[a], out[b])]
+    print(f"{'':46}{'median':>12}{'min':>12}{'max':>12}")
+    for name, values in out.items():
+        print(f"{name:46}{statistics.median(values):12,.4g}{min(values):12,.4g}"
+              f"{max(values):12,.4g}")
+    return {"results": out}
+
+
 # --- the table of sections ------------------------------------------------------------------
 
 # A section takes the Config and returns what goes into the JSON line; it prints its own table.
 SECTIONS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "tokenizer": tokenizer,
+    "train": train,
 }
 
 

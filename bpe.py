@@ -153,34 +153,30 @@ def mend(text: str) -> str:
 
 # --- chunks -> tokens -----------------------------------------------------------------------
 
-def bpe(ranks: dict[bytes, int], piece: bytes, limit: int = NEVER) -> list[bytes]:
-    """Merge the adjacent pair of lowest rank, leftmost first, until none has a rank < `limit`.
+def bpe(ranks: dict[bytes, int], piece: bytes) -> list[bytes]:
+    """Merge the adjacent pair of lowest rank, leftmost first, until no pair has a rank.
 
     >>> bpe({b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"abc": 4}, b"abcab")
     [b'abc', b'ab']
     """
-    def rank(pair: bytes) -> int:
-        r = ranks.get(pair, NEVER)
-        return r if r < limit else NEVER
-
-    n = len(piece)
+    rank, n = ranks.get, len(piece)
     if n < SHORT:
         # A word: plain lists and min() are fastest, though each merge looks at every pair.
         parts = [piece[i:i + 1] for i in range(n)]
-        pairs = [rank(piece[i:i + 2]) for i in range(n - 1)]    # pairs[i]: of parts i and i + 1
+        pairs = [rank(piece[i:i + 2], NEVER) for i in range(n - 1)]     # of parts i and i + 1
         while pairs and (lowest := min(pairs)) < NEVER:
             i = pairs.index(lowest)
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
             del pairs[i]
             if i:
-                pairs[i - 1] = rank(parts[i - 1] + parts[i])
+                pairs[i - 1] = rank(parts[i - 1] + parts[i], NEVER)
             if i < len(pairs):
-                pairs[i] = rank(parts[i] + parts[i + 1])
+                pairs[i] = rank(parts[i] + parts[i + 1], NEVER)
         return parts
 
     # A megabyte without a space must not take n² steps: parts in a linked list, pairs in a heap.
     after, before = list(range(1, n + 1)), list(range(-1, n))   # starts of a part's neighbours
-    heap = [(r, i, i + 2) for i in range(n - 1) if (r := rank(piece[i:i + 2])) < NEVER]
+    heap = [(r, i, i + 2) for i in range(n - 1) if (r := rank(piece[i:i + 2])) is not None]
     heapq.heapify(heap)                                         # (rank, start, end) of a pair
     while heap:
         _, i, end = heapq.heappop(heap)
@@ -189,22 +185,26 @@ def bpe(ranks: dict[bytes, int], piece: bytes, limit: int = NEVER) -> list[bytes
         if not 0 < j < n or after[j] != end:
             continue
         after[i], after[j], before[end] = end, 0, i
-        if end < n and (r := rank(piece[i:after[end]])) < NEVER:
+        if end < n and (r := rank(piece[i:after[end]])) is not None:
             heapq.heappush(heap, (r, i, after[end]))
-        if i and (r := rank(piece[before[i]:end])) < NEVER:
+        if i and (r := rank(piece[before[i]:end])) is not None:
             heapq.heappush(heap, (r, before[i], end))
     return [piece[i:after[i]] for i in range(n) if after[i]]
 
 
 class PieceCache(dict):
-    """Chunk (str) -> its ids. Text repeats its words: most chunks are looked up, not merged."""
+    """Chunk (str) -> its ids. Text repeats its words: most chunks are looked up, not merged.
 
-    def __init__(self, ranks: dict[bytes, int], ids: dict[bytes, int], limit: int = 1 << 18):
+    lost: bytes that the vocabulary lacks, dropped from the text. limit: entries kept.
+    """
+
+    def __init__(self, ranks: dict[bytes, int], ids: dict[bytes, int], lost: bytes = b"",
+                 limit: int = 1 << 18):
         super().__init__()
-        self.ranks, self.ids, self.limit = ranks, ids, limit
+        self.ranks, self.ids, self.lost, self.limit = ranks, ids, lost, limit
 
     def __missing__(self, chunk: str) -> list[int]:
-        piece = chunk.encode()
+        piece = chunk.encode().translate(None, self.lost)
         # a chunk that is a token as it stands needs no merging: tiktoken's rule
         parts = [piece] if piece in self.ranks else bpe(self.ranks, piece)
         out = [self.ids[p] for p in parts]

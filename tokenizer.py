@@ -53,8 +53,8 @@ class Tokenizer:
 
     ranks: token bytes -> merge order; empty in character mode, where `pattern` is "" too.
     ids: token bytes -> id, of every token but the control tokens; None if ids are ranks.
-    special: control token -> id. template: a name in chat.TEMPLATES, or None. eos: the name of a
-    token that ends documents, for files that call it otherwise than EOT_NAMES.
+    special: control token -> id. template: a name in chat.TEMPLATES, or None. eos: the eos_token of
+    the file it came from, which ends documents if none of EOT_NAMES is there.
     nfc: é written as e and an accent is composed first (Qwen). post: Hugging Face's
     post_processor, which adds a first token in transformers; kept for saving, not used here.
     """
@@ -65,10 +65,12 @@ class Tokenizer:
         self.ranks, self.special, self.pattern = ranks, dict(special), pattern
         self.ids = ranks if ids is None else ids
         self.template, self.nfc, self.post, self.eos = template, nfc, post, None
-        lost = [b for b in range(256) if bytes([b]) not in ranks] if pattern else []
-        if lost:
-            raise UserError(f"the vocabulary lacks {len(lost)} of the 256 bytes (first {lost[0]}): "
-                            "it cannot write every text; train it on the whole byte alphabet")
+        # SmolLM2's vocabulary lacks 21 bytes, control characters and the like; where they occur,
+        # its library drops them, and so do we. A vocabulary without letters is of another kind.
+        self.lost = bytes(b for b in range(256) if bytes([b]) not in ranks) if pattern else b""
+        if kinds := [chr(b) for b in self.lost if 32 <= b < 127]:
+            raise UserError(f"the vocabulary has no token for {''.join(kinds)!r}: it is not a "
+                            "byte-level one, or was trained without the whole byte alphabet")
         self._index()
 
     def _index(self) -> None:
@@ -101,7 +103,8 @@ class Tokenizer:
     def stop_ids(self) -> list[int]:
         """The ids that end an answer: the end of text, and the ends of the template's turns."""
         names = chat.find(self.template).stops(self.eot_token or EOT) if self.template else []
-        return sorted({self.special[n] for n in [*names, self.eot_token] if n in self.special})
+        names += [self.eot_token, self.eos]
+        return sorted({self.special[n] for n in names if n in self.special})
 
     # -- text -> ids
 
@@ -158,17 +161,24 @@ class Tokenizer:
                             f"{len(self.ids)} characters of this tokenizer") from None
 
     def _encode_rust(self, text: str) -> list[int]:
-        if not self.pattern:
+        if self._only_by_hand(text):
             return self.encode_ordinary(text)
         return self._named(self.tiktoken.encode_ordinary(self._normal(text)))
 
     def encode_batch(self, texts: list[str], threads: int = os.cpu_count() or 1) -> list[list[int]]:
         """encode_ordinary() of many texts, on tiktoken's threads."""
-        if not self.pattern:
-            return [self.encode_ordinary(t) for t in texts]
+        if any(map(self._only_by_hand, texts)):
+            return [self._encode_rust(t) for t in texts]
         normal = [self._normal(t) for t in texts]
         return [self._named(row) for row in
                 self.tiktoken.encode_ordinary_batch(normal, num_threads=threads)]
+
+    def _only_by_hand(self, text: str) -> bool:
+        """True for characters, and where tiktoken would panic: blank texts, bytes it lacks."""
+        if not self.pattern or too_blank(text):
+            return True
+        raw = mend(text).encode() if self.lost else b""
+        return len(raw.translate(None, self.lost)) < len(raw)
 
     def _normal(self, text: str) -> str:
         if text.isascii():
@@ -177,7 +187,7 @@ class Tokenizer:
 
     @cached_property
     def _cache(self) -> PieceCache:
-        return PieceCache(self.ranks, self.ids)
+        return PieceCache(self.ranks, self.ids, self.lost)
 
     @cached_property
     def tiktoken(self) -> tiktoken.Encoding:
@@ -246,8 +256,8 @@ class Tokenizer:
         out = Path(directory)
         config = {"tokenizer_class": "PreTrainedTokenizerFast",
                   "clean_up_tokenization_spaces": False}
-        if self.eot_token:
-            config["eos_token"] = self.eot_token
+        if end := self.eos if self.eos in self.special else self.eot_token:
+            config["eos_token"] = end       # a chat model's own file names the end of a turn here
         if self.template:
             config["chat_template"] = chat.jinja(chat.find(self.template), self.eot_token or EOT)
         try:
@@ -273,9 +283,11 @@ class Tokenizer:
             byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                           "use_regex": False}
             pre, decoder = {"type": "Sequence", "pretokenizers": [cut, byte_level]}, byte_level
-            # the two halves of a token are what the older ranks alone make of it
-            halves = [bpe(self.ranks, token, limit=rank)
-                      for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])]
+            # the two halves of a token are what the older tokens alone make of it
+            halves, older = [], {}
+            for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
+                halves.append(bpe(older, token))
+                older[token] = rank
             model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
                      "continuing_subword_prefix": None, "end_of_word_suffix": None,
                      "byte_fallback": False,
@@ -313,6 +325,11 @@ class Stream:
 def any_of(names: frozenset[str]) -> re.Pattern[str]:
     """A pattern for any of the names, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(names, key=lambda n: (-len(n), n)))))
+
+
+def too_blank(text: str) -> bool:
+    """A million white space characters in a row exhaust tiktoken's stack, and it panics."""
+    return len(text) >= 900_000 and re.search(r"\s{900000}", text) is not None
 
 
 def printable(token: bytes) -> str:
@@ -430,7 +447,8 @@ def from_json(document: dict) -> Tokenizer:
     # Ids say nothing about order (SmolLM2 begins with its control tokens): a rank is the place
     # among the merges, the first place where several make the same token (Llama 3).
     ids = {unprintable(t): i for t, i in vocab.items()}
-    ranks = {bytes([b]): k for k, b in enumerate(BYTE_ORDER) if bytes([b]) in ids}
+    known = (bytes([b]) for b in BYTE_ORDER if bytes([b]) in ids)
+    ranks = {byte: k for k, byte in enumerate(known)}
     for merge in model["merges"]:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         ranks.setdefault(unprintable(left) + unprintable(right), len(ranks))

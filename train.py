@@ -147,9 +147,9 @@ def find_machine(cfg: Config) -> Machine:
     """Device, precision and rank from the settings and torchrun's environment."""
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device={cfg.device}: PyTorch sees no GPU here; use --device=cpu")
+    if cfg.device in ("auto", "cuda") and torch.cuda.is_available():    # this rank's own GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     device = checkpoint.pick_device(cfg.device)
-    if cfg.device in ("auto", "cuda") and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if cfg.dtype not in ("auto", *kinds):
         raise UserError(f"--dtype={cfg.dtype} does not exist: auto, {', '.join(kinds)}")
@@ -163,8 +163,6 @@ def find_machine(cfg: Config) -> Machine:
         dtype = torch.bfloat16 if fast else torch.float32
     machine = Machine(device, dtype)
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         machine.rank, machine.world = dist.get_rank(), dist.get_world_size()
     if device.type == "cuda":
@@ -210,7 +208,7 @@ def lr_scale(cfg: Config, step: int) -> float:
         return (step + 1) / (cfg.warmup_iters + 1)
     if not cfg.decay_lr or cfg.schedule == "constant":
         return 1.0
-    floor = 0.1 if cfg.min_lr < 0 else cfg.min_lr / cfg.learning_rate
+    floor = 0.1 if cfg.min_lr < 0 else cfg.min_lr / max(cfg.learning_rate, 1e-30)
     end = cfg.lr_decay_iters or cfg.max_iters
     start = cfg.warmup_iters
     if cfg.schedule == "wsd":

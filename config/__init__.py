@@ -249,7 +249,7 @@ def run(main: Callable[[Any], Any], cls: type, positional: Sequence[str] = ()) -
         sys.exit(0)
     except OSError as e:
         # A full disk or a folder that is not ours to write: the system's words are the sentence.
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             complain(f"the disk is full ({e.filename or e}): free some space; nothing that was "
                      "already written is lost")
         elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

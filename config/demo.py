@@ -2,7 +2,7 @@
 
     python data/prepare.py && python train.py config/demo.py && python sample.py --out_dir=out/demo
 
-cost: 11,668,736 parameters x 921,600 tokens -> 51 TFLOPs; minutes: see RESULTS.md, "the demo".
+cost: 11,602,688 parameters x 1,843,200 tokens -> 88 TFLOPs; minutes: see RESULTS.md, "the demo".
 Expect: samples with the shape of Python (indentation, def, docstrings) and little sense.
 """
 out_dir = "out/demo"

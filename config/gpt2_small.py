@@ -6,7 +6,7 @@
 
 cost: 124,337,664 parameters x 9,999,974,400 tokens -> 8,544,362 TFLOPs.
 Not measured here: at 40% of an H100's 989 TFLOP/s that is 360 minutes on one, 45 on eight.
-Expect a val_loss of about 3.28 on fineweb: llm.c's published figure for this size and data, not a run of ours.
+Expect on fineweb a val_loss of about 3.28: llm.c's published figure, not a run of ours.
 The default dataset is the standard library, so that the command runs as it stands everywhere; it
 has 2.5 million tokens, so a run on it is a test of the machine: add --max_iters=100.
 """

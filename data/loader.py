@@ -363,7 +363,7 @@ def mask_eot(tokens: Tokens, eot: int | None, documents: bool) -> int | None:
     """The id that separates documents, or None when no document numbers are wanted."""
     if documents and eot is None:
         raise UserError(f"{tokens.dataset.directory} has no end-of-text id (its tokenizer is by "
-                        "character), so documents cannot be told apart: use --documents=0")
+                        "character), so documents cannot be told apart: use --document_mask=0")
     return eot if documents else None
 
 

@@ -323,6 +323,15 @@ def test_a_long_text_without_spaces_is_not_quadratic(tok):
     assert time.perf_counter() - start < 20
 
 
+def test_a_million_spaces_are_encoded_where_tiktoken_panics(tok, monkeypatch):
+    text = "a" + " " * 1_000_500 + "b"
+    assert T.too_blank(text) and not T.too_blank("a b " * 300_000)
+    bytewise = T.train(["ab ab"], 258)
+    assert bytewise.decode(bytewise.encode_fast(text)) == text
+    monkeypatch.setattr(T, "too_blank", lambda text: "  " in text)
+    assert tok.encode_batch(["a", "b   "]) == [tok.encode("a"), tok.encode("b   ")]
+
+
 def test_the_docstring_example_of_bpe():
     assert doctest.testmod(bpe).failed == 0
 
@@ -537,6 +546,23 @@ def test_hugging_face_forms_give_the_librarys_ids(form, merges, tmp_path):
         assert T.load(tmp_path / "again").encode(ENGLISH) == tok.encode(ENGLISH)
 
 
+def test_bytes_that_a_vocabulary_lacks_are_dropped_as_the_library_drops_them(tmp_path):
+    """SmolLM2's file lacks 21 of the 256 bytes: tiktoken panics on them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet()
+                if T.CHAR_BYTE[c] not in b"\x04\x06\x1d\xc0\xf1\xff\xe4"]
+    theirs.train_from_iterator([ENGLISH * 2 + "!!!! ??!!"], trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    tok = T.load(tmp_path)
+    assert len(tok.lost) == 7
+    texts = ["!\x04!", "!!\x04", "\x04", "the\x06 fox\x1d", "中文 \x04", ENGLISH, "\U00050000 x"]
+    assert_same_as_library(tok, theirs, texts)
+    assert tok.encode_batch(texts) == [theirs.encode(t).ids for t in texts]
+
+
 @pytest.mark.parametrize("names", [("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")])
 def test_gpt2s_two_files(names, tmp_path):
     theirs = library_tokenizer("gpt2")
@@ -660,6 +686,24 @@ def test_a_broken_tokenizer_json_is_refused(content, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError):
         T.load(tmp_path / "tokenizer.json")
+
+
+def test_the_end_token_of_a_chat_models_file_is_kept(tok, tmp_path):
+    """SmolLM2's files name <|im_end|> as eos_token: it ends answers, not documents."""
+    tok = copy.deepcopy(tok)
+    tok.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tok.save(tmp_path)
+    for end in ("<|im_end|>", {"content": "<|im_end|>"}):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        again = T.load(tmp_path)
+        assert again.eot == tok.special[T.EOT]
+        assert again.stop_ids == sorted([tok.eot, tok.special["<|im_end|>"]])
+        again.save(tmp_path)
+        assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == \
+            "<|im_end|>"
+    odd = T.Tokenizer(tok.ranks, {"<done>": 5000}, tok.pattern)
+    odd.eos = "<done>"
+    assert odd.eot == 5000 and tok.stop_ids == [tok.eot]
 
 
 def test_loading_nothing_says_what_can_be_loaded(tmp_path):
