@@ -48,19 +48,21 @@ def _(params, grads, m, v, *, step, lr, beta1, beta2, eps, weight_decay):
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
-    """Roughly the nearest orthogonal matrix: U V^T of g = U S V^T; g (..., rows, cols).
+    """Roughly the nearest orthogonal matrices: U V^T of g = U S V^T; g (..., rows, cols).
 
     x <- a x + (b A + c A^2) x with A = x x^T, from x = g / |g|. Singular values end within
     about 0.7 to 1.2, which is as good as 1 for a descent direction and far cheaper than an SVD.
     """
     a, b, c = NEWTON_SCHULZ
-    x = g / (torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True) + 1e-7)
+    x = g.reshape(-1, *g.shape[-2:])
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
     tall = x.shape[-2] > x.shape[-1]             # the smaller side makes the smaller A
     x = x.mT.contiguous() if tall else x
     for _ in range(steps):
-        A = x @ x.mT
-        x = a * x + (b * A + c * (A @ A)) @ x
-    return x.mT if tall else x
+        A = torch.bmm(x, x.mT)
+        A = torch.baddbmm(A, A, A, beta=b, alpha=c)     # b A + c A A in one pass
+        x = torch.baddbmm(x, A, x, beta=a)
+    return (x.mT if tall else x).reshape(g.shape)
 
 @operation
 def muon(params: Sequence[Tensor], grads: Sequence[Tensor], momentum: Sequence[Tensor], *,
