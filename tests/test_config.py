@@ -6,6 +6,7 @@ traceback. The settings a file or a flag gives are typed here, so no script chec
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -513,3 +514,28 @@ def test_reading_settings_imports_no_torch():
     start = time.monotonic()
     out = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
     assert out.stdout == "False\n" and time.monotonic() - start < 5
+
+
+VOCABULARY = {"demo": 16384, "shakespeare_char": 65, "nanogpt_shakespeare_char": 65}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_the_cost_at_the_head_of_a_config_is_what_it_costs(path):
+    """Parameters x tokens -> TFLOPs, and the minutes on H100s, follow from the settings."""
+    import torch
+    import train
+    head = path.read_text().split('"""')[1]
+    cfg = configure(train.Config, [str(path)])
+    with torch.device("meta"):
+        machine = train.Machine(torch.device("meta"), torch.float32)
+        model = train.build_model(cfg, VOCABULARY.get(path.stem, 50257), machine)
+    tokens = cfg.batch_size * cfg.gradient_accumulation_steps * cfg.block_size * cfg.max_iters
+    tera = model.flops_per_token(cfg.block_size) * tokens / 1e12
+    said = re.search(r"cost: ([\d,]+) parameters x ([\d,]+) tokens -> ([\d,]+) TFLOPs", head)
+    assert [int(x.replace(",", "")) for x in said.groups()] == [
+        model.parameter_count(), tokens, round(tera)]
+    if "H100" in head:
+        one, eight = re.search(r"that is ([\d,]+) minutes on one, ([\d,]+) on eight", head).groups()
+        minutes = tera / (0.4 * train.PEAK_TFLOPS["H100"]) / 60
+        assert int(one.replace(",", "")) == round(minutes)
+        assert int(eight.replace(",", "")) == round(minutes / 8)
