@@ -27,8 +27,10 @@ from config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ENGLISH = ("The quick brown fox didn't jump over the lazy dog; it's 1,234 times they'd've said so!\n"
-           "We'll see: I'M SURE, you're \"right\" -- aren't you?  \n\n\n   Yes... 3.14159 (or 22/7)\n")
+ENGLISH = ("The quick brown fox didn't jump over the lazy dog; "
+           "it's 1,234 times they'd've said so!\n"
+           "We'll see: I'M SURE, you're \"right\" -- aren't you?  \n\n\n"
+           "   Yes... 3.14159 (or 22/7)\n")
 CODE = textwrap.dedent(Path(bpe.__file__).read_text(encoding="utf-8"))
 CHINESE = "你好,世界。这是一个测试!我喜欢编程 2024年12月\n北京欢迎你。机器学习是人工智能的一个分支。\n"
 MIXED = ("Привет, мир! Ça va? Zoë's naïve café — “quoted” … ½ ⅓ Ⅷ ٣٤٥ हिन्दी ภาษาไทย 한국어 日本語テスト\n"
@@ -160,7 +162,8 @@ def test_training_does_not_depend_on_order_or_workers():
     assert list(one.ranks) == list(two.ranks)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 11, 5), reason="Python's pool could hang there: gh-94777")
+@pytest.mark.skipif(sys.version_info < (3, 11, 5),
+                    reason="Python's pool could hang there: gh-94777")
 def test_a_killed_worker_is_one_sentence(monkeypatch):
     monkeypatch.setattr(bpe, "count_batch", die)
     with pytest.raises(UserError, match="--workers=1"):
@@ -727,7 +730,8 @@ RENDERED = {
                "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n«B<|im_end|>»\n"),
     "smollm2": ("<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
                 "Hugging Face<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
-                "<|im_start|>assistant\n«A<|im_end|>»\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n«B<|im_end|>»\n"),
+                "<|im_start|>assistant\n«A<|im_end|>»\n<|im_start|>user\nV<|im_end|>\n"
+                "<|im_start|>assistant\n«B<|im_end|>»\n"),
     "llama3": (f"<|begin_of_text|>{H}user{E}U<|eot_id|>{H}assistant{E}«A<|eot_id|>»"
                f"{H}user{E}V<|eot_id|>{H}assistant{E}«B<|eot_id|>»"),
     "gemma": ("<bos><start_of_turn>user\nU<end_of_turn>\n<start_of_turn>model\n«A<end_of_turn>»\n"
@@ -956,7 +960,6 @@ def test_a_long_file_is_read_in_parts_that_change_no_chunk(tmp_path):
 
 
 def test_bench_prints_both_sides_and_ends_with_json(tmp_path):
-    pytest.importorskip("tokenizers")
     (tmp_path / "text").write_text(CODE * 3 + MIXED, encoding="utf-8")
     done = subprocess.run([sys.executable, str(ROOT / "bench.py"), "tokenizer", "--repeat=2",
                            "--vocab_size=500", f"--text={tmp_path / 'text'}"],
