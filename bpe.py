@@ -25,7 +25,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from itertools import chain
-from typing import Iterable, Iterator
+from typing import Any, Iterable, Iterator
 
 import numpy as np
 import tiktoken
@@ -39,6 +39,10 @@ SHORT = 200             # bytes; longer chunks are rare, and merged by another l
 # controls, …) for the characters from U+0100 on. Ranks 0..255 follow that order here too.
 BYTE_ORDER = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_ORDER += [b for b in range(256) if b not in BYTE_ORDER]
+
+# Files hold tokens as text, a byte being one of 256 printable characters: "Ġthe" is b" the".
+BYTE_CHAR = {b: chr(b if i < 188 else 256 + i - 188) for i, b in enumerate(BYTE_ORDER)}
+CHAR_BYTE = {c: b for b, c in BYTE_CHAR.items()}
 
 # How text is cut; merges never cross a cut. These are the published patterns without possessive
 # quantifiers and `$`, which other regex engines read differently. The chunks are the same.
@@ -54,6 +58,39 @@ PATTERNS = {
     # SmolLM2 cuts at every digit before GPT-2's pattern runs, so a digit ends a run of spaces
     "smollm": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+",
 }
+
+
+# --- files -------------------------------------------------------------------------------------
+
+def printable(token: bytes) -> str:
+    """b" the" -> "Ġthe", as files spell it."""
+    return "".join(map(BYTE_CHAR.__getitem__, token))
+
+
+def unprintable(token: str) -> bytes:
+    """printable() undone; a token with other letters is no byte token and taken as it is."""
+    try:
+        return bytes([CHAR_BYTE[c] for c in token])
+    except KeyError:
+        return token.encode()
+
+
+def pattern_of(pre: dict) -> str:
+    """The split pattern of a pre_tokenizer: GPT-2's own, a regex (Llama 3, Qwen), SmolLM2's."""
+    *before, byte_level = pre.get("pretokenizers", [pre])
+    if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
+        raise ValueError("only byte-level BPE without a prefix space is supported")
+    gpt2_follows = byte_level.get("use_regex", True)
+    if not before and gpt2_follows:
+        return PATTERNS["gpt2"]
+    if len(before) == 1 and before[0]["type"] == "Split" and not gpt2_follows:
+        step = before[0]        # both mean: what matches is a chunk
+        if (step["behavior"], bool(step.get("invert"))) in (("Isolated", False), ("Removed", True)):
+            return str(step["pattern"]["Regex"])
+    if len(before) == 1 and before[0].get("individual_digits") and gpt2_follows:
+        return PATTERNS["smollm"]
+    raise ValueError(f"the pre_tokenizer {' + '.join(s['type'] for s in [*before, byte_level])} "
+                     "is not supported")
 
 
 # --- text -> chunks -------------------------------------------------------------------------
@@ -153,30 +190,37 @@ def mend(text: str) -> str:
 
 # --- chunks -> tokens -----------------------------------------------------------------------
 
-def bpe(ranks: dict[bytes, int], piece: bytes) -> list[bytes]:
+def bpe(ranks: dict, piece: Any, sep: Any = None) -> list:
     """Merge the adjacent pair of lowest rank, leftmost first, until no pair has a rank.
+
+    piece: bytes, or text where tokens are text (spm.py). sep: what stands between the two halves
+    in the keys of `ranks`; None for nothing: then only the token that a merge makes has a rank.
 
     >>> bpe({b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"abc": 4}, b"abcab")
     [b'abc', b'ab']
     """
     rank, n = ranks.get, len(piece)
+    sep = piece[:0] if sep is None else sep
     if n < SHORT:
         # A word: plain lists and min() are fastest, though each merge looks at every pair.
         parts = [piece[i:i + 1] for i in range(n)]
-        pairs = [rank(piece[i:i + 2], NEVER) for i in range(n - 1)]     # of parts i and i + 1
+        pairs = [rank(a + sep + b, NEVER) for a, b in zip(parts, parts[1:])]   # of i and i + 1
         while pairs and (lowest := min(pairs)) < NEVER:
             i = pairs.index(lowest)
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
             del pairs[i]
             if i:
-                pairs[i - 1] = rank(parts[i - 1] + parts[i], NEVER)
+                pairs[i - 1] = rank(parts[i - 1] + sep + parts[i], NEVER)
             if i < len(pairs):
-                pairs[i] = rank(parts[i] + parts[i + 1], NEVER)
+                pairs[i] = rank(parts[i] + sep + parts[i + 1], NEVER)
         return parts
 
     # A megabyte without a space must not take n² steps: parts in a linked list, pairs in a heap.
+    def pair(i: int, j: int, end: int) -> int | None:
+        return rank(piece[i:j] + sep + piece[j:end] if sep else piece[i:end])
+
     after, before = list(range(1, n + 1)), list(range(-1, n))   # starts of a part's neighbours
-    heap = [(r, i, i + 2) for i in range(n - 1) if (r := rank(piece[i:i + 2])) is not None]
+    heap = [(r, i, i + 2) for i in range(n - 1) if (r := pair(i, i + 1, i + 2)) is not None]
     heapq.heapify(heap)                                         # (rank, start, end) of a pair
     while heap:
         _, i, end = heapq.heappop(heap)
@@ -185,9 +229,9 @@ def bpe(ranks: dict[bytes, int], piece: bytes) -> list[bytes]:
         if not 0 < j < n or after[j] != end:
             continue
         after[i], after[j], before[end] = end, 0, i
-        if end < n and (r := rank(piece[i:after[end]])) is not None:
+        if end < n and (r := pair(i, end, after[end])) is not None:
             heapq.heappush(heap, (r, i, after[end]))
-        if i and (r := rank(piece[before[i]:end])) is not None:
+        if i and (r := pair(before[i], i, end)) is not None:
             heapq.heappush(heap, (r, before[i], end))
     return [piece[i:after[i]] for i in range(n) if after[i]]
 
@@ -203,14 +247,18 @@ class PieceCache(dict):
         super().__init__()
         self.ranks, self.ids, self.lost, self.limit = ranks, ids, lost, limit
 
-    def __missing__(self, chunk: str) -> list[int]:
+    def merged(self, chunk: str) -> list[int]:
+        """The ids of a chunk that is not here yet."""
         piece = chunk.encode().translate(None, self.lost)
         # a chunk that is a token as it stands needs no merging: tiktoken's rule
         parts = [piece] if piece in self.ranks else bpe(self.ranks, piece)
-        out = [self.ids[p] for p in parts]
+        return [self.ids[p] for p in parts]
+
+    def __missing__(self, chunk: str) -> list[int]:
+        out = self.merged(chunk)
         if len(self) >= self.limit:         # bounded: at worst the common words are merged again
             self.clear()
-        if len(piece) < SHORT:
+        if len(chunk) < SHORT:
             self[chunk] = out
         return out
 

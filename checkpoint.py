@@ -35,9 +35,9 @@ import torch
 from torch import Tensor
 
 from config import UserError, run
-from families import (FAMILIES, HANDMADE, Family, Slot, disk_form, family_of, hf_config, layout,
-                      model_config_from_hf)
+from families import FAMILIES, HANDMADE, Family
 from model import ModelConfig, Transformer
+from translate import Slot, disk_form, family_of, hf_config, layout, model_config_from_hf
 
 SHARD_BYTES = 5 * 10 ** 9           # a file of weights is no larger, unless one tensor is
 HEADER_BYTES = 100 * 10 ** 6        # the safetensors library refuses longer headers, so do we
@@ -262,10 +262,12 @@ def write_model(directory: Path, model: Transformer, tokenizer: Any, shard_bytes
 
     def get(name: str) -> Tensor:
         # a bias that the family has and the model has not is zero
-        parts = [params[p].detach().to("cpu") if p in params else torch.zeros(shape, dtype=main)
-                 for p, shape in zip(slots[name].parts, slots[name].shapes)]
+        slot = slots[name]
+        parts = [params[p].detach() if p in params else torch.zeros(shape, dtype=main)
+                 for p, shape in zip(slot.parts, slot.shapes)]
+        parts = [p.to("cpu") if slot.expert is None else p[slot.expert].to("cpu") for p in parts]
         tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return tensor.T if slots[name].transpose else tensor
+        return tensor.T if slot.transpose else tensor
 
     specs = [(name, params[slot.parts[0]].dtype if slot.parts[0] in params else main, slot.shape)
              for name, slot in slots.items()]
@@ -507,7 +509,8 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
             rows = (tensor.T if slot.transpose else tensor).split([n[0] for n in slot.shapes])
             for part, values in zip(slot.parts, rows):
                 if part in params:
-                    params[part].copy_(values)
+                    place = params[part] if slot.expert is None else params[part][slot.expert]
+                    place.copy_(values)
     return model
 
 

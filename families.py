@@ -1,24 +1,22 @@
-"""Families: how the published architectures spell our settings and our parameters.
+"""Families: how the published architectures spell our settings and our parameters, as a table.
 
-    config = model_config_from_hf(json.load(open("config.json")))   # theirs -> ModelConfig
-    hf = hf_config(config, tokenizer)                               # ModelConfig -> config.json
-    slots = layout(config, family_of(config))                       # names and shapes on disk
+A family is a row, and a new one is a new row: what its architecture fixes, what its config.json
+calls our settings, and what its files call our parameters, joined, stacked or transposed where
+they are. translate.py reads the table; checkpoint.py moves the bytes. To expect: a model saved in
+the words of a family gives in transformers the logits that it gives here (tests/test_families.py,
+for every row).
 
-A family is a row of a table, and a new one is a new row: what its architecture fixes, what its
-config.json calls our settings, and what its files call our parameters, joined or transposed where
-they are. checkpoint.py moves the bytes. What to expect: a model saved in the words of a family
-gives in transformers the logits that it gives here (tests/test_checkpoint.py, for every row).
+Sources: the config.json and the weights that each family was published with, and the classes of
+transformers that open them.
 """
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable
 
-import torch
-
-from config import UserError, field_types
-from model import ModelConfig, Transformer
+from config import UserError
+from model import ModelConfig
 
 # ------------------------------------------------------------------------------ the table
 
@@ -37,14 +35,21 @@ class Family:
     # module on disk -> our modules, joined along their outputs; others have the name on disk
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()            # modules stored (in, out)
+    # what is no pair of one key and one field: (config.json, values) completes the values,
+    # (config, config.json) the file
+    read: Callable[[dict, dict], None] = lambda hf, values: None
+    write: Callable[[ModelConfig, dict], None] = lambda config, hf: None
+    rope: str = "plain"             # plain, partial, or nested by kind of layer
+    writable: bool = True           # False: read only, saved as another family that fits
 
 
+LARGEST_DEPTH = 10 ** 4     # of layers that a list is made for before the weights are looked at
 # None as a default: the key has to be there
 NEEDED = {"vocab_size": None, "hidden_size": None, "num_hidden_layers": None,
           "num_attention_heads": None, "intermediate_size": None}
-LLAMA_ROW = Family(
+LLAMA = Family(
     "llama", "LlamaForCausalLM",
-    fixed=dict(position="rope", norm="rmsnorm", gated=True, norm_bias=False, qk_norm=False),
+    fixed=dict(position="rope", norm="rmsnorm", gated=True),
     fields=(("vocab_size", "vocab_size"), ("block_size", "max_position_embeddings"),
             ("n_layer", "num_hidden_layers"), ("n_head", "num_attention_heads"),
             ("n_kv_head", "num_key_value_heads"), ("n_embd", "hidden_size"),
@@ -55,22 +60,167 @@ LLAMA_ROW = Family(
             ("init_std", "initializer_range"), ("dropout", "attention_dropout")),
     defaults=dict(NEEDED, max_position_embeddings=2048, num_key_value_heads=0, head_dim=0,
                   rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False, mlp_bias=False,
-                  tie_word_embeddings=False, initializer_range=0.02),
-    only={"partial_rotary_factor": (1.0,)})
+                  tie_word_embeddings=False, initializer_range=0.02))
 
 
-def without(pairs: tuple, *ours: str) -> tuple:
-    """Field pairs less those of some ModelConfig fields, which the family fixes."""
-    return tuple(pair for pair in pairs if pair[0] not in ours)
+def like(row: Family, model_type: str, architecture: str, fixed: dict | None = None,
+         fields: dict[str, str] | None = None, defaults: dict | None = None, **rest) -> Family:
+    """Another family's row with changes; what is fixed is no field, and a field has one key."""
+    fixed, fields = {**row.fixed, **(fixed or {})}, fields or {}
+    kept = tuple(pair for pair in row.fields if pair[0] not in fixed and pair[0] not in fields)
+    known = {"model_type": model_type, "architecture": architecture, "fixed": fixed,
+             "fields": kept + tuple(fields.items()),
+             "defaults": {**row.defaults, **(defaults or {})}}
+    return replace(row, **{**known, **rest})
 
 
+L = "model.layers.{i}."
+NO_BIAS = dict(qkv_bias=False, o_bias=False, mlp_bias=False)
+
+
+def windowed(everywhere: int | None) -> dict[str, Any]:
+    """read and write of `sliding_window`, of all layers alike; `everywhere`: where it is not said.
+
+    Subtle: null in the file means no window, silence means transformers' default.
+    """
+    def read(hf: dict, values: dict) -> None:
+        on = hf.get("use_sliding_window", True)
+        values["sliding_window"] = (hf.get("sliding_window", everywhere) or 0) if on else 0
+
+    def write(config: ModelConfig, hf: dict) -> None:
+        hf["sliding_window"] = config.sliding_window or None
+        hf["use_sliding_window"] = config.sliding_window > 0
+
+    return {"read": read, "write": write}
+
+
+def by_layer(default: Callable[[int, dict], bool], asks: bool) -> dict[str, Any]:
+    """read and write of `layer_types`; default(layer, config.json) says which layers slide where
+    the file does not. asks: none does unless use_sliding_window says so."""
+    def read(hf: dict, values: dict) -> None:
+        if asks and not hf.get("use_sliding_window"):
+            return
+        values["sliding_window"] = hf.get("sliding_window", 4096) or 0
+        if hf.get("layer_types") is not None:
+            values["layer_types"] = hf["layer_types"]
+        elif values["sliding_window"] and type(values["n_layer"]) is int:
+            values["layer_types"] = [
+                "sliding_attention" if default(i, hf) else "full_attention"
+                for i in range(min(values["n_layer"], LARGEST_DEPTH))]
+
+    def write(config: ModelConfig, hf: dict) -> None:
+        hf["layer_types"] = config.layer_types or ["full_attention"] * config.n_layer
+        slide = "sliding_attention" in hf["layer_types"]
+        hf["use_sliding_window"], hf["sliding_window"] = slide, config.sliding_window or None
+
+    return {"read": read, "write": write}
+
+
+# the first max_window_layers layers see everything
+QWEN_WINDOWS = by_layer(lambda i, hf: i >= hf.get("max_window_layers", 28), asks=True)
+
+
+def gemma(model_type: str, architecture: str, pattern: int, **changes) -> Family:
+    """Gemma 2 and 3: what their files share. `pattern`: every such layer has no window."""
+    layers = by_layer(lambda i, hf: (i + 1) % (hf.get("sliding_window_pattern") or pattern), False)
+
+    def read(hf: dict, values: dict) -> None:
+        scalar = hf.get("query_pre_attn_scalar", 256)
+        if type(scalar) not in (int, float) or not scalar > 0:
+            raise UserError(f"query_pre_attn_scalar = {scalar!r} is not a number above 0")
+        values["attention_multiplier"] = scalar ** -0.5
+        for key, default in changes["caps"].items():
+            values[key] = hf.get(key, default) or 0.0
+        layers["read"](hf, values)
+
+    def write(config: ModelConfig, hf: dict) -> None:
+        hf["query_pre_attn_scalar"] = round(config.attention_multiplier ** -2)
+        for key in changes["caps"]:
+            hf[key] = getattr(config, key) or None
+        layers["write"](config, hf)
+
+    return like(
+        LLAMA, model_type, architecture,
+        fixed=dict(NO_BIAS, norm_offset=1.0, norm_placement="sandwich", embedding_multiplier=0.0,
+                   **changes["fixed"]),
+        fields={"activation": "hidden_activation"},
+        defaults=dict(head_dim=256, hidden_activation="gelu_pytorch_tanh",
+                      tie_word_embeddings=True, num_key_value_heads=4,
+                      max_position_embeddings=changes["context"]),
+        only={"attention_bias": (False,), "use_bidirectional_attention": (False,)},
+        keys={L + "post_attention_layernorm": (L + "post_self_attn_layernorm",),
+              L + "pre_feedforward_layernorm": (L + "post_attention_layernorm",),
+              L + "post_feedforward_layernorm": (L + "post_mlp_layernorm",)},
+        read=read, write=write, rope=changes["rope"])
+
+
+def needs_experts(hf: dict, values: dict) -> None:
+    if not values["num_experts"]:
+        raise UserError("a mixture of experts without experts")
+
+
+def both(*steps: Callable) -> Callable:
+    return lambda *arguments: [step(*arguments) for step in steps] and None
+
+
+MIXTRAL_WINDOW, QWEN_MOE_WINDOW = windowed(None), windowed(4096)
+
+
+def qwen_moe_read(hf: dict, values: dict) -> None:
+    # the published files say num_experts, those that transformers 5 writes num_local_experts
+    values["num_experts"] = hf.get("num_local_experts", values["num_experts"])
+    needs_experts(hf, values)
+    if hf.get("use_sliding_window"):                    # False where it is not said
+        QWEN_MOE_WINDOW["read"](hf, values)
+
+
+def cohere_read(hf: dict, values: dict) -> None:
+    values["logits_scaling"] = 1 / (hf.get("logit_scale") or 0.0625)
+
+
+def smollm3_read(hf: dict, values: dict) -> None:
+    # the trap: in no_rope_layers a 1 means that the layer has RoPE
+    marks, n = hf.get("no_rope_layers"), hf.get("no_rope_layer_interval") or 4
+    if marks is None and type(values["n_layer"]) is int:
+        marks = [(i + 1) % n != 0 for i in range(min(values["n_layer"], LARGEST_DEPTH))]
+    values["nope_layers"] = [i for i, rotates in enumerate(marks or ()) if not rotates] or None
+    if hf.get("use_sliding_window"):
+        raise UserError("use_sliding_window is not supported in SmolLM3")
+
+
+def smollm3_write(config: ModelConfig, hf: dict) -> None:
+    none = set(config.nope_layers or ())
+    hf["no_rope_layers"] = [int(i not in none) for i in range(config.n_layer)]
+
+
+def minicpm_read(hf: dict, values: dict) -> None:
+    depth, layers = hf.get("scale_depth") or 1.0, hf.get("num_hidden_layers") or 1
+    values["residual_multiplier"] = depth / math.sqrt(layers)
+    values["logits_scaling"] = values["n_embd"] / (hf.get("dim_model_base") or 1)
+
+
+def chatglm_read(hf: dict, values: dict) -> None:
+    if not hf.get("multi_query_attention"):
+        values["n_kv_head"] = 0
+    values["rope_theta"] = 10000.0 * (hf.get("rope_ratio") or 1.0)
+
+
+GLM = like(LLAMA, "glm", "GlmForCausalLM",
+           fixed=dict(o_bias=False, mlp_bias=False, rope_interleaved=True),
+           defaults=dict(max_position_embeddings=131072, head_dim=128, attention_bias=True,
+                         num_key_value_heads=2, rms_norm_eps=1.5625e-7),
+           keys={L + "mlp.gate_up_proj": (L + "mlp.gate_proj", L + "mlp.up_proj")},
+           rope="partial")
+MOE = {"num_experts_per_tok": "num_experts_per_tok",
+       "moe_intermediate_size": "moe_intermediate_size"}
+E = "transformer.encoder.layers.{i}."
 # A new family is a new row. Where two fit, the one that needs fewer biases of zero is written,
 # then the earlier.
 ROWS = (
     Family(
         "gpt2", "GPT2LMHeadModel",
         fixed=dict(position="learned", norm="layernorm", gated=False, qkv_bias=True, o_bias=True,
-                   mlp_bias=True, norm_bias=True, qk_norm=False),
+                   mlp_bias=True, norm_bias=True),
         fields=(("vocab_size", "vocab_size"), ("block_size", "n_positions"),
                 ("n_layer", "n_layer"), ("n_head", "n_head"), ("n_embd", "n_embd"),
                 ("intermediate_size", "n_inner"), ("norm_eps", "layer_norm_epsilon"),
@@ -86,236 +236,110 @@ ROWS = (
         keys={"transformer.wte": ("model.embed_tokens",),
               "transformer.wpe": ("model.embed_positions",),
               "transformer.ln_f": ("model.norm",),
-              "transformer.h.{i}.ln_1": ("model.layers.{i}.input_layernorm",),
-              "transformer.h.{i}.ln_2": ("model.layers.{i}.post_attention_layernorm",),
-              "transformer.h.{i}.attn.c_attn": ("model.layers.{i}.self_attn.q_proj",
-                                                "model.layers.{i}.self_attn.k_proj",
-                                                "model.layers.{i}.self_attn.v_proj"),
-              "transformer.h.{i}.attn.c_proj": ("model.layers.{i}.self_attn.o_proj",),
-              "transformer.h.{i}.mlp.c_fc": ("model.layers.{i}.mlp.up_proj",),
-              "transformer.h.{i}.mlp.c_proj": ("model.layers.{i}.mlp.down_proj",)},
+              "transformer.h.{i}.ln_1": (L + "input_layernorm",),
+              "transformer.h.{i}.ln_2": (L + "post_attention_layernorm",),
+              "transformer.h.{i}.attn.c_attn": tuple(L + f"self_attn.{x}_proj" for x in "qkv"),
+              "transformer.h.{i}.attn.c_proj": (L + "self_attn.o_proj",),
+              "transformer.h.{i}.mlp.c_fc": (L + "mlp.up_proj",),
+              "transformer.h.{i}.mlp.c_proj": (L + "mlp.down_proj",)},
         # the trap of GPT-2's files: OpenAI's Conv1D keeps its weight (in, out)
         transposed=("c_attn", "c_proj", "c_fc")),
-    LLAMA_ROW,
-    replace(LLAMA_ROW, model_type="qwen2", architecture="Qwen2ForCausalLM",
-            fixed=dict(LLAMA_ROW.fixed, qkv_bias=True, o_bias=False, mlp_bias=False),
-            fields=without(LLAMA_ROW.fields, "qkv_bias", "o_bias", "mlp_bias"),
-            defaults=dict(LLAMA_ROW.defaults, max_position_embeddings=32768),
-            only=dict(LLAMA_ROW.only, use_sliding_window=(False,))),
-    replace(LLAMA_ROW, model_type="qwen3", architecture="Qwen3ForCausalLM",
-            fixed=dict(LLAMA_ROW.fixed, qk_norm=True, mlp_bias=False),
-            fields=without(LLAMA_ROW.fields, "mlp_bias"),
-            # the trap of Qwen3: heads are 128 wide whatever the width of the model
-            defaults=dict(LLAMA_ROW.defaults, max_position_embeddings=32768, head_dim=128),
-            only=dict(LLAMA_ROW.only, use_sliding_window=(False,))),
+    LLAMA,
+    like(LLAMA, "qwen2", "Qwen2ForCausalLM", dict(qkv_bias=True, o_bias=False, mlp_bias=False),
+         defaults=dict(max_position_embeddings=32768), **QWEN_WINDOWS),
+    # the trap of Qwen3: heads are 128 wide whatever the width of the model
+    like(LLAMA, "qwen3", "Qwen3ForCausalLM", dict(qk_norm=True, mlp_bias=False),
+         defaults=dict(max_position_embeddings=32768, head_dim=128), **QWEN_WINDOWS),
     # Llama with an MLP that is not gated
-    replace(LLAMA_ROW, model_type="arcee", architecture="ArceeForCausalLM",
-            fixed=dict(LLAMA_ROW.fixed, gated=False),
-            defaults=dict(LLAMA_ROW.defaults, max_position_embeddings=4096, hidden_act="relu2",
-                          rms_norm_eps=1e-5)),
-    # read only: what it could say is written as Llama
-    replace(LLAMA_ROW, model_type="mistral", architecture="MistralForCausalLM",
-            fixed=dict(LLAMA_ROW.fixed, qkv_bias=False, o_bias=False, mlp_bias=False),
-            fields=without(LLAMA_ROW.fields, "qkv_bias", "o_bias", "mlp_bias"),
-            defaults=dict(LLAMA_ROW.defaults, max_position_embeddings=131072,
-                          num_key_value_heads=8),
-            only=dict(LLAMA_ROW.only, sliding_window=())),
+    like(LLAMA, "arcee", "ArceeForCausalLM", dict(gated=False),
+         defaults=dict(max_position_embeddings=4096, hidden_act="relu2", rms_norm_eps=1e-5)),
+    like(LLAMA, "mistral", "MistralForCausalLM", NO_BIAS,
+         defaults=dict(max_position_embeddings=131072, num_key_value_heads=8), **windowed(4096)),
+    like(LLAMA, "mixtral", "MixtralForCausalLM",
+         dict(NO_BIAS, norm_topk_prob=True),
+         {"num_experts": "num_local_experts", **MOE, "moe_intermediate_size": "intermediate_size"},
+         dict(max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-5,
+              num_local_experts=8, num_experts_per_tok=2),
+         keys={L + "block_sparse_moe.gate": (L + "mlp.gate",),
+               L + "block_sparse_moe.experts.{e}.w1": (L + "mlp.experts.gate_proj",),
+               L + "block_sparse_moe.experts.{e}.w2": (L + "mlp.experts.down_proj",),
+               L + "block_sparse_moe.experts.{e}.w3": (L + "mlp.experts.up_proj",)},
+         read=both(MIXTRAL_WINDOW["read"], needs_experts), write=MIXTRAL_WINDOW["write"]),
+    like(LLAMA, "qwen3_moe", "Qwen3MoeForCausalLM", dict(qk_norm=True, mlp_bias=False),
+         {"num_experts": "num_experts", **MOE, "norm_topk_prob": "norm_topk_prob"},
+         dict(max_position_embeddings=32768, num_key_value_heads=4, num_experts=128,
+              num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False),
+         only={"decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
+         read=qwen_moe_read, write=QWEN_MOE_WINDOW["write"]),
+    gemma("gemma3_text", "Gemma3ForCausalLM", 6, fixed=dict(qk_norm=True), rope="nested",
+          caps=dict(attn_logit_softcapping=None, final_logit_softcapping=None), context=131072),
+    gemma("gemma2", "Gemma2ForCausalLM", 2, fixed={}, rope="plain", context=8192,
+          caps=dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)),
+    GLM,
+    like(GLM, "glm4", "Glm4ForCausalLM", dict(norm_placement="sandwich")),
+    like(LLAMA, "glm4_moe", "Glm4MoeForCausalLM",
+         dict(o_bias=False, mlp_bias=False, scoring_func="sigmoid", router_bias=True),
+         {"num_experts": "n_routed_experts", **MOE, "n_shared_experts": "n_shared_experts",
+          "first_k_dense_replace": "first_k_dense_replace", "norm_topk_prob": "norm_topk_prob",
+          "routed_scaling_factor": "routed_scaling_factor", "qk_norm": "use_qk_norm"},
+         dict(max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-5,
+              n_routed_experts=128, num_experts_per_tok=8, moe_intermediate_size=1408,
+              n_shared_experts=1, first_k_dense_replace=1, norm_topk_prob=True,
+              routed_scaling_factor=1.0, use_qk_norm=False),
+         only={"n_group": (1,), "topk_group": (1,)}, rope="partial",
+         # said, because the family's default is one more layer, that predicts a second token
+         read=needs_experts, write=lambda config, hf: hf.update(num_nextn_predict_layers=0)),
+    like(LLAMA, "olmo2", "Olmo2ForCausalLM",
+         dict(norm_placement="post", qk_norm=True, qk_norm_whole=True, mlp_bias=False),
+         defaults=dict(rms_norm_eps=1e-5),
+         keys={L + "post_attention_layernorm": (L + "post_self_attn_layernorm",),
+               L + "post_feedforward_layernorm": (L + "post_mlp_layernorm",)}),
+    like(LLAMA, "cohere", "CohereForCausalLM",
+         dict(norm="layernorm", norm_placement="parallel", mlp_bias=False, rope_interleaved=True),
+         {"norm_eps": "layer_norm_eps"},
+         dict(max_position_embeddings=8192, layer_norm_eps=1e-5, tie_word_embeddings=True),
+         only={"use_qk_norm": (False,)}, read=cohere_read,
+         write=lambda config, hf: hf.update(logit_scale=1 / config.logits_scaling)),
+    like(LLAMA, "smollm3", "SmolLM3ForCausalLM", {},
+         defaults=dict(max_position_embeddings=32768, num_key_value_heads=4,
+                       tie_word_embeddings=True),
+         read=smollm3_read, write=smollm3_write),
+    # MiniCPM's scales under other names, which transformers opens without foreign code
+    like(LLAMA, "granite", "GraniteForCausalLM", {},
+         {k: k for k in ("embedding_multiplier", "residual_multiplier", "attention_multiplier",
+                         "logits_scaling")},
+         dict(embedding_multiplier=1.0, residual_multiplier=1.0, attention_multiplier=1.0,
+              logits_scaling=1.0)),
+    # --- read only
+    like(LLAMA, "minicpm", "MiniCPMForCausalLM", NO_BIAS, {"embedding_multiplier": "scale_emb"},
+         dict(scale_emb=1.0, tie_word_embeddings=True), read=minicpm_read, writable=False),
+    Family(
+        "chatglm", "ChatGLMModel",              # ChatGLM3-6B and GLM-4-9B as they were published
+        fixed=dict(GLM.fixed, activation="silu", partial_rotary_factor=0.5,
+                   tie_word_embeddings=False),
+        fields=(("vocab_size", "padded_vocab_size"), ("block_size", "seq_length"),
+                ("n_layer", "num_layers"), ("n_head", "num_attention_heads"),
+                ("n_kv_head", "multi_query_group_num"), ("n_embd", "hidden_size"),
+                ("head_dim", "kv_channels"), ("intermediate_size", "ffn_hidden_size"),
+                ("norm_eps", "layernorm_epsilon"), ("qkv_bias", "add_qkv_bias")),
+        defaults=dict(padded_vocab_size=None, seq_length=2048, num_layers=None, hidden_size=None,
+                      num_attention_heads=None, multi_query_group_num=1, kv_channels=0,
+                      ffn_hidden_size=None, layernorm_epsilon=1e-5, add_qkv_bias=False),
+        only={"add_bias_linear": (False,), "rmsnorm": (True,), "post_layer_norm": (True,),
+              "apply_residual_connection_post_layernorm": (False,)},
+        prefix="transformer.",
+        keys={"transformer.embedding.word_embeddings": ("model.embed_tokens",),
+              E + "input_layernorm": (L + "input_layernorm",),
+              E + "post_attention_layernorm": (L + "post_attention_layernorm",),
+              E + "self_attention.query_key_value": tuple(L + f"self_attn.{x}_proj"
+                                                          for x in "qkv"),
+              E + "self_attention.dense": (L + "self_attn.o_proj",),
+              E + "mlp.dense_h_to_4h": (L + "mlp.gate_proj", L + "mlp.up_proj"),
+              E + "mlp.dense_4h_to_h": (L + "mlp.down_proj",),
+              "transformer.encoder.final_layernorm": ("model.norm",),
+              "transformer.output_layer": ("lm_head",)},
+        read=chatglm_read, rope="own", writable=False),
 )
 FAMILIES = {row.model_type: row for row in ROWS}
 # Any combination of flags that no family has; the names are ours and only this project reads it
 HANDMADE = Family("handmade", "", {}, (), {})
-LARGEST = 2 ** 24           # of any size in a file: tensors beyond it are an attack, or damage
-BIASES = ("qkv_bias", "o_bias", "mlp_bias", "norm_bias")
-# Settings that a rope_type needs beside its name
-ROPE_KEYS = {"default": (), "linear": ("factor",),
-             "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                        "original_max_position_embeddings")}
-
-
-def effective(config: ModelConfig) -> dict[str, Any]:
-    """The settings that the maths depends on, in one spelling: equal models compare equal."""
-    values = asdict(config)
-    # older files say "type" for "rope_type"; a default type is no scaling at all
-    scaling = dict(values["rope_scaling"] or {})
-    kind = scaling.pop("type", "default")
-    scaling = {"rope_type": kind, **scaling}
-    values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
-    if config.position != "rope":
-        values["rope_theta"] = values["rope_scaling"] = None
-    del values["dropout"]
-    return values
-
-
-def to_family(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """`config` in the words of the family's config.json, whether or not they can say it."""
-    hf: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
-    for ours, theirs in family.fields:
-        value = getattr(config, ours)
-        # one key may stand for two flags: attention_bias is that of q, k, v and that of o
-        hf[theirs] = (hf.get(theirs, False) or value) if isinstance(value, bool) else value
-    if family.fixed.get("position") == "rope":
-        scaling = effective(config)["rope_scaling"]
-        # transformers 5 reads rope_parameters; 4 and most other programs read the other two
-        hf["rope_theta"], hf["rope_scaling"] = config.rope_theta, scaling
-        hf["rope_parameters"] = {"rope_theta": config.rope_theta, "rope_type": "default",
-                                 **(scaling or {})}
-    return hf
-
-
-def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") -> ModelConfig:
-    """The ModelConfig that a family's config.json describes; UserError if it is not supported."""
-    for key, allowed in family.only.items():
-        if hf.get(key) not in (None, *allowed):
-            raise UserError(f"{where}: {key} = {hf[key]!r} is not supported, "
-                            f"only {' or '.join(map(repr, allowed or (None,)))}")
-    layers = hf.get("layer_types")
-    if isinstance(layers, list) and any(kind != "full_attention" for kind in layers):
-        raise UserError(f"{where}: layer_types other than full_attention are not supported")
-    if hf.get("quantization_config"):
-        raise UserError(f"{where}: quantised weights are not supported; use the original ones")
-    values = dict(family.fixed)             # what the architecture is, then what the file says
-    for ours, theirs in family.fields:
-        if ours == "dropout":                   # a choice of the run, not of the model
-            continue
-        value = hf.get(theirs)
-        values[ours] = family.defaults[theirs] if value is None else value
-        if values[ours] is None:
-            raise UserError(f"{where} does not say {theirs}: is it the file of a model?")
-    if family.fixed["position"] == "rope":
-        # old spelling: rope_theta and rope_scaling; new: all in rope_parameters
-        rope = {"rope_theta": hf.get("rope_theta") or 10000.0}
-        for part in (hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}):
-            if not isinstance(part, dict) or any(isinstance(v, dict) for v in part.values()):
-                raise UserError(f"{where}: rotary settings by kind of layer are not supported")
-            rope.update(part)
-        values["rope_theta"] = rope.pop("rope_theta")
-        if (rope.pop("partial_rotary_factor", None) or 1.0) != 1.0:
-            raise UserError(f"{where}: a partial_rotary_factor is not supported")
-        values["rope_scaling"] = rope or None
-    return checked(values, where)
-
-
-def checked(values: dict[str, Any], where: str) -> ModelConfig:
-    """ModelConfig(**values) after a look at every type and range: the values come from a file."""
-    kinds, derived = field_types(ModelConfig), ("n_kv_head", "head_dim", "intermediate_size")
-    for name, value in values.items():
-        if name not in kinds:
-            raise UserError(f"{where}: there is no setting {name!r}: a newer version wrote it?")
-        kind, number = kinds[name], type(value) in (int, float) and math.isfinite(value)
-        if kind is int:
-            good = type(value) is int and (name not in derived) <= value < LARGEST
-        elif kind is float:
-            good = number and value >= 0
-        else:
-            good = isinstance(value, kind)
-        if not good:
-            raise UserError(f"{where}: {value!r} cannot be the model's {name}")
-    scaling = values.get("rope_scaling")
-    if scaling is not None:
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if not isinstance(kind, str) or kind not in ROPE_KEYS:
-            raise UserError(f"{where}: rope_type {kind!r} is not supported, "
-                            f"only {', '.join(ROPE_KEYS)}")
-        for key in ROPE_KEYS[kind]:
-            n = scaling.get(key)
-            if type(n) not in (int, float) or not 0 < n < math.inf:
-                raise UserError(f"{where}: rope_type {kind} needs {key}, a number above 0")
-        # only what the formula reads: transformers adds keys of its own
-        values["rope_scaling"] = None if kind == "default" else {
-            "rope_type": kind, **{key: scaling[key] for key in ROPE_KEYS[kind]}}
-    config = ModelConfig(**values)
-    if config.n_head * config.head_dim >= LARGEST:
-        raise UserError(f"{where}: {config.n_head} heads of {config.head_dim} are no model's")
-    return config
-
-
-def padding(config: ModelConfig, family: Family) -> int | None:
-    """How many bias flags the family has beyond `config`'s; None if it is another model.
-
-    A family fits if its config.json, read back, describes the same model. A bias of zero changes
-    nothing, so a family with more biases fits too: that is how bias=False is saved as GPT-2.
-    """
-    try:
-        back = effective(from_family(to_family(config, family), family))
-    except UserError:
-        return None
-    wanted = effective(config)
-    extra = [name for name in BIASES if back[name] and not wanted[name]]
-    wanted.update(dict.fromkeys(extra, True))
-    return len(extra) if back == wanted else None
-
-
-def family_of(config: ModelConfig) -> Family:
-    """The row that `config` is saved as: HANDMADE if there is none."""
-    fits = [(n, row) for row in ROWS if (n := padding(config, row)) is not None]
-    return min(fits, key=lambda fit: fit[0])[1] if fits else HANDMADE
-
-
-def hf_config(config: ModelConfig, tokenizer: Any = None) -> dict[str, Any]:
-    """The content of config.json: the family's words, and our own for an exact return."""
-    hf = to_family(config, family_of(config))
-    eot = getattr(tokenizer, "eot", None)
-    # explicit nulls: where the key is missing transformers takes the family's published ids
-    return {**hf, "bos_token_id": eot, "eos_token_id": eot, "handmade": asdict(config)}
-
-
-def model_config_from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
-    """ModelConfig of a config.json, ours or transformers', given as a dictionary."""
-    kind, own = hf.get("model_type"), hf.get("handmade")
-    if own is not None:
-        if not isinstance(own, dict):
-            raise UserError(f"{where}: its section \"handmade\" is not an object: delete it")
-        own = checked(dict(own), where)
-        if kind == "handmade":
-            return own
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{where}: models of the type {kind!r} are not supported, "
-                        f"only {', '.join(FAMILIES)}")
-    theirs = from_family(hf, FAMILIES[kind], where)
-    if own is not None and padding(own, FAMILIES[kind]) is not None:
-        # transformers carries our section along when it saves a model that it has changed, say
-        # with more tokens: then the section is stale, and the other fields count
-        # compared in the family's words, where biases of zero count as biases
-        same = from_family(to_family(own, FAMILIES[kind]), FAMILIES[kind])
-        if effective(same) == effective(theirs):
-            return own
-    return theirs
-
-# ----------------------------------------------------------------------- names and shapes
-
-
-class Slot(NamedTuple):
-    """A tensor on disk: our parameters joined along dimension 0, and perhaps transposed."""
-    parts: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    transpose: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        joined = (sum(s[0] for s in self.shapes), *self.shapes[0][1:])
-        return joined[::-1] if self.transpose else joined
-
-
-def layout(config: ModelConfig, family: Family) -> dict[str, Slot]:
-    """Name on disk -> Slot, for every tensor of the family's checkpoint of this shape."""
-    with torch.device("meta"):                          # shapes without memory
-        shapes = {n: tuple(p.shape) for n, p in Transformer(config).named_parameters()}
-    slots: dict[str, Slot] = {}
-    for stem, modules in family.keys.items():
-        for i in range(config.n_layer if "{i}" in stem else 1):
-            for kind in ("weight", "bias"):
-                parts = tuple(f"{m.format(i=i)}.{kind}" for m in modules)
-                if parts[0] in shapes:
-                    turned = kind == "weight" and stem.endswith(family.transposed)
-                    slots[f"{stem.format(i=i)}.{kind}"] = Slot(
-                        parts, tuple(shapes.pop(p) for p in parts), turned)
-    # the rest is spelt on disk as here
-    slots.update({name: Slot((name,), (shape,), False) for name, shape in shapes.items()})
-    return slots
-
-
-def disk_form(config: ModelConfig, family: Family) -> ModelConfig:
-    """The model that lies on disk: `config`, with the family's biases of zero."""
-    if family is HANDMADE:
-        return config
-    return from_family(to_family(config, family), family)

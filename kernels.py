@@ -590,11 +590,11 @@ def moe(x: Tensor, chosen: Tensor, share: Tensor, gate: Tensor, up: Tensor, down
 @moe.torch
 def _(x, chosen, share, gate, up, down, activation="silu"):
     # tokens sorted by expert: each expert multiplies one contiguous run of rows
-    N, k = chosen.shape
-    order = chosen.reshape(-1).argsort(stable=True)
-    runs = torch.bincount(chosen.reshape(-1), minlength=gate.shape[0]).tolist()
-    rows = x[order // k].split(runs)                                      # (tokens of e, C) each
-    out = [linear(glu(linear(r, gate[e]), linear(r, up[e]), activation), down[e])
-           for e, r in enumerate(rows)]
+    k, flat = chosen.shape[1], chosen.reshape(-1)
+    order, runs = flat.argsort(stable=True), torch.bincount(flat, minlength=len(gate)).tolist()
+    # unbind once: its backward gives every expert a gradient, zeros where it saw no token
+    experts = zip(x[order // k].split(runs), gate.unbind(), up.unbind(), down.unbind())
+    out = [linear(glu(linear(r, g), linear(r, u), activation), d)
+           for r, g, u, d in experts if len(r)]
     out = torch.cat(out) * share.reshape(-1)[order].unsqueeze(-1).to(x.dtype)
     return torch.zeros_like(x).index_add(0, order // k, out)

@@ -132,7 +132,9 @@ class Optimizer:
         self.momentum = muon_momentum
         named = [(n, p) for n, p in named_parameters if p.requires_grad]
         self.names = {id(p): n for n, p in named}
-        hidden = [p for n, p in named if kind == "muon" and p.ndim == 2 and ".layers." in n]
+        # experts are stacks of matrices; a router's rows are vectors, one for each expert
+        hidden = [p for n, p in named if kind == "muon" and p.ndim >= 2 and ".layers." in n
+                  and not n.endswith("mlp.gate.weight")]
         chosen = {id(p) for p in hidden}
         rest = [p for _, p in named if id(p) not in chosen]
         # (rule, parameters, weight decay)
@@ -157,6 +159,8 @@ class Optimizer:
             states = [self.state[self.names[id(p)]] for p in live]
             grads, m, lr = [p.grad for p in live], [s["m"] for s in states], self.rates[rule]
             if rule == "muon":
+                live, grads, m = ([x for t in ts for x in (t.unbind() if t.ndim == 3 else (t,))]
+                                  for ts in (live, grads, m))
                 muon(live, grads, m, lr=lr * lr_scale, beta=self.momentum, weight_decay=decay)
             else:
                 adamw(live, grads, m, [s["v"] for s in states], step=self.count,

@@ -135,18 +135,18 @@ def next_token(logits: Tensor, s: Sampling, generators: list[torch.Generator],
 def prefill(model: Any, contexts: list[list[int]], room: int) -> tuple[Tensor, Any]:
     """Run whole contexts of any lengths: (logits after each, (B, V)), and their cache.
 
-    The batch is padded on the right, where no real token looks, and the cache forgets the padding.
+    The batch is padded on the right, where no real token looks, and the cache keeps no padding.
     """
     device = model.output_weight.device
-    lengths = torch.tensor([len(c) for c in contexts])
-    ids = torch.zeros(len(contexts), int(lengths.max()), dtype=torch.int64)
+    lengths = [len(c) for c in contexts]
+    ids = torch.zeros(len(contexts), max(lengths), dtype=torch.int64)
     for row, context in zip(ids, contexts):
         row[:len(context)] = torch.tensor(context)
     cache = model.new_cache(len(contexts), room)
     # only each row's last real position: the other (B, T, V) logits would be memory for nothing
-    where = (torch.arange(len(contexts)).to(device), (lengths - 1).to(device))
-    logits = model(ids.to(device), cache=cache, head=lambda h, w: kernels.linear(h[where], w))
-    cache.trim(lengths.to(device))
+    where = (torch.arange(len(contexts)).to(device), torch.tensor(lengths).to(device) - 1)
+    cache.expect(lengths)
+    logits = model(ids.to(device), cache=cache, head=lambda h, w: model.to_logits(h[where], w))
     return logits.float(), cache
 
 

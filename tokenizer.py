@@ -11,6 +11,7 @@ the `tokenizers` library needs, a few seconds (`python bench.py tokenizer` print
 
 bpe.py holds the algorithm: `ranks` says which token bytes merge first. Here tokens get their ids,
 which are the ranks in our own files and in GPT-2's, and something else in many a published one.
+spm.py has the other kind of vocabulary, SentencePiece's (Llama 2, Gemma), and tokenizer.model.
 Control tokens ("<|endoftext|>") lie beside them in `special`, and text never turns into one unless
 the caller allows it: a user who types it gets its letters. chat.py writes conversations.
 
@@ -25,7 +26,7 @@ import re
 import sys
 import unicodedata
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, Iterable, Iterator
@@ -34,7 +35,9 @@ import numpy as np
 import tiktoken
 
 import chat
-from bpe import BYTE_ORDER, PATTERNS, PieceCache, blocks, bpe, chunks, count_chunks, learn, mend
+import spm as sentencepiece
+from bpe import (BYTE_CHAR, BYTE_ORDER, CHAR_BYTE, PATTERNS, PieceCache, blocks, bpe, chunks,
+                 count_chunks, learn, mend, pattern_of, printable, unprintable)
 from config import UserError, run
 
 EOT = "<|endoftext|>"
@@ -42,10 +45,6 @@ EOT = "<|endoftext|>"
 EOT_NAMES = (EOT, "<|end_of_text|>", "<eos>", "</s>")
 TIKTOKEN = {"gpt2": "gpt2", "cl100k_base": "cl100k", "o200k_base": "o200k"}    # name -> pattern
 MAX_ID = 1 << 24        # an id beyond this is a broken file, not a vocabulary
-
-# Files hold tokens as text, a byte being one of 256 printable characters: "Ġthe" is b" the".
-BYTE_CHAR = {b: chr(b if i < 188 else 256 + i - 188) for i, b in enumerate(BYTE_ORDER)}
-CHAR_BYTE = {c: b for b, c in BYTE_CHAR.items()}
 
 
 class Tokenizer:
@@ -56,15 +55,19 @@ class Tokenizer:
     special: control token -> id. template: a name in chat.TEMPLATES, or None. eos: the eos_token of
     the file it came from, which ends documents if none of EOT_NAMES is there.
     nfc: é written as e and an accent is composed first (Qwen). post: Hugging Face's
-    post_processor, which adds a first token in transformers; kept for saving, not used here.
+    post_processor, which adds a first token in transformers: `prefix` here. encode() never does.
+    spm: the rules of a SentencePiece vocabulary; then ranks and pattern are empty, and the keys of
+    ids are tokens as its file spells them. jinja: a chat template that is none of chat.TEMPLATES.
     """
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], pattern: str,
                  ids: dict[bytes, int] | None = None, template: str | None = None,
-                 nfc: bool = False, post: dict | None = None):
+                 nfc: bool = False, post: dict | None = None,
+                 spm: sentencepiece.SentencePiece | None = None):
         self.ranks, self.special, self.pattern = ranks, dict(special), pattern
         self.ids = ranks if ids is None else ids
         self.template, self.nfc, self.post, self.eos = template, nfc, post, None
+        self.spm, self.jinja = spm, ""
         # SmolLM2's vocabulary lacks 21 bytes, control characters and the like; where they occur,
         # its library drops them, and so do we. A vocabulary without letters is of another kind.
         self.lost = bytes(b for b in range(256) if bytes([b]) not in ranks) if pattern else b""
@@ -75,7 +78,8 @@ class Tokenizer:
 
     def _index(self) -> None:
         """Rebuild what follows from ids and special: tokens by id, and the size."""
-        self.tokens = {i: t for t, i in self.ids.items()}
+        self.tokens = {i: self.spm.spelled(t.decode()) if self.spm else t
+                       for t, i in self.ids.items()}
         self.tokens.update((i, name.encode()) for name, i in self.special.items())
         if clash := [n for n in self.special if not n or n.encode() in self.ids]:
             raise UserError(f"{clash[0]!r} cannot name a control token: it is empty or the text of "
@@ -100,6 +104,16 @@ class Tokenizer:
         return self.special.get(self.eot_token)
 
     @property
+    def prefix(self) -> list[int]:
+        """The ids that begin every text of this model, as in transformers: [<s>] for Llama 2."""
+        return sentencepiece.affixes(self.post)[0]
+
+    @property
+    def suffix(self) -> list[int]:
+        """The ids that end every text of this model; few have any."""
+        return sentencepiece.affixes(self.post)[1]
+
+    @property
     def stop_ids(self) -> list[int]:
         """The ids that end an answer: the end of text, and the ends of the template's turns."""
         names = chat.find(self.template).stops(self.eot_token or EOT) if self.template else []
@@ -108,18 +122,14 @@ class Tokenizer:
 
     # -- text -> ids
 
-    def _pieces(self, text: str, allowed: Any, refused: Any) -> Iterator[tuple[str, int | None]]:
-        """(text up to a control token, the id of that token), in order; the last id is None."""
+    def _controls(self, text: str, allowed: Any, refused: Any) -> dict[str, int]:
+        """The control tokens that the text may contain; UserError if it has a refused one."""
         allowed = set(self.special) if allowed == "all" else set(allowed) & set(self.special)
         refused = set(self.special) - allowed if refused == "all" else set(refused)
-        if refused and (m := any_of(frozenset(refused)).search(text)):
+        if refused and (m := sentencepiece.any_of(frozenset(refused)).search(text)):
             raise UserError(f"the text contains the control token {m.group()!r}: allow it with "
                             "allowed_special, or read it as text with disallowed_special=()")
-        start = 0
-        for m in any_of(frozenset(allowed)).finditer(text) if allowed else ():
-            yield text[start:m.start()], self.special[m.group()]
-            start = m.end()
-        yield text[start:], None
+        return {n: i for n, i in self.special.items() if n in allowed}
 
     def encode(self, text: str, allowed_special: Any = frozenset(),
                disallowed_special: Any = "all") -> list[int]:
@@ -136,19 +146,24 @@ class Tokenizer:
         return self._encode(text, allowed_special, disallowed_special, self._encode_rust)
 
     def _encode(self, text: str, allowed: Any, refused: Any, ordinary: Any) -> list[int]:
-        out: list[int] = []
-        for part, special in self._pieces(text, allowed, refused):
-            ids = ordinary(part)
-            if out:
-                out += ids
-            else:
-                out = ids           # no copy for the usual text, which is one piece
-            if special is not None:
-                out.append(special)
-        return out
+        controls = self._controls(text, allowed, refused)
+        if self.spm:                # there, control tokens matter for the text around them
+            return self.spm.encode(text, controls)
+        out, start = [], 0
+        for m in sentencepiece.any_of(frozenset(controls)).finditer(text) if controls else ():
+            out += ordinary(text[start:m.start()])
+            out.append(controls[m.group()])
+            start = m.end()
+        return out + ordinary(text[start:]) if out else ordinary(text)
 
-    def encode_ordinary(self, text: str) -> list[int]:
-        """Text -> ids, by hand; control tokens are read as text."""
+    def encode_ordinary(self, text: str, after: str = "") -> list[int]:
+        """Text -> ids, by hand; control tokens are read as text.
+
+        after: "token" if a control token stands before the text, "text" if the text goes on from
+        one encoded before: SentencePiece's spaces depend on it, byte-level BPE does not.
+        """
+        if self.spm:
+            return self.spm.encode(text, {}, after)
         text = self._normal(text)
         if self.pattern:
             look_up = self._cache.__getitem__
@@ -212,7 +227,13 @@ class Tokenizer:
     # -- ids -> text
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids -> the bytes they stand for. UserError for an id that the vocabulary lacks."""
+        """Ids -> the bytes they stand for. UserError for an id that the vocabulary lacks.
+
+        Where SentencePiece puts a space before the text, it is dropped from the first token.
+        """
+        return unpad(self._bytes(ids), self.spm.strip if self.spm else 0)[0]
+
+    def _bytes(self, ids: Iterable[int]) -> bytes:
         try:
             return b"".join([self.tokens[i] for i in ids])
         except KeyError as e:
@@ -222,18 +243,24 @@ class Tokenizer:
         """Ids -> text; bytes that are not UTF-8 (half a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def stream(self) -> Stream:
-        """A decoder for ids that come one by one; it holds back half a character."""
-        return Stream(self)
+    def stream(self, after: Iterable[int] = ()) -> Stream:
+        """A decoder for ids that come one by one; it holds back half a character.
+
+        after: the ids whose text they continue: there, a first space is one between words.
+        """
+        return Stream(self, after)
 
     def byte_lengths(self) -> np.ndarray:
         """(vocab_size,) int32: the bytes of text of each id, 0 for control tokens and gaps.
 
         For bits per byte, the loss that does not depend on the tokenizer: nats / ln 2 / bytes.
+        The space that SentencePiece puts before a text counts: that is one byte a document.
         """
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
-        lengths[list(self.ids.values())] = [len(t) for t in self.ids]
+        lengths[list(self.tokens)] = [len(t) for t in self.tokens.values()]
         lengths[list(self.special.values())] = 0
+        if self.spm and self.spm.unk is not None:
+            lengths[self.spm.unk] = 0       # it stands for characters that nobody knows any more
         return lengths
 
     def add_special_tokens(self, names: Iterable[str]) -> int:
@@ -249,7 +276,28 @@ class Tokenizer:
         """A conversation -> (ids, mask); chat.render() says how."""
         return chat.render(self, messages, template, add_generation_prompt, max_length)
 
-    # -- to a file
+    # -- from and to a file
+
+    def read_settings(self, settings: dict, jinja: Path) -> None:
+        """What lies beside a vocabulary: tokenizer_config.json, parsed, and a chat template.
+
+        From there: which token ends a document, which tokens surround a text, and the template,
+        which newer transformers writes to a file of its own.
+        """
+        bos, self.eos = (t.get("content") if isinstance(t, dict) else t
+                         for t in map(settings.get, ("bos_token", "eos_token")))
+        wanted = [settings.get(k) for k in ("add_bos_token", "add_eos_token")]
+        if wanted != [None, None]:      # as in transformers, these win over the post_processor
+            first, last = ({n: self.special[n]} if on and n in self.special else {}
+                           for on, n in zip(wanted, (bos, self.eos)))
+            if sentencepiece.affixes(self.post) != ([*first.values()], [*last.values()]):
+                self.post = sentencepiece.template(first, last)
+        found = settings.get("chat_template") or ""
+        if isinstance(found, list):     # several, by name
+            found = {t["name"]: t["template"] for t in found}.get("default", "")
+        found = read_text(jinja) if jinja.exists() else str(found)
+        self.template = chat.recognise(found)
+        self.jinja = "" if self.template else found
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write tokenizer.json and tokenizer_config.json; opened by tokenizers, transformers."""
@@ -258,8 +306,14 @@ class Tokenizer:
                   "clean_up_tokenization_spaces": False}
         if end := self.eos if self.eos in self.special else self.eot_token:
             config["eos_token"] = end       # a chat model's own file names the end of a turn here
+        if len(self.prefix) == 1:
+            config["bos_token"] = self.decode(self.prefix)
+        if self.spm and self.spm.unk is not None:
+            config["unk_token"] = self.spm.unknown
         if self.template:
             config["chat_template"] = chat.jinja(chat.find(self.template), self.eot_token or EOT)
+        elif self.jinja:
+            config["chat_template"] = self.jinja
         try:
             out.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -274,6 +328,8 @@ class Tokenizer:
 
     def _json(self) -> dict[str, Any]:
         """The document of the `tokenizers` library, from normalizer to decoder."""
+        if self.spm:
+            return self.spm.json(self.special, self.post)
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         added = [{"id": i, "content": n, **flags, "special": True}
                  for n, i in sorted(self.special.items(), key=lambda item: item[1])]
@@ -308,40 +364,31 @@ class Tokenizer:
 class Stream:
     """Ids in, whole characters out: an "é" that is two tokens comes out at the second."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
         self.tokenizer = tokenizer
+        goes_on = bool(tokenizer._bytes(after))
+        self.spaces = tokenizer.spm.strip if tokenizer.spm and not goes_on else 0   # to be dropped
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def put(self, i: int) -> str:
         """The text that id `i` completes; "" within a character."""
-        return self.decoder.decode(self.tokenizer.decode_bytes([i]))
+        raw, self.spaces = unpad(self.tokenizer._bytes([i]), self.spaces)
+        return self.decoder.decode(raw)
 
     def flush(self) -> str:
         """What is left at the end: "", or U+FFFD for a character cut short."""
         return self.decoder.decode(b"", final=True)
 
 
-@lru_cache(maxsize=64)
-def any_of(names: frozenset[str]) -> re.Pattern[str]:
-    """A pattern for any of the names, the longest first."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=lambda n: (-len(n), n)))))
+def unpad(raw: bytes, spaces: int) -> tuple[bytes, int]:
+    """Without up to `spaces` leading spaces; and how many the next bytes may still lose."""
+    rest = raw[:spaces].lstrip(b" ") + raw[spaces:]
+    return rest, 0 if rest else spaces - len(raw)
 
 
 def too_blank(text: str) -> bool:
     """A million white space characters in a row exhaust tiktoken's stack, and it panics."""
     return len(text) >= 900_000 and re.search(r"\s{900000}", text) is not None
-
-
-def printable(token: bytes) -> str:
-    return "".join(map(BYTE_CHAR.__getitem__, token))
-
-
-def unprintable(token: str) -> bytes:
-    """printable() undone; a token with other letters is no byte token and taken as it is."""
-    try:
-        return bytes([CHAR_BYTE[c] for c in token])
-    except KeyError:
-        return token.encode()
 
 
 # --- training -------------------------------------------------------------------------------
@@ -396,31 +443,35 @@ def load(path_or_name: str | os.PathLike) -> Tokenizer:
     path = Path(path_or_name)
     if not path.exists() and str(path_or_name) in TIKTOKEN:
         return load_tiktoken(str(path_or_name))
+    folder = path if path.is_dir() else path.parent
     files = [path / "tokenizer.json"] if path.is_dir() else [path]
-    files += [path / "encoder.json", path / "vocab.bpe", path / "vocab.json", path / "merges.txt"]
-    whole, *old = [f if f.exists() else None for f in files]
+    files += [path / n for n in ("tokenizer.model", "encoder.json", "vocab.bpe", "vocab.json",
+                                 "merges.txt")]
+    whole, model, *old = [f if f.exists() else None for f in files]
+    if path.suffix == ".model":
+        whole, model = None, whole
     old = old[:2] if all(old[:2]) else old[2:]
-    if not whole and not all(old):
-        raise UserError(f"no tokenizer at {path}: give a folder with tokenizer.json or encoder.json"
-                        f" and vocab.bpe, or one of {', '.join(TIKTOKEN)}")
+    if not whole and not model and not all(old):
+        raise UserError(f"no tokenizer at {path}: give a folder with tokenizer.json, "
+                        "tokenizer.model or encoder.json and vocab.bpe, or one of "
+                        f"{', '.join(TIKTOKEN)}")
     try:
+        settings, network = ({} if not f.exists() or whole == path else read_json(f) for f in
+                             (folder / "tokenizer_config.json", folder / "config.json"))
         if whole:
-            document = read_json(whole)
+            tokenizer = from_json(read_json(whole))
+        elif model:
+            added = {t["content"]: {"id": int(i), "special": bool(t.get("special"))}
+                     for i, t in (settings.get("added_tokens_decoder") or {}).items()}
+            family = f"{settings.get('tokenizer_class')} {network.get('model_type')}"
+            tokenizer = Tokenizer(**sentencepiece.from_model(model.read_bytes(), family, added))
         else:       # GPT-2's first form: the same two tables, each in a file
             vocab, lines = read_json(old[0]), read_text(old[1]).split("\n")
             merges = [m for m in lines if m and not m.startswith("#version")]
             added = [{"id": vocab[n], "content": n} for n in EOT_NAMES if n in vocab]
-            document = {"model": {"vocab": vocab, "merges": merges}, "added_tokens": added,
-                        "pre_tokenizer": {"type": "ByteLevel"}}
-        tokenizer = from_json(document)
-        # beside it: which token ends a document, and the chat template (in a file of its own
-        # where newer transformers wrote it)
-        config, jinja = path / "tokenizer_config.json", path / "chat_template.jinja"
-        settings = read_json(config) if config.exists() else {}
-        end = settings.get("eos_token")
-        tokenizer.eos = end.get("content") if isinstance(end, dict) else end
-        tokenizer.template = chat.recognise(read_text(jinja) if jinja.exists()
-                                            else str(settings.get("chat_template")))
+            tokenizer = from_json({"model": {"vocab": vocab, "merges": merges},
+                                   "added_tokens": added, "pre_tokenizer": {"type": "ByteLevel"}})
+        tokenizer.read_settings(settings, folder / "chat_template.jinja")
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
         raise UserError(f"{path} is not a tokenizer that this program reads "
                         f"({type(e).__name__}: {e})") from None
@@ -429,6 +480,8 @@ def load(path_or_name: str | os.PathLike) -> Tokenizer:
 
 def from_json(document: dict) -> Tokenizer:
     """A tokenizer.json -> Tokenizer. What it does not support raises ValueError with the name."""
+    if sentencepiece.fits(document):
+        return Tokenizer(**sentencepiece.from_json(document))
     model, normalizer = document["model"], document.get("normalizer")
     special = {}
     for token in document.get("added_tokens") or []:
@@ -441,7 +494,7 @@ def from_json(document: dict) -> Tokenizer:
             raise ValueError("words are not supported, only characters")
         return Tokenizer({}, special, "", ids={t.encode(): i for t, i in vocab.items()})
     if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        raise ValueError("only byte-level BPE is supported")
+        raise ValueError("only byte-level and SentencePiece-style BPE are supported")
     if normalizer and normalizer.get("normalizers", [normalizer]) not in ([], [{"type": "NFC"}]):
         raise ValueError("only the normalizer NFC is supported")
     # Ids say nothing about order (SmolLM2 begins with its control tokens): a rank is the place
@@ -459,24 +512,6 @@ def from_json(document: dict) -> Tokenizer:
             ranks.setdefault(token, len(ranks))
     return Tokenizer(ranks, special, pattern_of(document.get("pre_tokenizer") or {}), ids=ids,
                      nfc=bool(normalizer), post=document.get("post_processor"))
-
-
-def pattern_of(pre: dict) -> str:
-    """The split pattern of a pre_tokenizer: GPT-2's own, a regex (Llama 3, Qwen), SmolLM2's."""
-    *before, byte_level = pre.get("pretokenizers", [pre])
-    if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
-        raise ValueError("only byte-level BPE without a prefix space is supported")
-    gpt2_follows = byte_level.get("use_regex", True)
-    if not before and gpt2_follows:
-        return PATTERNS["gpt2"]
-    if len(before) == 1 and before[0]["type"] == "Split" and not gpt2_follows:
-        step = before[0]        # both mean: what matches is a chunk
-        if (step["behavior"], bool(step.get("invert"))) in (("Isolated", False), ("Removed", True)):
-            return str(step["pattern"]["Regex"])
-    if len(before) == 1 and before[0].get("individual_digits") and gpt2_follows:
-        return PATTERNS["smollm"]
-    raise ValueError(f"the pre_tokenizer {' + '.join(s['type'] for s in [*before, byte_level])} "
-                     "is not supported")
 
 
 def load_tiktoken(name: str) -> Tokenizer:

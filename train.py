@@ -38,8 +38,9 @@ import kernels
 import tokenizer as tokenizers
 from config import UserError, run, show
 from data import loader
-from model import FAMILIES, ModelConfig, PRESETS, Transformer, preset
+from model import Transformer
 from optim import Optimizer, clip_grad_norm
+from presets import PRESETS, from_settings
 
 Batch = dict[str, Tensor]
 Loss = Callable[[Any, Batch], tuple[Tensor, Tensor, dict]]
@@ -54,7 +55,7 @@ class Config:
     block_size: int = 1024              # tokens of a row
     # --- model
     init_from: str = "scratch"          # scratch, resume, a preset (gpt2, …), or a folder
-    family: str = "gpt2"                # gpt2, llama, qwen3 or arcee: the flags of a scratch model
+    family: str = "gpt2"                # a key of presets.FAMILIES: the flags of a scratch model
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int = 0                  # key and value heads; 0: n_head
@@ -67,6 +68,11 @@ class Config:
     rope_theta: float | None = None
     activation: str | None = None       # gelu, gelu_new, silu, relu, relu2
     gated: bool | None = None
+    sliding_window: int | None = None
+    num_experts: int | None = None      # routed experts; the families of mixtures have some
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None    # width of an expert
+    n_shared_experts: int | None = None
     dropout: float = 0.0
     init_std: float = 0.02
     checkpointing: bool = False         # recompute blocks in the backward: less memory, 4/3 time
@@ -81,6 +87,10 @@ class Config:
     grad_clip: float = 1.0              # 0: never clip
     z_loss: float = 0.0
     label_smoothing: float = 0.0
+    router_aux_loss_coef: float = 0.001     # mixtures: of the balance loss, whose least value is k
+    router_z_loss_coef: float = 0.0
+    router_sequence_wise: bool = False  # balance within each sequence, not over the batch
+    router_bias_rate: float = 0.001     # of the correction bias, in families that have one
     # --- learning rate
     decay_lr: bool = True
     schedule: str = "cosine"            # cosine, linear, constant or wsd (stable, then decay)
@@ -132,10 +142,14 @@ class Machine:
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over the ranks, in float64: exact for any count of tokens."""
         wide = torch.float32 if self.device.type == "mps" else torch.float64
-        t = torch.stack([torch.as_tensor(v, dtype=wide, device=self.device) for v in values])
+        return self.add(torch.stack([torch.as_tensor(v, dtype=wide, device=self.device)
+                                     for v in values])).tolist()
+
+    def add(self, t: Tensor) -> Tensor:
+        """A tensor summed over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(t)
-        return t.tolist()
+        return t
 
     def rows(self, batch: Batch) -> Batch:
         """This rank's slice of a global batch, on its device."""
@@ -354,6 +368,7 @@ def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
     mine = machine.rows(batch)
     parts = range(0, len(mine["ids"]), cfg.batch_size)
     total = weight = torch.zeros((), device=machine.device)
+    sums: dict[str, Tensor] = {}                         # of what the loss reports
     for i in parts:
         micro = {k: v[i:i + cfg.batch_size] for k, v in mine.items()}
         # gradients travel between ranks once, with the last micro-batch
@@ -362,7 +377,9 @@ def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
             value, count, metrics = loss(model, micro)
             (value * state.scale).backward()
         total, weight = total + value.detach(), weight + count
-    total, weight, asked = machine.sum(total, weight, float(asked))
+        sums = {k: v.detach() + sums.get(k, 0) for k, v in metrics.items()}
+    load = sums.pop("load", None)                        # (layers, experts) tokens
+    total, weight, asked, *values = machine.sum(total, weight, float(asked), *sums.values())
     # DDP averages over ranks; the gradient wanted is the sum over ranks / the tokens of all
     weight = max(1.0, weight)
     norm = clip_grad_norm(optimizer.gradients(), cfg.grad_clip,
@@ -371,6 +388,14 @@ def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
     if finite:
         optimizer.step(lr_scale(cfg, state.step))
     optimizer.zero_grad()
+    reports = {k: v / weight for k, v in zip(sums, values)}
+    if load is not None:
+        load = machine.add(load)
+        if finite and checkpoint.raw(model).config.router_bias:
+            checkpoint.raw(model).balance(load, cfg.router_bias_rate)
+        # of the busiest expert as a multiple of an even share; experts that no token chose
+        reports["load_max"] = (load.amax(-1) / load.mean(-1)).max().item()
+        reports["idle_experts"] = int((load == 0).sum())
     state.step, state.skipped = state.step + 1, state.skipped + (not finite)
     state.in_a_row = 0 if finite else state.in_a_row + 1
     if machine.dtype == torch.float16:                   # dynamic loss scaling (Micikevicius 2018)
@@ -381,7 +406,7 @@ def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
         raise UserError(f"step {state.step}: 10 steps in a row gave a loss or gradient that is "
                         "not finite; lower --learning_rate or try --dtype=float32 (the last "
                         f"checkpoint in {cfg.out_dir} is untouched)")
-    return {"loss": total / weight, **metrics, "grad_norm": norm, "finite": finite,
+    return {"loss": total / weight, **reports, "grad_norm": norm, "finite": finite,
             "asked": asked > 0}
 
 def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: Loss,
@@ -392,7 +417,8 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
     batches(step) is the global batch of a step, a dict of tensors with rows first; each rank takes
     its slice and walks it in micro-batches of cfg.batch_size rows. loss(model, batch) returns
     (sum, weight, metrics): the gradient of a step is that of sum / weight over the whole global
-    batch, so that accumulation and ranks never change the maths. Saves to cfg.out_dir.
+    batch, so that accumulation and ranks never change the maths. metrics are sums too, and logged
+    as means. Saves to cfg.out_dir.
     """
     optimizer = Optimizer(model.named_parameters(), cfg.optimizer, cfg.learning_rate, cfg.beta1,
                           cfg.beta2, weight_decay=cfg.weight_decay,
@@ -440,7 +466,8 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
                                memory=memory_used(machine.device), skipped=state.skipped)
                 left = (cfg.max_iters - state.step) * batch["ids"].numel() / rate
                 share = "n/a" if mfu is None else f"{mfu:.1%}"
-                odd = f" | {state.skipped} skipped" if state.skipped else ""
+                odd = f" | load {done['load_max']:.2f}" if "load_max" in done else ""
+                odd += f" | {state.skipped} skipped" if state.skipped else ""
                 journal.say(
                     f"step {state.step}/{cfg.max_iters} | loss {done['loss']:.4f} | lr "
                     f"{scale * cfg.learning_rate:.2e} | norm {done['grad_norm']:.2f} | {rate:,.0f} "
@@ -475,36 +502,29 @@ def next_token_loss(cfg: Config) -> Loss:
     """The loss of pretraining: cross entropy of each next token, summed, with its token count."""
     def loss(model, batch: Batch) -> tuple[Tensor, Tensor, dict]:
         targets, learn = batch["targets"], torch.is_grad_enabled()
+        config = checkpoint.raw(model).config
         options = dict(z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing) if learn else {}
-        total = model(batch["ids"], doc=batch.get("doc"), head=lambda hidden, weight:
-                      kernels.linear_cross_entropy(hidden, weight, targets, **options))
-        return total, (targets >= 0).sum(), {}
+        options["softcap"] = config.final_logit_softcapping
+        routed = ("sequence" if cfg.router_sequence_wise else "batch") if (
+            learn and config.num_experts) else ""
+        total = model(batch["ids"], doc=batch.get("doc"), router=routed, head=lambda h, w:
+                      kernels.linear_cross_entropy(h, w, targets, **options))
+        count, metrics = (targets >= 0).sum(), {}
+        if routed:
+            # both are sums over all tokens: scaled to the tokens that count in the other sum
+            total, seen = total
+            balance, z = seen[:, -2:].mean(0) / targets.numel()
+            total = total + count * (cfg.router_aux_loss_coef * balance
+                                     + cfg.router_z_loss_coef * z)
+            metrics = {"load": seen[:, :-2], "balance": balance.detach() * count}
+        return total, count, metrics
     return loss
 
 def build_model(cfg: Config, vocab_size: int, machine: Machine) -> Transformer:
     """The model of cfg.init_from, in float32 on the machine's device."""
     torch.manual_seed(cfg.seed)
     if cfg.init_from == "scratch" or cfg.init_from in PRESETS:
-        shape = {k: getattr(cfg, k) for k in
-                 ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size")}
-        flags = {k: getattr(cfg, k) for k in ("qk_norm", "tie_word_embeddings", "rope_theta",
-                                              "activation", "gated") if getattr(cfg, k) is not None}
-        common = {"block_size": cfg.block_size, "dropout": cfg.dropout, "init_std": cfg.init_std}
-        if cfg.init_from == "scratch":
-            if cfg.family not in FAMILIES:
-                raise UserError(f"family={cfg.family!r} does not exist: choose one of "
-                                f"{', '.join(FAMILIES)}")
-            biases = {k: cfg.bias for k in ("qkv_bias", "o_bias", "mlp_bias")}
-            biases["norm_bias"] = cfg.bias and cfg.family == "gpt2"      # RMSNorm has none
-            activation = {"activation": "gelu"} if cfg.family == "gpt2" else {}
-            config = ModelConfig(**{**FAMILIES[cfg.family], **activation, **biases, **shape,
-                                    **flags, **common, "vocab_size": vocab_size})
-        else:
-            given = {k: v for k, v in shape.items() if k in getattr(cfg, "given", ())}
-            config = preset(cfg.init_from, **given, **flags, **common)
-            if vocab_size > config.vocab_size:
-                raise UserError(f"the data's vocabulary of {vocab_size} is larger than "
-                                f"{cfg.init_from}'s {config.vocab_size}: use init_from=scratch")
+        config = from_settings(cfg, vocab_size)
         return Transformer(config).to(machine.device)
     source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
     which = "last" if cfg.init_from == "resume" else "best"

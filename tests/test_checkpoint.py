@@ -21,8 +21,9 @@ from checkpoint import (load_model, load_tokenizer, load_trainer, read_config, r
                         resolve, save_checkpoint, save_model)
 from config import UserError
 from conftest import ROOT
-from families import family_of, hf_config, model_config_from_hf
-from model import GPT2, LLAMA, ModelConfig, Transformer
+from translate import family_of, hf_config, model_config_from_hf
+from model import ModelConfig, Transformer
+from presets import GPT2, LLAMA
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -5,7 +5,8 @@ import torch
 import kernels
 import optim
 from config import UserError
-from model import FAMILIES, ModelConfig, Transformer
+from model import ModelConfig, Transformer
+from presets import FAMILIES
 from optim import Optimizer, adamw, clip_grad_norm, muon, newton_schulz
 
 SHAPES = [(7, 5), (5, 7), (3, 3), (11,), (1, 4), (2, 3, 4)]

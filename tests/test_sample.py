@@ -13,7 +13,8 @@ import tokenizer as tokenizers
 from checkpoint import save_model
 from config import UserError
 from conftest import ROOT
-from model import GPT2, LLAMA, ModelConfig, Transformer
+from model import ModelConfig, Transformer
+from presets import GPT2, LLAMA
 from sample import Sampling, Text, generate, next_token, prefill, warp
 
 V = 61
@@ -177,7 +178,7 @@ def test_prefill_makes_logits_of_the_last_position_only(monkeypatch):
     monkeypatch.setattr(sample.kernels, "linear", watched)
     prompts = [prompt(4), prompt(20)]
     last, cache = prefill(model, prompts, 24)
-    assert heads == [(2, 32)] and cache.lengths.tolist() == [4, 20]
+    assert heads == [(2, 32)] and cache.lengths == [4, 20]
     monkeypatch.undo()
     for row, p in zip(last, prompts):
         torch.testing.assert_close(row, model.logits(torch.tensor([p]))[0, -1])

@@ -1,0 +1,125 @@
+"""The KV cache: what the attention of every layer remembers of the tokens it has seen.
+
+    cache = model.new_cache(batch=1, length=100)
+    logits = model(prompt, cache=cache)             # (1, T): all of the prompt at once
+    logits = model(next_token, cache=cache)         # (1, 1): it looks back at keys and values
+
+Keys and values of a token never change, since attention is causal: they are computed once, and a
+new token costs one row of every matrix instead of the whole text again. Memory is what that takes:
+2 n_layer n_kv_head head_dim numbers a token (`python model.py --show=NAME` prints it), except in
+layers with a window, which keep the newest tokens only. To expect: cached == full forward at every
+step, for every family (tests/test_model.py).
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from config import UserError
+
+if TYPE_CHECKING:
+    from model import ModelConfig
+
+
+class Store:
+    """Keys and values of the layers that share a window, each (batch, n_kv_head, room, head_dim).
+
+    Layers with a window keep the newest keys only: their room is two windows, and what is older
+    goes when it is full. Always in order, so that attention is the same as without a window.
+    """
+    SPARE = 64                      # tokens that trim() may take back although a window was full
+
+    def __init__(self, config: ModelConfig, layers: list[int], window: int, batch: int,
+                 length: int, device, dtype):
+        self.room = min(length, 2 * window + self.SPARE) if window else length
+        self.keep = self.room - window              # tokens that stay when it overflows
+        shape = (batch, config.n_kv_head, self.room, config.head_dim)
+        self.kv = {i: [torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"]
+                   for i in layers}
+        self.fill = [0] * batch                     # tokens in each row
+
+    def put(self, layer: int, new: list[Tensor], positions: Tensor | None, counts: list[int]):
+        """Store [k, v] (B, Hkv, T, D); return all keys and values up to the longest row's end."""
+        end, T = max(self.fill), new[0].shape[2]
+        out = []
+        for n, (held, x) in enumerate(zip(self.kv[layer], new)):
+            over = end + T > self.room
+            if over:
+                held = torch.cat((held[:, :, :end], x), 2)
+            if positions is None:
+                held[:, :, end:end + T] = x
+            else:
+                rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)       # (B, 1)
+                held[rows, :, positions] = x.transpose(1, 2)
+            out.append(held[:, :, :end + T])
+            if over:                # the newest `keep` tokens of each row move to the front
+                total = torch.tensor([f + c for f, c in zip(self.fill, counts)], device=x.device)
+                where = (total - self.keep).clamp(min=0).unsqueeze(1)
+                where = (where + torch.arange(self.keep, device=x.device)).clamp(max=end + T - 1)
+                where = where[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+                self.kv[layer][n][:, :, :self.keep] = out[-1].gather(2, where)
+        return out
+
+    def advance(self, T: int, counts: list[int]) -> None:
+        over = max(self.fill) + T > self.room
+        self.fill = [min(f + c, self.keep) if over else f + c for f, c in zip(self.fill, counts)]
+
+
+class Cache:
+    """What the attention of every layer remembers of the tokens seen.
+
+    Rows may hold different numbers of tokens (`lengths`): a ragged batch of prompts is run padded
+    on the right after expect() has said how many of each row are real, and each row goes on at
+    its own position. Lengths live on the host: a uniform batch never makes a GPU wait.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, device, dtype):
+        windows = [config.window(i) for i in range(config.n_layer)]
+        stores = {w: Store(config, [i for i, x in enumerate(windows) if x == w], w, batch, length,
+                           device, dtype) for w in set(windows)}
+        self.stores, self.of_layer = list(stores.values()), [stores[w] for w in windows]
+        self.length, self.device = length, device
+        self.lengths, self.counts = [0] * batch, None
+
+    @property
+    def end(self) -> int:
+        return max(self.lengths)
+
+    def expect(self, counts: list[int]) -> None:
+        """Say how many tokens of each row of the next call are real; the others are padding."""
+        self.counts = counts
+
+    def trim(self, lengths: list[int]) -> None:
+        """Forget the tokens of each row beyond lengths; after a full window at most Store.SPARE."""
+        for store in self.stores:
+            store.fill = [f - (old - new) for f, old, new in
+                          zip(store.fill, self.lengths, lengths)]
+            if min(store.fill) < 0:
+                raise UserError(f"the cache cannot go back to {lengths} tokens: the window's keys "
+                                "before them are gone; encode the text again")
+        self.lengths = list(lengths)
+
+    def at(self, fill: list[int], T: int) -> Tensor | None:
+        """Places of the next T tokens of each row, (batch, T); None where all rows agree."""
+        if len(set(fill)) == 1:
+            return None
+        return torch.tensor(fill, device=self.device).unsqueeze(1) + torch.arange(
+            T, device=self.device)
+
+    def positions(self, T: int) -> Tensor | None:
+        return self.at(self.lengths, T)
+
+    def put(self, layer: int, k: Tensor, v: Tensor):
+        """Store k, v; return (keys, values, places of the queries among them or None)."""
+        store, T = self.of_layer[layer], k.shape[2]
+        positions = self.at(store.fill, T)
+        return *store.put(layer, [k, v], positions, self.counts or [T] * len(k)), positions
+
+    def advance(self, T: int) -> None:
+        counts = self.counts or [T] * len(self.lengths)
+        for store in self.stores:
+            store.advance(T, counts)
+        self.lengths = [n + c for n, c in zip(self.lengths, counts)]
+        self.counts = None

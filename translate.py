@@ -1,0 +1,290 @@
+"""Translation between our settings and parameters and those of Hugging Face's files.
+
+    config = model_config_from_hf(json.load(open("config.json")))   # theirs -> ModelConfig
+    hf = hf_config(config, tokenizer)                               # ModelConfig -> config.json
+    slots = layout(config, family_of(config))                       # names and shapes on disk
+
+families.py is the table, this file reads it, both ways. A model is saved as the first family whose
+config.json, read back, describes the same model; if there is none, as one of our own.
+"""
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+
+from config import UserError, field_types
+from families import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, Family
+from model import ModelConfig, Transformer
+
+ABOVE_ZERO = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+LARGEST = 2 ** 24           # of any size in a file: tensors beyond it are an attack, or damage
+BIASES = ("qkv_bias", "o_bias", "mlp_bias", "norm_bias")
+EXPERTS = ("num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "scoring_func",
+           "first_k_dense_replace", "router_bias", "norm_topk_prob", "routed_scaling_factor")
+# Settings that a rope_type needs beside its name, and those that it may have
+ROPE_KEYS = {"default": (), "linear": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor",
+                        "original_max_position_embeddings"),
+             "yarn": ("factor", "original_max_position_embeddings")}
+ROPE_OPTIONS = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale",
+                         "mscale_all_dim", "truncate")}
+
+
+def effective(config: ModelConfig) -> dict[str, Any]:
+    """The settings that the maths depends on, in one spelling: equal models compare equal."""
+    values = asdict(config)
+    # older files say "type" for "rope_type"; a default type is no scaling at all
+    scaling = dict(values["rope_scaling"] or {})
+    kind = scaling.pop("type", "default")
+    scaling = {"rope_type": kind, **scaling}
+    values["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    kinds = {config.window(i) > 0 for i in range(config.n_layer)}
+    if config.position != "rope":
+        values["rope_theta"] = values["rope_scaling"] = None
+        values["partial_rotary_factor"] = values["rope_interleaved"] = None
+    if config.position != "rope" or True not in kinds:
+        values["rope_local_theta"] = None               # settings that nothing reads
+    if kinds == {False}:
+        values["layer_types"] = values["sliding_window"] = None
+    if not config.num_experts:
+        values.update(dict.fromkeys(EXPERTS))
+    elif not config.first_k_dense_replace:
+        values["intermediate_size"] = None              # every layer has experts instead
+    if config.norm == "layernorm" and not config.qk_norm:
+        values["norm_offset"] = None
+    values["nope_layers"] = sorted(set(config.nope_layers or ()))
+    del values["dropout"]
+    # a reciprocal there and back is off in the sixteenth digit
+    return {k: float(f"{v:.12g}") if isinstance(v, float) else v for k, v in values.items()}
+
+
+def to_family(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """`config` in the words of the family's config.json, whether or not they can say it."""
+    hf: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
+    for ours, theirs in family.fields:
+        value = getattr(config, ours)
+        # one key may stand for two flags: attention_bias is that of q, k, v and that of o
+        hf[theirs] = (hf.get(theirs, False) or value) if isinstance(value, bool) else value
+    if family.fixed.get("position") == "rope":
+        scaling = effective(config)["rope_scaling"]
+        # transformers 5 reads rope_parameters; 4 and most other programs read the other two
+        hf["rope_theta"], hf["rope_scaling"] = config.rope_theta, scaling
+        rope = {"rope_theta": config.rope_theta, "rope_type": "default", **(scaling or {})}
+        if family.rope == "partial":
+            hf["partial_rotary_factor"] = config.partial_rotary_factor
+            rope["partial_rotary_factor"] = config.partial_rotary_factor
+        if family.rope == "nested":
+            hf["rope_local_base_freq"] = config.rope_local_theta or config.rope_theta
+            rope = {"full_attention": rope, "sliding_attention": {
+                "rope_type": "default", "rope_theta": hf["rope_local_base_freq"]}}
+        hf["rope_parameters"] = rope
+    family.write(config, hf)
+    return hf
+
+
+def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") -> ModelConfig:
+    """The ModelConfig that a family's config.json describes; UserError if it is not supported."""
+    for key, allowed in family.only.items():
+        if hf.get(key) not in (None, *allowed):
+            raise UserError(f"{where}: {key} = {hf[key]!r} is not supported, "
+                            f"only {' or '.join(map(repr, allowed or (None,)))}")
+    if hf.get("quantization_config"):
+        raise UserError(f"{where}: quantised weights are not supported; use the original ones")
+    values = dict(family.fixed)             # what the architecture is, then what the file says
+    for ours, theirs in family.fields:
+        if ours == "dropout":                   # a choice of the run, not of the model
+            continue
+        value = hf.get(theirs)
+        values[ours] = family.defaults[theirs] if value is None else value
+        if values[ours] is None:
+            raise UserError(f"{where} does not say {theirs}: is it the file of a model?")
+    if family.fixed["position"] == "rope" and family.rope != "own":
+        read_rope(hf, family, values, where)
+    try:
+        family.read(hf, values)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
+    except (TypeError, ValueError, ArithmeticError) as e:   # arithmetic on what is no number
+        raise UserError(f"{where} is not the file of a {family.model_type} model: {e}") from None
+    return checked(values, where)
+
+
+def read_rope(hf: dict, family: Family, values: dict, where: str) -> None:
+    """The rotary settings, old spelling (rope_theta, rope_scaling) or new (rope_parameters)."""
+    rope = {"rope_theta": hf.get("rope_theta") or 10000.0}
+    local = hf.get("rope_local_base_freq") or 10000.0
+    if family.rope == "nested":
+        rope["rope_theta"] = hf.get("rope_theta") or 1e6
+    share = hf.get("partial_rotary_factor")
+    for part in (hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}):
+        if family.rope == "nested" and isinstance(part, dict) and "full_attention" in part:
+            slide = part.get("sliding_attention") or {}
+            local = slide.get("rope_theta", local) if isinstance(slide, dict) else slide
+            part = part["full_attention"]
+        if not isinstance(part, dict) or any(isinstance(v, dict) for v in part.values()):
+            raise UserError(f"{where}: rotary settings by kind of layer are not supported in a "
+                            f"{family.model_type} model")
+        rope.update(part)
+    values["rope_theta"] = rope.pop("rope_theta")
+    share = rope.pop("partial_rotary_factor", None) or share
+    if family.rope == "partial":
+        values["partial_rotary_factor"] = 0.5 if share is None else share
+    elif share not in (None, 1, 1.0):
+        raise UserError(f"{where}: a partial_rotary_factor is not supported in a "
+                        f"{family.model_type} model")
+    if family.rope == "nested":
+        values["rope_local_theta"] = local
+    values["rope_scaling"] = rope or None
+
+
+def checked(values: dict[str, Any], where: str) -> ModelConfig:
+    """ModelConfig(**values) after a look at every type and range: the values come from a file."""
+    kinds = field_types(ModelConfig)
+    for name, value in values.items():
+        if name not in kinds:
+            raise UserError(f"{where}: there is no setting {name!r}: a newer version wrote it?")
+        kind, number = kinds[name], type(value) in (int, float) and math.isfinite(value)
+        if kind is int:
+            good = type(value) is int and (name in ABOVE_ZERO) <= value < LARGEST
+        elif kind is float:
+            good = number and value >= 0
+        else:
+            good = isinstance(value, kind)
+        if isinstance(value, list):             # of layers: their numbers, or their kinds
+            good = good and len(value) <= LARGEST_DEPTH and all(
+                type(v) is (int if name == "nope_layers" else str) for v in value)
+        if not good:
+            raise UserError(f"{where}: {value!r} cannot be the model's {name}")
+    scaling = values.get("rope_scaling")
+    if scaling is not None:
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if not isinstance(kind, str) or kind not in ROPE_KEYS:
+            raise UserError(f"{where}: rope_type {kind!r} is not supported, "
+                            f"only {', '.join(ROPE_KEYS)}")
+        for key in ROPE_KEYS[kind]:
+            n = scaling.get(key)
+            if type(n) not in (int, float) or not 0 < n < math.inf:
+                raise UserError(f"{where}: rope_type {kind} needs {key}, a number above 0")
+        for key in ROPE_OPTIONS.get(kind, ()):
+            if not (scaling.get(key) is None or type(scaling[key]) is bool
+                    or type(scaling[key]) in (int, float) and 0 < scaling[key] < math.inf):
+                raise UserError(f"{where}: {scaling[key]!r} cannot be rope_type {kind}'s {key}")
+        # only what the formula reads: transformers adds keys of its own
+        values["rope_scaling"] = None if kind == "default" else {
+            "rope_type": kind, **{key: scaling[key] for key in ROPE_KEYS[kind]},
+            **{key: scaling[key] for key in ROPE_OPTIONS.get(kind, ())
+               if scaling.get(key) is not None}}
+    config = ModelConfig(**values)
+    if config.n_head * config.head_dim >= LARGEST:
+        raise UserError(f"{where}: {config.n_head} heads of {config.head_dim} are no model's")
+    return config
+
+
+def padding(config: ModelConfig, family: Family) -> int | None:
+    """How many bias flags the family has beyond `config`'s; None if it is another model.
+
+    A family fits if its config.json, read back, describes the same model. A bias of zero changes
+    nothing, so a family with more biases fits too: that is how bias=False is saved as GPT-2.
+    """
+    try:
+        back = effective(from_family(to_family(config, family), family))
+    except UserError:
+        return None
+    wanted = effective(config)
+    extra = [name for name in BIASES if back[name] and not wanted[name]]
+    wanted.update(dict.fromkeys(extra, True))
+    return len(extra) if back == wanted else None
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The row that `config` is saved as: HANDMADE if there is none."""
+    fits = [(n, row) for row in ROWS
+            if row.writable and (n := padding(config, row)) is not None]
+    return min(fits, key=lambda fit: fit[0])[1] if fits else HANDMADE
+
+
+def hf_config(config: ModelConfig, tokenizer: Any = None) -> dict[str, Any]:
+    """The content of config.json: the family's words, and our own for an exact return."""
+    hf = to_family(config, family_of(config))
+    eot = getattr(tokenizer, "eot", None)
+    # explicit nulls: where the key is missing transformers takes the family's published ids
+    return {**hf, "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None,
+            "handmade": asdict(config)}
+
+
+def model_config_from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
+    """ModelConfig of a config.json, ours or transformers', given as a dictionary."""
+    kind, own = hf.get("model_type"), hf.get("handmade")
+    if own is not None:
+        if not isinstance(own, dict):
+            raise UserError(f"{where}: its section \"handmade\" is not an object: delete it")
+        own = checked(dict(own), where)
+        if kind == "handmade":
+            return own
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"{where}: models of the type {kind!r} are not supported, "
+                        f"only {', '.join(FAMILIES)}")
+    theirs = from_family(hf, FAMILIES[kind], where)
+    if own is not None and padding(own, FAMILIES[kind]) is not None:
+        # transformers carries our section along when it saves a model that it has changed, say
+        # with more tokens: then the section is stale, and the other fields count
+        # compared in the family's words, where biases of zero count as biases
+        same = from_family(to_family(own, FAMILIES[kind]), FAMILIES[kind])
+        if effective(same) == effective(theirs):
+            return own
+    return theirs
+
+# ----------------------------------------------------------------------- names and shapes
+
+
+class Slot(NamedTuple):
+    """A tensor on disk: our parameters joined along dimension 0, and perhaps transposed."""
+    parts: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    transpose: bool = False
+    expert: int | None = None       # of a stacked parameter (experts, …), that one alone
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        joined = (sum(s[0] for s in self.shapes), *self.shapes[0][1:])
+        return joined[::-1] if self.transpose else joined
+
+
+def layout(config: ModelConfig, family: Family) -> dict[str, Slot]:
+    """Name on disk -> Slot, for every tensor of the family's checkpoint of this shape."""
+    with torch.device("meta"):                          # shapes without memory
+        shapes = {n: tuple(p.shape) for n, p in Transformer(config).named_parameters()}
+    slots: dict[str, Slot] = {}
+
+    def stacked(stem: str, name: str) -> None:          # in memory; on disk a tensor an expert
+        experts, *shape = shapes.pop(name)
+        slots.update({f"{stem.format(e=e)}.weight": Slot((name,), (tuple(shape),), expert=e)
+                      for e in range(experts)})
+
+    for stem, modules in family.keys.items():
+        for i in range(config.n_layer if "{i}" in stem else 1):
+            ours, theirs = [m.format(i=i) for m in modules], stem.replace("{i}", str(i))
+            if ours[0] in shapes:
+                stacked(theirs, ours[0])
+            for kind in ("weight", "bias", "e_score_correction_bias"):
+                parts = tuple(f"{m}.{kind}" for m in ours)
+                if parts[0] in shapes:
+                    turned = kind == "weight" and stem.endswith(family.transposed)
+                    slots[f"{theirs}.{kind}"] = Slot(
+                        parts, tuple(shapes.pop(p) for p in parts), turned)
+    # the rest is spelt on disk as here
+    for name in list(shapes):
+        if ".mlp.experts." in name:
+            stacked(name.replace(".experts.", ".experts.{e}."), name)
+    slots.update({name: Slot((name,), (shape,)) for name, shape in shapes.items()})
+    return slots
+
+
+def disk_form(config: ModelConfig, family: Family) -> ModelConfig:
+    """The model that lies on disk: `config`, with the family's biases of zero."""
+    if family is HANDMADE:
+        return config
+    return from_family(to_family(config, family), family)
