@@ -476,7 +476,7 @@ class Transformer(Module):
         doc (B, T) keeps attention inside a document. With a cache, ids go on where it ends.
         router "batch" or "sequence": returns (that, MoE.statistics of each such layer (L, E + 2)).
         """
-        c, (B, T) = self.config, ids.shape
+        c, T = self.config, ids.shape[1]
         start, positions = 0, None
         if cache is not None:
             start, positions = cache.end, cache.positions(T)

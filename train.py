@@ -15,11 +15,9 @@ resumed run is the run that never stopped, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -38,6 +36,7 @@ import kernels
 import tokenizer as tokenizers
 from config import UserError, run, show
 from data import loader
+from machine import PEAK_TFLOPS, Machine, find_machine, memory_used, utilisation
 from model import Transformer
 from optim import Optimizer, clip_grad_norm
 from presets import PRESETS, from_settings
@@ -87,7 +86,7 @@ class Config:
     grad_clip: float = 1.0              # 0: never clip
     z_loss: float = 0.0
     label_smoothing: float = 0.0
-    router_aux_loss_coef: float = 0.001     # mixtures: of the balance loss, whose least value is k
+    router_aux_loss_coef: float = 0.01  # mixtures: of the balance loss, whose least value is k
     router_z_loss_coef: float = 0.0
     router_sequence_wise: bool = False  # balance within each sequence, not over the batch
     router_bias_rate: float = 0.001     # of the correction bias, in families that have one
@@ -115,100 +114,9 @@ class Config:
     # --- machine
     device: str = "auto"                # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"                 # auto, float32, bfloat16, float16
-    compile: bool | None = None         # None: on a GPU yes, on a CPU no (see RESULTS.md)
+    compile: bool | None = None         # None: on a GPU yes, unless a mixture; on a CPU no
     backend: str = "auto"               # form of the operations: auto, reference, torch, triton
     seed: int = 1337
-
-# ---------------------------------------------------------------------------- the machine
-
-# Dense bf16 (fp16 where that is all) peak of a device in TFLOP/s, from the makers' data sheets.
-# The first one in the device's name as whole words counts: an L40 is no L4, and has no MFU.
-PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0,
-               "L40S": 362.0, "L4": 121.0, "A10G": 70.0, "A6000": 155.0, "RTX 4090": 165.0,
-               "RTX 3090": 71.0, "V100": 125.0, "T4": 65.0, "MI300X": 1307.0, "MI250X": 383.0}
-
-@dataclass
-class Machine:
-    """Where this rank runs, and in which precision."""
-    device: torch.device
-    dtype: torch.dtype
-    rank: int = 0
-    world: int = 1
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, *values: float | Tensor) -> list[float]:
-        """Each value summed over the ranks, in float64: exact for any count of tokens."""
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
-        return self.add(torch.stack([torch.as_tensor(v, dtype=wide, device=self.device)
-                                     for v in values])).tolist()
-
-    def add(self, t: Tensor) -> Tensor:
-        """A tensor summed over the ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(t)
-        return t
-
-    def rows(self, batch: Batch) -> Batch:
-        """This rank's slice of a global batch, on its device."""
-        B = len(batch["ids"])
-        part = slice(B * self.rank // self.world, B * (self.rank + 1) // self.world)
-        return {k: v[part].to(self.device, non_blocking=True) for k, v in batch.items()}
-
-def find_machine(cfg: Config) -> Machine:
-    """Device, precision and rank from the settings and torchrun's environment."""
-    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device={cfg.device}: PyTorch sees no GPU here; use --device=cpu")
-    if cfg.device in ("auto", "cuda") and torch.cuda.is_available():    # this rank's own GPU
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    device = checkpoint.pick_device(cfg.device)
-    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if cfg.dtype not in ("auto", *kinds):
-        raise UserError(f"--dtype={cfg.dtype} does not exist: auto, {', '.join(kinds)}")
-    if cfg.dtype != "auto":
-        dtype = kinds[cfg.dtype]
-    elif device.type == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    else:
-        # a CPU without bf16 instructions emulates them, slower than float32
-        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-        dtype = torch.bfloat16 if fast else torch.float32
-    machine = Machine(device, dtype)
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        machine.rank, machine.world = dist.get_rank(), dist.get_world_size()
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")      # tf32 for what stays in float32
-    if device.type == "cpu":
-        keep_freed_memory()
-    return machine
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep freed blocks instead of returning each large tensor to the kernel.
-
-    Without it every activation above 32 MB is fresh pages, zeroed at first touch: GELU on
-    (16384, 1536) takes ten times as long. Elsewhere than on glibc nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(mmap_threshold, 1 << 30)
-        mallopt(trim_threshold, (1 << 31) - 1)
-
-def utilisation(flops_per_second: float, device: torch.device) -> float | None:
-    """Share of the device's peak (MFU, PaLM appendix B), or None where the peak is unknown."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((v for k, v in PEAK_TFLOPS.items() if re.search(rf"\b{k}\b", name)), None)
-    return flops_per_second / (peak * 1e12) if peak else None
-
-def memory_used(device: torch.device) -> float:
-    """Peak memory of this process in GB: the device's on a GPU, resident elsewhere."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 # --------------------------------------------------------------------------- the schedule
 
@@ -431,7 +339,9 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
         optimizer.load_state_dict(saved["optimizer"])
         state = State(**saved["state"])
     model.compute_dtype, model.checkpointing = machine.dtype, cfg.checkpointing
-    compiled = cfg.compile or (cfg.compile is None and machine.device.type == "cuda")
+    # how many tokens an expert gets is data: a compiled mixture would be compiled again and again
+    compiled = cfg.compile or (cfg.compile is None and machine.device.type == "cuda"
+                               and not model.config.num_experts)
     fast = torch.compile(model) if compiled else model
     ranks = DistributedDataParallel(fast, gradient_as_bucket_view=True) if (
         machine.world > 1) else fast

@@ -516,7 +516,8 @@ def test_reading_settings_imports_no_torch():
     assert out.stdout == "False\n" and time.monotonic() - start < 5
 
 
-VOCABULARY = {"demo": 16384, "shakespeare_char": 65, "nanogpt_shakespeare_char": 65}
+VOCABULARY = {"shakespeare_char": 65, "nanogpt_shakespeare_char": 65} | dict.fromkeys(
+    ("demo", "llama", "qwen3", "qwen3_moe", "gemma3", "glm4", "minicpm", "glm4_moe"), 16384)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[a-z]*.py")), ids=lambda p: p.stem)

@@ -1,0 +1,32 @@
+"""Gemma 3 in small: five layers see a window, the sixth all; norms around each branch.
+
+    python data/prepare.py && python train.py config/gemma3.py
+    python sample.py --out_dir=out/gemma3
+
+cost: 5,510,208 parameters x 614,400 tokens -> 21 TFLOPs.
+Expect: the loss and minutes in RESULTS.md, "one of each family"; flags: presets.py, 'gemma3'.
+"""
+out_dir = "out/gemma3"
+dataset = "stdlib"
+family = "gemma3"
+n_layer = 6
+n_head = 6
+n_kv_head = 2
+n_embd = 192
+head_dim = 32
+sliding_window = 64                 # keys that five of six layers see
+block_size = 256
+batch_size = 8
+gradient_accumulation_steps = 1
+
+optimizer = "muon"
+learning_rate = 3e-3                # of AdamW: embeddings and norms
+muon_learning_rate = 0.02
+weight_decay = 0.0
+warmup_iters = 10
+schedule = "linear"
+min_lr = 0.0
+max_iters = 300
+eval_interval = 100
+eval_iters = 20
+log_interval = 10

@@ -1,0 +1,113 @@
+"""The machine: which device, which precision, which rank, and how much of its peak is used.
+
+    machine = find_machine(cfg)         # from --device, --dtype and torchrun's environment
+    total, = machine.sum(value)         # over all ranks
+
+Found out, so that no flag is needed: CUDA with bfloat16 (float16 where the GPU is old), Apple's
+MPS, or a CPU, in bfloat16 where it has the instructions. Under torchrun each process is a rank.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import checkpoint
+from config import UserError
+
+# Dense bf16 (fp16 where that is all) peak of a device in TFLOP/s, from the makers' data sheets.
+# The first one in the device's name as whole words counts: an L40 is no L4, and has no MFU.
+PEAK_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0,
+               "L40S": 362.0, "L4": 121.0, "A10G": 70.0, "A6000": 155.0, "RTX 4090": 165.0,
+               "RTX 3090": 71.0, "V100": 125.0, "T4": 65.0, "MI300X": 1307.0, "MI250X": 383.0}
+
+@dataclass
+class Machine:
+    """Where this rank runs, and in which precision."""
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float | Tensor) -> list[float]:
+        """Each value summed over the ranks, in float64: exact for any count of tokens."""
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        return self.add(torch.stack([torch.as_tensor(v, dtype=wide, device=self.device)
+                                     for v in values])).tolist()
+
+    def add(self, t: Tensor) -> Tensor:
+        """A tensor summed over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
+
+    def rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's slice of a global batch, on its device."""
+        B = len(batch["ids"])
+        part = slice(B * self.rank // self.world, B * (self.rank + 1) // self.world)
+        return {k: v[part].to(self.device, non_blocking=True) for k, v in batch.items()}
+
+def find_machine(cfg: Any) -> Machine:
+    """Device, precision and rank from the settings and torchrun's environment."""
+    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device={cfg.device}: PyTorch sees no GPU here; use --device=cpu")
+    if cfg.device in ("auto", "cuda") and torch.cuda.is_available():    # this rank's own GPU
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    device = checkpoint.pick_device(cfg.device)
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if cfg.dtype not in ("auto", *kinds):
+        raise UserError(f"--dtype={cfg.dtype} does not exist: auto, {', '.join(kinds)}")
+    if cfg.dtype != "auto":
+        dtype = kinds[cfg.dtype]
+    elif device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    else:
+        # a CPU without bf16 instructions emulates them, slower than float32
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        dtype = torch.bfloat16 if fast else torch.float32
+    machine = Machine(device, dtype)
+    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        machine.rank, machine.world = dist.get_rank(), dist.get_world_size()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")      # tf32 for what stays in float32
+    if device.type == "cpu":
+        keep_freed_memory()
+    return machine
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed blocks instead of returning each large tensor to the kernel.
+
+    Without it every activation above 32 MB is fresh pages, zeroed at first touch: GELU on
+    (16384, 1536) takes ten times as long. Elsewhere than on glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
+
+def utilisation(flops_per_second: float, device: torch.device) -> float | None:
+    """Share of the device's peak (MFU, PaLM appendix B), or None where the peak is unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((v for k, v in PEAK_TFLOPS.items() if re.search(rf"\b{k}\b", name)), None)
+    return flops_per_second / (peak * 1e12) if peak else None
+
+def memory_used(device: torch.device) -> float:
+    """Peak memory of this process in GB: the device's on a GPU, resident elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
