@@ -29,6 +29,7 @@ import kernels
 import train
 from config import configure, run
 from data import loader, prepare
+from model import ModelConfig
 from optim import Optimizer
 
 ROOT = Path(train.__file__).parent
@@ -359,7 +360,7 @@ def test_every_token_weighs_the_same(batch_size):
     over all 320 tokens, in float64, not the mean of the rows' means."""
     cfg = train.Config(batch_size=batch_size, block_size=300, grad_clip=0.0)
     torch.manual_seed(0)
-    model = train.Transformer(train.ModelConfig(vocab_size=40, block_size=300, n_layer=1,
+    model = train.Transformer(ModelConfig(vocab_size=40, block_size=300, n_layer=1,
                                                 n_head=2, n_embd=16)).double()
     ids, targets = torch.randint(40, (4, 300)), torch.randint(40, (4, 300))
     for row, live in enumerate((300, 10, 0, 10)):
@@ -840,7 +841,7 @@ def test_float16_finds_its_loss_scale_with_many_tokens_a_micro_batch(go):
 
 def test_float16_raises_its_scale_after_2000_steady_steps():
     cfg = train.Config(batch_size=2, block_size=4)
-    model = train.Transformer(train.ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1,
+    model = train.Transformer(ModelConfig(vocab_size=5, block_size=4, n_layer=1, n_head=1,
                                                 n_embd=8))
     model.compute_dtype = torch.float16
     state = train.State(scale=8.0, steady=1998)
@@ -975,7 +976,7 @@ def base(data, tmp_path_factory):
     ("--backend=cudnn", "choose auto, reference, torch, triton"),
     ("--schedule=step", "cosine, linear, constant, wsd"),
     ("--optimizer=sgd", "choose adamw or muon"),
-    ("--family=bert", "choose one of gpt2, llama, qwen3, arcee"),
+    ("--family=bert", "choose one of gpt2, llama, mistral"),
     ("--activation=tanh", "activation='tanh' does not exist"),
     ("--dtype=int8", "auto, float32, bfloat16, float16"),
     ("--device=gpu", "--device=gpu is not usable here"),
