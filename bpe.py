@@ -15,6 +15,7 @@ tokenizer.py's; the command line is there too, and `python bench.py tokenizer` m
 from __future__ import annotations
 
 import heapq
+import json
 import multiprocessing
 import os
 import re
@@ -25,6 +26,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from itertools import chain
+from os.path import commonprefix
 from typing import Any, Iterable, Iterator
 
 import numpy as np
@@ -179,6 +181,29 @@ def chunks(pattern: str, text: str) -> Iterator[list[str]]:
         yield split(pattern, block)
 
 
+@lru_cache(maxsize=64)
+def any_of(names: frozenset[str]) -> re.Pattern[str] | None:
+    """A pattern for any of the names, the longest first; None for no names.
+
+    Names share beginnings ("<|reserved…"), so it is written as a tree: Gemma has 6,000 of them,
+    and an alternation would try each at every "<".
+    """
+    def tree(words: list[str]) -> str:
+        # sorted, so that words with the same first letter stand together
+        groups: dict[str, list[str]] = {}
+        for word in words:
+            groups.setdefault(word[:1], []).append(word)
+        optional = "" in groups
+        groups.pop("", None)
+        out = []
+        for group in groups.values():
+            start = commonprefix(group)
+            rest = tree([w[len(start):] for w in group]) if len(group) > 1 else ""
+            out.append(re.escape(start) + rest)
+        return f"(?:{'|'.join(out)})" + "?" * optional
+    return re.compile(tree(sorted(names))) if names else None
+
+
 def mend(text: str) -> str:
     """Lone surrogates (JSON can carry them, UTF-8 cannot) -> U+FFFD, as tiktoken does it."""
     try:
@@ -186,6 +211,34 @@ def mend(text: str) -> str:
         return text
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A whole file of UTF-8; "-" is standard input."""
+    return "".join(file_texts([path]))
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path} is not JSON (line {e.lineno}): is the file complete?") from None
+
+
+def file_texts(paths: Iterable[str | os.PathLike], size: int = 1 << 22) -> Iterator[str]:
+    """The files as text, a few MB at a time, cut where blocks() would cut anyway."""
+    for path in paths:
+        try:
+            with open(0 if path == "-" else path, encoding="utf-8", newline="") as file:
+                rest = ""
+                while more := file.read(size):
+                    *whole, rest = blocks(rest + more, size // 2)
+                    yield from whole
+                yield rest
+        except UnicodeDecodeError as e:
+            raise UserError(f"{path} is not UTF-8 text ({e.reason}): convert it first") from None
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise UserError(f"there is no file {path}") from None
 
 
 # --- chunks -> tokens -----------------------------------------------------------------------
@@ -204,7 +257,8 @@ def bpe(ranks: dict, piece: Any, sep: Any = None) -> list:
     if n < SHORT:
         # A word: plain lists and min() are fastest, though each merge looks at every pair.
         parts = [piece[i:i + 1] for i in range(n)]
-        pairs = [rank(a + sep + b, NEVER) for a, b in zip(parts, parts[1:])]   # of i and i + 1
+        pairs = ([rank(a + sep + b, NEVER) for a, b in zip(parts, parts[1:])] if sep else
+                 [rank(piece[i:i + 2], NEVER) for i in range(n - 1)])   # of parts i and i + 1
         while pairs and (lowest := min(pairs)) < NEVER:
             i = pairs.index(lowest)
             parts[i:i + 2] = [parts[i] + parts[i + 1]]

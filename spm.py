@@ -23,13 +23,13 @@ import re
 import struct
 import sys
 from array import array
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain
 from operator import add
-from os.path import commonprefix
 from typing import Any, Iterable, Iterator, Mapping
 
-from bpe import PATTERNS, PieceCache, bpe, mend
+from bpe import PATTERNS, PieceCache, any_of, bpe, mend
+from chat import surround
 
 SPACE = "\u2581"
 SEP = "\ud800"          # between the halves of a merge: half a surrogate pair is never in a text
@@ -38,10 +38,9 @@ BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 BLANK = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008" \
         "\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 
-# SentencePiece's remove_extra_whitespaces in the words of tokenizer.json: pattern -> what it
-# becomes. \A and \z, not ^ and $, which stand at every line there.
-TRIM = {r"\A +| +\z": "", " {2,}": " "}
-PYTHON = {r"\A +| +\z": re.compile(r"\A +| +\Z"), " {2,}": re.compile(" {2,}")}
+# SentencePiece's remove_extra_whitespaces in the words of tokenizer.json: pattern -> replacement,
+# the last one once spaces are escaped. \A and \z, not ^ and $, which there stand at every line.
+TRIM = {r"\A +": "", " {2,}": " ", SPACE + r"+\z": ""}
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE_PIECE = range(1, 7)    # types of a piece
 
@@ -67,31 +66,36 @@ class SentencePiece:
 
     def __init__(self, document: dict, ranks: dict[str, int] | None = None):
         model, self.document = document["model"], document
+        # what no published file of these families has is refused, never half supported
         if any(model.get(k) for k in ("dropout", "continuing_subword_prefix",
                                       "end_of_word_suffix")):
             raise ValueError("dropout, subword prefixes and word suffixes are not supported")
         self.vocab = {str(t): int(i) for t, i in model["vocab"].items()}
         self.strict = ranks is not None         # the rules of `sentencepiece`
+        # a rank belongs to the token that a merge makes, or to the pair that it merges
         self.sep = "" if self.strict else SEP
         self.ranks = ranks if self.strict else self._pairs(model["merges"])
         self.unknown = name = model.get("unk_token")
         if name is not None and name not in self.vocab:
             raise ValueError(f"the unknown token {name!r} is not in the vocabulary")
         self.unk = None if name is None else self.vocab[name]
+        # fuse: unknown characters in a row are one token; whole: a word that is a token stays one
         self.fuse, self.whole = bool(model.get("fuse_unk")), bool(model.get("ignore_merges"))
         # byte -> id, of the bytes that the vocabulary has: all of them in every published file
         names = {b: f"<0x{b:02X}>" for b in range(256)} if model.get("byte_fallback") else {}
         self.bytes = {b: self.vocab[n] for b, n in names.items() if n in self.vocab}
+        # tokens that are looked for in the text before anything is merged, control tokens too
         self.added = {str(t["content"]): t for t in document.get("added_tokens") or []}
         if strange := [n for n, t in self.added.items() if t.get("single_word") or not n]:
             raise ValueError(f"the added token {strange[0]!r} is empty or a single word")
         self.steps = list(self._steps(document.get("normalizer")))
         self._read_pre_tokenizer(document.get("pre_tokenizer"))
         self._read_decoder(document["decoder"])
+        self.names: dict[frozenset, tuple] = {}     # see _names()
 
     def __getstate__(self) -> dict[str, Any]:
         # caches are cheap to fill again, and heavy to send to another process
-        return {k: v for k, v in self.__dict__.items() if k not in ("cache", "joined", "names")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("cache", "joined")}
 
     def _pairs(self, merges: Iterable) -> dict[str, int]:
         """left SEP right -> rank. The library keeps the last of two equal merges, and so do we."""
@@ -100,6 +104,7 @@ class SentencePiece:
             left, right = merge.split(" ") if isinstance(merge, str) else merge
             if not {left, right, left + right} <= self.vocab.keys():
                 raise ValueError(f"the merge {left!r} {right!r} is not of this vocabulary")
+            # a byte token stands for a character that has no token: spell() puts it in at the end
             if BYTE.fullmatch(left) or BYTE.fullmatch(right):
                 raise ValueError("merges of byte tokens are not supported")
             ranks[left + SEP + right] = k
@@ -112,15 +117,17 @@ class SentencePiece:
         if normalizer is None:
             return
         kind, pattern = normalizer["type"], normalizer.get("pattern") or {}
-        if kind == "Sequence":
+        if kind == "Sequence":          # steps may be nested
             for step in normalizer["normalizers"]:
                 yield from self._steps(step)
         elif kind == "Prepend":
             yield "prepend", None, str(normalizer["prepend"])
         elif kind == "Replace" and "String" in pattern:
             yield "replace", str(pattern["String"]), str(normalizer["content"])
+        # a foreign regular expression is not run: another engine's, and it may take for ever
         elif kind == "Replace" and TRIM.get(pattern["Regex"]) == normalizer["content"]:
-            yield "trim", PYTHON[pattern["Regex"]], normalizer["content"]
+            python = pattern["Regex"].replace(r"\z", r"\Z")
+            yield "trim", re.compile(python), normalizer["content"]
         elif kind == "Precompiled":
             blob = base64.b64decode(normalizer["precompiled_charsmap"], validate=True)
             yield "map", Charsmap(blob), None
@@ -135,20 +142,23 @@ class SentencePiece:
         if pre.get("type") == "Sequence" and len(pre["pretokenizers"]) == 1:
             pre = pre["pretokenizers"][0]
         if pre.get("type") == "Metaspace" and pre.get("replacement", SPACE) == SPACE:
+            # files from before 2024 say whether, not when
             old = "always" if pre.get("add_prefix_space", True) else "never"
             self.scheme = pre.get("prepend_scheme", old)
             if self.scheme not in ("always", "first", "never"):
                 raise ValueError(f"the prepend_scheme {self.scheme!r} is not supported")
             if pre.get("split", True):
+                # no merge crosses into the next word: each "▁" begins a part of its own
                 self.words = re.compile(f"{SPACE}[^{SPACE}]*|[^{SPACE}]+")
         elif pre.get("type") == "Split" and pre.get("behavior") == "MergedWithPrevious" \
                 and pre["pattern"].get("String") == " " and not pre.get("invert"):
-            self.words = re.compile("[^ ]* |[^ ]+")     # Gemma; finds nothing: spaces are "▁" by now
+            self.words = re.compile("[^ ]* |[^ ]+")     # Gemma: spaces are "▁" by now
         elif pre:
             raise ValueError(f"the pre_tokenizer {pre.get('type')} is not supported")
 
     def _read_decoder(self, decoder: dict) -> None:
         """-> strip: how many leading spaces of a text its decoding drops."""
+        # "▁" -> " ", byte tokens -> bytes, all tokens joined, and only then spaces stripped
         steps = decoder["decoders"]
         kinds = [s["type"] for s in steps]
         forms = (["Replace"], ["Replace", "Fuse"], ["Replace", "ByteFallback"],
@@ -184,10 +194,6 @@ class SentencePiece:
         return [n for n, t in self.added.items()
                 if self.strict and n in self.vocab and not t["special"]]
 
-    @cached_property
-    def names(self) -> dict[frozenset, tuple]:
-        return {}
-
     def _names(self, controls: Mapping[str, int]) -> tuple:
         """(pattern, spelling -> added token) for raw text, and the same for normalized text."""
         key = frozenset(controls)
@@ -213,6 +219,8 @@ class SentencePiece:
         after: what stands before the text, "" for nothing, "token" for a control token, or
         "text", when it goes on in the middle of one and gets no space in front.
         """
+        # Four steps, as in the library: control and other added tokens of the raw text; what is
+        # between them is normalized; added tokens of the normalized text; the rest is merged.
         text = text if text.isascii() else mend(text)
         raw, normal = self._names(controls)
         out: list[int] = []
@@ -225,7 +233,7 @@ class SentencePiece:
                 if token is not None:
                     out.append(token)
                     continue
-                if self.scheme is not None:
+                if self.scheme is not None:     # a space first, unless there is one
                     piece = piece.replace(" ", SPACE)
                     first = start == at == 0 and after == ""
                     wanted = {"always": at or not within, "first": first, "never": False}
@@ -239,6 +247,8 @@ class SentencePiece:
         """The ids of text between cuts of the pre-tokenizer."""
         if self.whole and word in self.vocab:
             return [self.vocab[word]]
+        if self.unk is None:    # what has neither token nor bytes is dropped; its neighbours meet
+            word = "".join(c for c in word if c in self.vocab or self.bytes.keys() >= {*c.encode()})
         ids = list(chain.from_iterable(map(self.cache.__getitem__, self._chunks(word))))
         if self.fuse and self.unk in ids:       # unknown characters in a row are one token
             ids = [i for k, i in enumerate(ids) if i != self.unk or not k or ids[k - 1] != i]
@@ -279,7 +289,7 @@ class SentencePiece:
                 continue
             if unknown and (i is not None or not self.fuse):
                 out.append(self.unk)
-            unknown = i is None and self.unk is not None    # without an unknown token: dropped
+            unknown = i is None
             if i is not None:
                 out.append(i)
         return out + [self.unk] * unknown
@@ -290,6 +300,8 @@ class SentencePiece:
         """The bytes that a token stands for: b" the" for "▁the", b"\\n" for "<0x0A>"."""
         if self.falls_back and BYTE.fullmatch(token):
             return bytes([int(token[3:5], 16)])
+        if self.added.get(token, {}).get("normalized") and not self.strict:
+            token = self.normalize(token)       # " <s>": what it took from the text
         return token.replace(SPACE, " ").encode()
 
     def json(self, special: Mapping[str, int], post: dict | None) -> dict[str, Any]:
@@ -299,6 +311,7 @@ class SentencePiece:
         added = [{**flags, "id": i, "content": n} for n, i in special.items()
                  if n not in self.added]
         added = sorted([*self.added.values(), *added], key=lambda t: t["id"])
+        # a tie between two pairs of one piece: here, the longer left half goes first
         if self.strict:         # a piece with a rank -> all pairs that spell it
             merges = [[t[:k], t[k:]] for t in sorted(self.ranks, key=self.ranks.__getitem__)
                       for k in range(len(t) - 1, 0, -1)
@@ -324,35 +337,13 @@ class Chunks(PieceCache):
         return self.spm.spell(bpe(self.ranks, chunk, self.spm.sep))
 
 
-@lru_cache(maxsize=64)
-def any_of(names: frozenset[str]) -> re.Pattern[str] | None:
-    """A pattern for any of the names, the longest first; None for no names.
-
-    Names share beginnings ("<|reserved…"), so it is written as a tree: Gemma has 6,000 of them,
-    and an alternation would try each at every "<".
-    """
-    def tree(words: list[str]) -> str:
-        # sorted, so that words with the same first letter stand together
-        groups: dict[str, list[str]] = {}
-        for word in words:
-            groups.setdefault(word[:1], []).append(word)
-        optional = "" in groups
-        groups.pop("", None)
-        out = []
-        for group in groups.values():
-            start = commonprefix(group)
-            rest = tree([w[len(start):] for w in group]) if len(group) > 1 else ""
-            out.append(re.escape(start) + rest)
-        return f"(?:{'|'.join(out)})" + "?" * optional
-    return re.compile(tree(sorted(names))) if names else None
-
-
 def cut(text: str, pattern: re.Pattern | None, tokens: Mapping[str, dict]
         ) -> Iterator[tuple[int, str, int | None]]:
     """(start, text between added tokens, None) and (start, "", id of a token), in order."""
     begin = 0
     for m in pattern.finditer(text) if pattern else ():
         token, (start, stop) = tokens[m.group()], m.span()
+        # some tokens swallow the white space beside them (<mask>, Phi-3's <|user|>)
         while token.get("lstrip") and start > begin and text[start - 1] in BLANK:
             start -= 1
         while token.get("rstrip") and stop < len(text) and text[stop] in BLANK:
@@ -374,6 +365,7 @@ class Charsmap:
     """
 
     def __init__(self, blob: bytes):
+        # nothing in the file is trusted: sizes here, places in the trie and strings in longest()
         size = int.from_bytes(blob[:4], "little")
         if len(blob) < 8 or size % 4 or not 4 <= size <= len(blob) - 4:
             raise ValueError("the table of characters is cut short")
@@ -452,23 +444,24 @@ def from_model(data: bytes, family: str = "", added: Mapping[str, dict] = {}) ->
     if data[:1] == b"\n":           # field 1 of the protobuf message: a piece
         return from_sentencepiece(data, CHATGLM if glm else [], added)
     ranks = {}
-    for k, line in enumerate(data.splitlines(), 1):
+    for k, line in enumerate(data.splitlines(), 1):     # a token in base64, a space, its rank
         try:
             token, rank = line.split(b" ")
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise ValueError(f"line {k} is no token and rank, nor is the file SentencePiece's "
                              "(a Git LFS pointer? a download cut short?)") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or b"" in ranks:
+    if not ranks or sorted(ranks.values()) != list(range(len(ranks))) or b"" in ranks:
         raise ValueError("its ranks are not 0, 1, 2, …: the file is not complete")
     special = {n: len(ranks) + k for k, n in enumerate(GLM4 if glm else LLAMA3)}
     first = ["[gMASK]", "<sop>"] if glm else ["<|begin_of_text|>"]
     return dict(ranks=ranks, special=special, pattern=PATTERNS["cl100k"],
-                post=template({n: special[n] for n in first}))
+                post=surround({n: special[n] for n in first}))
 
 
 def from_sentencepiece(data: bytes, more: list[str], added: Mapping[str, dict]) -> dict[str, Any]:
     """SentencePiece's own file. more: control tokens behind its vocabulary."""
+    # defaults are those of sentencepiece_model.proto: a field that has its default is not written
     pieces, trainer, normal = [], {}, {}
     for number, value in fields(data):
         if number == 1:
@@ -485,15 +478,18 @@ def from_sentencepiece(data: bytes, more: list[str], added: Mapping[str, dict]) 
     types = {p["piece"]: p["type"] for p in pieces}
     unknown = [p for p, t in types.items() if t == UNKNOWN]
     if len(vocab) != len(pieces) or "" in vocab or len(unknown) != 1:
-        raise ValueError("a piece is missing, twice there, or empty, or no piece is the unknown one")
+        raise ValueError("a piece is twice there or empty, or none or several are the unknown one")
     # a higher score merges first; the same score means whichever stands first in the text
     order = {s: r for r, s in enumerate(sorted({p["score"] for p in pieces}, reverse=True))}
     ranks = {p["piece"]: order[p["score"]] for p in pieces
              if p["type"] == NORMAL and len(p["piece"]) > 1}
+    # an unused piece is made by merges and then taken apart again; one without parts never occurs
     for piece in (p for p, t in types.items() if t == UNUSED):
         if any(types.get(piece[:k]) in (NORMAL, UNUSED) and types.get(piece[k:]) in (NORMAL, UNUSED)
                for k in range(1, len(piece))):
             raise ValueError(f"the unused piece {piece!r} that merges make is not supported")
+    # Symbols that the user defined are found in normalized text; "normalized" says so in the file,
+    # but would put a space before them where one is put before the text.
     prefix = bool(normal.get("add_dummy_prefix", 1))
     flags = {"single_word": False, "lstrip": False, "rstrip": False}
     listed = {k: {**flags, "id": vocab[k], "content": k, "special": special,
@@ -509,24 +505,24 @@ def from_sentencepiece(data: bytes, more: list[str], added: Mapping[str, dict]) 
     if normal.get("precompiled_charsmap"):
         steps.append({"type": "Precompiled", "precompiled_charsmap":
                       base64.b64encode(normal["precompiled_charsmap"]).decode()})
-    if normal.get("remove_extra_whitespaces", 1):
-        steps += [{"type": "Replace", "pattern": {"Regex": p}, "content": c}
-                  for p, c in TRIM.items()]
-    steps += [{"type": "Prepend", "prepend": SPACE}] * prefix
-    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    trim = [{"type": "Replace", "pattern": {"Regex": p}, "content": c}
+            for p, c in TRIM.items()] if normal.get("remove_extra_whitespaces", 1) else []
+    steps += trim[:2] + [{"type": "Prepend", "prepend": SPACE}] * prefix
+    steps += [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}] + trim[2:]
     falls_back = bool(trainer.get("byte_fallback"))
     if falls_back and sum(t == BYTE_PIECE for t in types.values()) != 256:
         raise ValueError("it falls back to bytes and has not 256 of them")
     decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 *[{"type": "ByteFallback"}] * falls_back, {"type": "Fuse"},
                 *[{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix]
+    # what the published code puts before a text; tokenizer_config.json may say otherwise
     bos = trainer.get("bos_id", 1)
     first = ["[gMASK]", "sop"] if more else [pieces[bos]["piece"]] * (0 <= bos < len(pieces))
     return from_json({
         "added_tokens": list(listed.values()), "pre_tokenizer": None,
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "post_processor": template({n: listed[n]["id"] for n in first if n in listed}),
+        "post_processor": surround({n: listed[n]["id"] for n in first if n in listed}),
         "model": {"type": "BPE", "dropout": None, "unk_token": unknown[0], "fuse_unk": True,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "byte_fallback": falls_back, "ignore_merges": False, "vocab": vocab,
@@ -559,12 +555,13 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
     """(number, int or float or bytes) of each field of a protobuf message."""
     at = 0
     while at < len(data):
-        tag, at = varint(data, at)
+        tag, at = varint(data, at)      # the number of the field, and how its value is written
         number, wire = tag >> 3, tag & 7
         if wire == 0:
             value, at = varint(data, at)
             yield number, value
             continue
+        # a length follows, or it is four bytes (float) or eight; groups are long obsolete
         size, at = varint(data, at) if wire == 2 else ({1: 8, 5: 4}.get(wire, -1), at)
         if not 0 <= size <= len(data) - at or number < 1:
             raise ValueError("the file is cut short or no protobuf")
@@ -583,40 +580,3 @@ def message(data: Any, known: Mapping[int, tuple[str, type]]) -> dict[str, Any]:
         if name:
             out[name] = value.decode() if kind is str else value
     return out
-
-
-def template(first: Mapping[str, int], last: Mapping[str, int] = {}) -> dict | None:
-    """A post_processor that puts these tokens before and after a text; None for none."""
-    def token(name: str, which: int) -> dict:
-        return {"SpecialToken": {"id": name, "type_id": which}}
-
-    def around(name: str, which: int) -> list[dict]:
-        return [*(token(n, which) for n in first), {"Sequence": {"id": name, "type_id": which}},
-                *(token(n, which) for n in last)]
-
-    both = {n: {"id": n, "ids": [i], "tokens": [n]} for n, i in {**first, **last}.items()}
-    return both and {"type": "TemplateProcessing", "single": around("A", 0),
-                     "pair": around("A", 0) + around("B", 1), "special_tokens": both} or None
-
-
-def affixes(post: dict | None) -> tuple[list[int], list[int]]:
-    """The ids that a post_processor puts before and after a text."""
-    kind = (post or {}).get("type")
-    before: list[int] = []
-    after: list[int] = []
-    if kind == "Sequence":
-        for step in post["processors"]:
-            first, last = affixes(step)
-            before, after = first + before, after + last
-    elif kind == "TemplateProcessing":
-        target = before
-        for item in post["single"]:
-            if "Sequence" in item:
-                target = after
-            else:
-                target += post["special_tokens"][item["SpecialToken"]["id"]]["ids"]
-    elif kind in ("BertProcessing", "RobertaProcessing"):
-        before, after = [post["cls"][1]], [post["sep"][1]]
-    elif kind not in (None, "ByteLevel"):
-        raise ValueError(f"the post_processor {kind} is not supported")
-    return [int(i) for i in before], [int(i) for i in after]

@@ -29,15 +29,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable
 
 import numpy as np
 import tiktoken
 
 import chat
 import spm as sentencepiece
-from bpe import (BYTE_CHAR, BYTE_ORDER, CHAR_BYTE, PATTERNS, PieceCache, blocks, bpe, chunks,
-                 count_chunks, learn, mend, pattern_of, printable, unprintable)
+from bpe import (BYTE_ORDER, PATTERNS, PieceCache, any_of, bpe, chunks, count_chunks, file_texts,
+                 learn, mend, pattern_of, printable, read_json, read_text, unprintable)
 from config import UserError, run
 
 EOT = "<|endoftext|>"
@@ -80,7 +80,8 @@ class Tokenizer:
         """Rebuild what follows from ids and special: tokens by id, and the size."""
         self.tokens = {i: self.spm.spelled(t.decode()) if self.spm else t
                        for t, i in self.ids.items()}
-        self.tokens.update((i, name.encode()) for name, i in self.special.items())
+        self.tokens.update((i, self.spm.spelled(name) if self.spm else name.encode())
+                           for name, i in self.special.items())
         if clash := [n for n in self.special if not n or n.encode() in self.ids]:
             raise UserError(f"{clash[0]!r} cannot name a control token: it is empty or the text of "
                             "an ordinary token")
@@ -106,12 +107,12 @@ class Tokenizer:
     @property
     def prefix(self) -> list[int]:
         """The ids that begin every text of this model, as in transformers: [<s>] for Llama 2."""
-        return sentencepiece.affixes(self.post)[0]
+        return chat.affixes(self.post)[0]
 
     @property
     def suffix(self) -> list[int]:
         """The ids that end every text of this model; few have any."""
-        return sentencepiece.affixes(self.post)[1]
+        return chat.affixes(self.post)[1]
 
     @property
     def stop_ids(self) -> list[int]:
@@ -126,7 +127,7 @@ class Tokenizer:
         """The control tokens that the text may contain; UserError if it has a refused one."""
         allowed = set(self.special) if allowed == "all" else set(allowed) & set(self.special)
         refused = set(self.special) - allowed if refused == "all" else set(refused)
-        if refused and (m := sentencepiece.any_of(frozenset(refused)).search(text)):
+        if refused and (m := any_of(frozenset(refused)).search(text)):
             raise UserError(f"the text contains the control token {m.group()!r}: allow it with "
                             "allowed_special, or read it as text with disallowed_special=()")
         return {n: i for n, i in self.special.items() if n in allowed}
@@ -150,7 +151,7 @@ class Tokenizer:
         if self.spm:                # there, control tokens matter for the text around them
             return self.spm.encode(text, controls)
         out, start = [], 0
-        for m in sentencepiece.any_of(frozenset(controls)).finditer(text) if controls else ():
+        for m in any_of(frozenset(controls)).finditer(text) if controls else ():
             out += ordinary(text[start:m.start()])
             out.append(controls[m.group()])
             start = m.end()
@@ -271,27 +272,29 @@ class Tokenizer:
         return len(new)
 
     def render(self, messages: list[dict[str, str]], template: str | None = None,
-               add_generation_prompt: bool = False, max_length: int | None = None
-               ) -> tuple[list[int], list[int]]:
+               add_generation_prompt: bool = False, max_length: int | None = None,
+               enable_thinking: bool = True) -> tuple[list[int], list[int]]:
         """A conversation -> (ids, mask); chat.render() says how."""
-        return chat.render(self, messages, template, add_generation_prompt, max_length)
+        return chat.render(self, messages, template, add_generation_prompt, max_length,
+                           enable_thinking)
 
     # -- from and to a file
 
-    def read_settings(self, settings: dict, jinja: Path) -> None:
+    def read_settings(self, settings: dict, jinja: Path, model: bool) -> None:
         """What lies beside a vocabulary: tokenizer_config.json, parsed, and a chat template.
 
-        From there: which token ends a document, which tokens surround a text, and the template,
-        which newer transformers writes to a file of its own.
+        From there: which token ends a document; the template, which newer transformers writes to a
+        file of its own; and, with a tokenizer.model, whether tokens surround a text.
         """
         bos, self.eos = (t.get("content") if isinstance(t, dict) else t
                          for t in map(settings.get, ("bos_token", "eos_token")))
         wanted = [settings.get(k) for k in ("add_bos_token", "add_eos_token")]
-        if wanted != [None, None]:      # as in transformers, these win over the post_processor
+        if model and wanted != [None, None]:    # as in transformers: tokenizer.json knows better
             first, last = ({n: self.special[n]} if on and n in self.special else {}
                            for on, n in zip(wanted, (bos, self.eos)))
-            if sentencepiece.affixes(self.post) != ([*first.values()], [*last.values()]):
-                self.post = sentencepiece.template(first, last)
+            if chat.affixes(self.post) != ([*first.values()], [*last.values()]):
+                self.post = chat.surround(first, last)
+        chat.affixes(self.post)        # ValueError now, not in the middle of a run
         found = settings.get("chat_template") or ""
         if isinstance(found, list):     # several, by name
             found = {t["name"]: t["template"] for t in found}.get("default", "")
@@ -471,7 +474,7 @@ def load(path_or_name: str | os.PathLike) -> Tokenizer:
             added = [{"id": vocab[n], "content": n} for n in EOT_NAMES if n in vocab]
             tokenizer = from_json({"model": {"vocab": vocab, "merges": merges},
                                    "added_tokens": added, "pre_tokenizer": {"type": "ByteLevel"}})
-        tokenizer.read_settings(settings, folder / "chat_template.jinja")
+        tokenizer.read_settings(settings, folder / "chat_template.jinja", bool(model and not whole))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
         raise UserError(f"{path} is not a tokenizer that this program reads "
                         f"({type(e).__name__}: {e})") from None
@@ -524,36 +527,6 @@ def load_tiktoken(name: str) -> Tokenizer:
     return Tokenizer(encoding._mergeable_ranks, encoding._special_tokens, PATTERNS[TIKTOKEN[name]])
 
 
-# --- files of text --------------------------------------------------------------------------
-
-def read_text(path: str | os.PathLike) -> str:
-    """A whole file of UTF-8; "-" is standard input."""
-    return "".join(file_texts([path]))
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path} is not JSON (line {e.lineno}): is the file complete?") from None
-
-
-def file_texts(paths: Iterable[str | os.PathLike], size: int = 1 << 22) -> Iterator[str]:
-    """The files as text, a few MB at a time, cut where blocks() would cut anyway."""
-    for path in paths:
-        try:
-            with open(0 if path == "-" else path, encoding="utf-8", newline="") as file:
-                rest = ""
-                while more := file.read(size):
-                    *whole, rest = blocks(rest + more, size // 2)
-                    yield from whole
-                yield rest
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path} is not UTF-8 text ({e.reason}): convert it first") from None
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise UserError(f"there is no file {path}") from None
-
-
 # --- the script -----------------------------------------------------------------------------
 
 @dataclass
@@ -577,7 +550,7 @@ def show(tokenizer: Tokenizer, ids: list[int], color: bool) -> str:
     out = []
     for k, i in enumerate(ids):
         # half a character is shown as its bytes, \xe2\x82, and a terminal obeys no token
-        text = tokenizer.decode_bytes([i]).decode("utf-8", errors="backslashreplace")
+        text = tokenizer.tokens[i].decode("utf-8", errors="backslashreplace")
         text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m.group())[1:-1], text)
         if color:
             # a background that is on at a newline would run to the edge of the terminal

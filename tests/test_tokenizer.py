@@ -555,7 +555,7 @@ def test_bytes_that_a_vocabulary_lacks_are_dropped_as_the_library_drops_them(tmp
     theirs = Tokenizer(models.BPE())
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet()
-                if T.CHAR_BYTE[c] not in b"\x04\x06\x1d\xc0\xf1\xff\xe4"]
+                if bpe.CHAR_BYTE[c] not in b"\x04\x06\x1d\xc0\xf1\xff\xe4"]
     theirs.train_from_iterator([ENGLISH * 2 + "!!!! ??!!"], trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=alphabet, show_progress=False))
     theirs.save(str(tmp_path / "tokenizer.json"))
@@ -734,6 +734,23 @@ RENDERED = {
                 "<|im_start|>assistant\n«B<|im_end|>»\n"),
     "llama3": (f"<|begin_of_text|>{H}user{E}U<|eot_id|>{H}assistant{E}«A<|eot_id|>»"
                f"{H}user{E}V<|eot_id|>{H}assistant{E}«B<|eot_id|>»"),
+    "qwen2": ("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+              "U<|im_end|>\n<|im_start|>assistant\n«A<|im_end|>»\n"
+              "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n«B<|im_end|>»\n"),
+    "qwen2.5": ("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful "
+                "assistant.<|im_end|>\n<|im_start|>user\nU<|im_end|>\n"
+                "<|im_start|>assistant\n«A<|im_end|>»\n<|im_start|>user\nV<|im_end|>\n"
+                "<|im_start|>assistant\n«B<|im_end|>»\n"),
+    "qwen3": ("<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n«A<|im_end|>»\n"
+              "<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+              "«B<|im_end|>»\n"),
+    "llama3.1": (f"<|begin_of_text|>{H}system{E}{chat._DATES}<|eot_id|>{H}user{E}U<|eot_id|>"
+                 f"{H}assistant{E}«A<|eot_id|>»{H}user{E}V<|eot_id|>{H}assistant{E}«B<|eot_id|>»"),
+    "llama2": ("<s>[INST] U [/INST]« A <|endoftext|>»<s>[INST] V [/INST]« B <|endoftext|>»"),
+    "mistral": "<s>[INST] U [/INST]« A<|endoftext|>»[INST] V [/INST]« B<|endoftext|>»",
+    "chatglm3": "[gMASK]sop<|user|>\n U<|assistant|>«\n A<|user|>»\n V<|assistant|>«\n B<|user|>»",
+    "zephyr": ("<|user|>\nU<|endoftext|>\n<|assistant|>\n«A<|endoftext|>»\n"
+               "<|user|>\nV<|endoftext|>\n<|assistant|>\n«B<|endoftext|>»\n"),
     "gemma": ("<bos><start_of_turn>user\nU<end_of_turn>\n<start_of_turn>model\n«A<end_of_turn>»\n"
               "<start_of_turn>user\nV<end_of_turn>\n<start_of_turn>model\n«B<end_of_turn>»\n"),
     "glm4": "[gMASK]<sop><|user|>\nU<|assistant|>\n«A<|user|>»\nV<|assistant|>\n«B<|user|>»",
@@ -746,6 +763,13 @@ WITH_SYSTEM = {     # the beginning, with the system message S
     "chatml": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU",
     "smollm2": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU",
     "llama3": f"<|begin_of_text|>{H}system{E}S<|eot_id|>{H}user{E}U",
+    "qwen2": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU",
+    "qwen2.5": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU",
+    "qwen3": "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU",
+    "llama3.1": f"<|begin_of_text|>{H}system{E}{chat._DATES}S<|eot_id|>{H}user{E}U",
+    "llama2": "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A",
+    "mistral": "<s>[INST] S\n\nU [/INST] A", "chatglm3": "[gMASK]sop<|system|>\n S<|user|>\n U",
+    "zephyr": "<|system|>\nS<|endoftext|>\n<|user|>\nU",
     "gemma": "<bos><start_of_turn>user\nS\n\nU", "glm4": "[gMASK]<sop><|system|>\nS<|user|>\nU",
     "minicpm": "S<用户>U<AI>", "alpaca": "S\n\n### Instruction:\nU\n\n### Response:\n",
 }
@@ -793,7 +817,9 @@ def test_the_mask_is_the_answers_and_their_ends(name, chat_tok):
     trained = [i for i, m in zip(ids, mask) if m]
     expected = []
     for m in CHAT[1::2]:
-        expected += chat_tok.encode(m["content"], disallowed_special=()) + [end]
+        closing = row.after("assistant", T.EOT).partition("<")[0] if not row.closing else ""
+        text = row.lead + m["content"] + closing        # what leads to the end token is learnt too
+        expected += chat_tok.encode(text, disallowed_special=()) + [end]
     assert trained == expected
     # no control token but the template's: its number does not depend on the content
     plain = chat_tok.render([{**m, "content": "x"} for m in SYSTEM + CHAT], name)[0]
@@ -819,25 +845,118 @@ def test_transformers_renders_the_saved_template_to_the_same_ids(name, chat_tok,
                                               add_generation_prompt=prompt)
             ids, _ = chat_tok.render(messages, add_generation_prompt=prompt)
             assert chat_tok.decode(theirs) == chat_tok.decode(ids)
-            # GPT-2's pattern cuts Llama 3's "\n\n" otherwise before text than at the end of a
-            # prompt. We cut it as in the prompt; Llama 3's own pattern knows no difference.
-            if (name, chat_tok.pattern) != ("llama3", bpe.PATTERNS["gpt2"]) or len(messages) == 1:
+            # GPT-2's pattern cuts a template's "\n\n" otherwise before text than at the end of a
+            # prompt. We cut it as in the prompt; the pattern of Llama 3 knows no difference.
+            if name not in ("llama3", "llama3.1", "qwen3") or len(messages) == 1 \
+                    or chat_tok.pattern != bpe.PATTERNS["gpt2"]:
                 assert theirs == ids
 
 
-@pytest.mark.parametrize("name, jinja", [
+M = "message['content']"
+LOOP = "{% for message in messages %}"
+USER = "{% if message['role'] == 'user' %}"
+CHATML_LOOP = LOOP + "{{'<|im_start|>' + message['role'] + '\n' + " + M + " + '<|im_end|>'}}"
+DATES = ('{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}{{- "Cutting Knowledge Date: '
+         'December 2023\\n" }}{% set date_string = "26 Jul 2024" %}'
+         '{{- "<|eom_id|>" }}{{- "<|python_tag|>" }}')
+ZEPHYR = LOOP + "\n" + "".join(f"{{% if message['role'] == '{r}' %}}\n{{{{ '<|{r}|>\n' + {M} + "
+                               "eos_token }}\n{% endif %}" for r in ("user", "system", "assistant"))
+
+
+def default(system: str) -> str:
+    return ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + system +
+            "<|im_end|>\n' }}{% endif %}" + CHATML_LOOP)
+
+
+# What tells the published templates apart, with the text and the quotes that they have.
+JINJAS = [
     ("smollm2", "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful "
                 "AI assistant named SmolLM, trained by Hugging Face<|im_end|>' }}{% endif %}"),
     ("chatml", "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}"),
+    ("chatml", '{{- "<|im_start|>system\\n" + messages[0].content }}{{- "# Tools\\n\\nYou may" }}'),
+    ("qwen2", default("You are a helpful assistant.")),
+    ("qwen2.5", '{{- "<|im_start|>system\\n" }}{{- "You are Qwen, created by Alibaba Cloud. You '
+                'are a helpful assistant." }}{{- "<|im_start|>user\\n<tool_response>\\n" }}'),
+    ("qwen3", CHATML_LOOP + "{% if enable_thinking is defined and enable_thinking is false %}"
+     r"{{- '<think>\n\n</think>\n\n' }}{% endif %}{{- '\n<think>\n' + reasoning_content }}"),
     ("llama3", "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>' %}"),
+    ("llama3.1", "{{- bos_token }}" + DATES),
+    ("llama2", "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + " + M +
+     "%}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"),
+    ("mistral", "{{ bos_token }}" + LOOP + USER + "{{ '[INST] ' + " + M + " + ' [/INST]' }}"),
     ("gemma", "{{ bos_token }}{{ '<start_of_turn>' + role + '\n' }}"),
-    (None, "{{ messages }}")])
+    ("glm4", "[gMASK]<sop>" + LOOP + "<|{{ message['role'] }}|>\n{{ " + M + " }}<|assistant|>"),
+    ("chatglm3", LOOP + "{% if loop.first %}[gMASK]sop<|{{ message['role'] }}|>\n {{ " + M + " }}"),
+    ("minicpm", LOOP + USER + "{{'<用户>' + " + M + ".strip() + '<AI>'}}{% else %}{{" + M + "}}"),
+    ("zephyr", ZEPHYR),
+    ("alpaca", "{{ 'Below is an instruction that describes a task. Write' }}"
+               "{{ '### Instruction:\\n' + " + M + " + '### Response:\\n' }}"),
+    # None of them: near relatives with other spaces, other system texts, other control tokens.
+    (None, "{{ messages }}"), (None, "{{ '### Instruction:\n' + " + M + " + '### Response:\n' }}"),
+    (None, default("Please reason step by step.")),                             # Qwen2.5-Math
+    (None, default("You are a helpful assistant")),                             # Qwen1.5, no stop
+    (None, "{{- '<|im_start|>system\\n' }}{%- if x %}{{- x }}\n{%- else %}\n    {{- 'Please reason "
+     "step by step.' }}{% endif %}{{- '<|im_end|>' }}"),
+    (None, "{{ bos_token }}" + CHATML_LOOP),                                    # InternLM2
+    (None, CHATML_LOOP + "{{ '<|im_sep|>' }}"),                                 # Phi-4
+    (None, CHATML_LOOP + "{{ '<|im_start|>assistant\n<think>\n' }}"),           # QwQ
+    (None, "{{ '<|im_start|>system\nnamed SmolLM' }}<think>\n\n</think>\n\n"),  # SmolLM3
+    (None, "{{ bos_token + '[INST]' + " + M + " + '[/INST]' }}"),               # Mistral Nemo
+    (None, "{{ bos_token + '[INST] ' + " + M + " + '[/INST]' }}"),              # Mistral v0.3
+    (None, "[gMASK]<sop><|{{ role }}|>\n<think></think>"),                      # GLM-4.5
+    (None, LOOP + "{{ '<|user|>\n' + " + M + " + '<|end|>\n<|assistant|>\n' }}"),     # Phi-3
+    (None, LOOP + "{{ '<|user|>\n' + " + M + " + '\n<|assistant|>\n' + eos_token }}"),  # Tulu
+    (None, ""),
+]
+
+
+@pytest.mark.parametrize("name, jinja", JINJAS)
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
 def test_a_published_template_is_recognised(name, jinja, where, tok, tmp_path):
     tok.save(tmp_path)
     text = json.dumps({"chat_template": jinja}) if where.endswith("json") else jinja
-    (tmp_path / where).write_text(text)
-    assert T.load(tmp_path).template == name
+    (tmp_path / where).write_text(text, encoding="utf-8")
+    again = T.load(tmp_path)
+    assert again.template == name
+    assert again.jinja == ("" if name else jinja)
+    if name is None:        # not known: an error that says what is, and nothing is lost by saving
+        with pytest.raises(UserError, match="--template=chatml .*llama2") as e:
+            again.render(CHAT)
+        assert ("none that this program knows" in str(e.value)) == bool(jinja)
+        again.save(tmp_path / "again")
+        assert T.load(tmp_path / "again").jinja == jinja
+
+
+def test_every_row_is_recognised_in_a_published_template():
+    assert {name for name, _ in JINJAS if name} == set(chat.TEMPLATES)
+
+
+def test_a_list_of_templates_means_the_one_named_default(tok, tmp_path):
+    tok.save(tmp_path)
+    both = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML_LOOP}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": both}))
+    assert T.load(tmp_path).template == "chatml"
+
+
+def test_qwen3_thinks_first_unless_told_not_to(chat_tok, tmp_path):
+    """Thoughts of old answers are left out; without thinking, an empty thought is in the prompt."""
+    from transformers import AutoTokenizer
+    chat_tok.template = "qwen3"
+    chat_tok.save(tmp_path)
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    think = "<think>\nwell\n</think>\n\nIt is so."
+    chats = [[{"role": "user", "content": "Q"}, {"role": "assistant", "content": think},
+              {"role": "user", "content": "R"}, {"role": "assistant", "content": think}]]
+    chats += [chats[0][:k] for k in (1, 2, 3)]
+    for messages in chats:
+        for thinking in (True, False):
+            prompt = messages[-1]["role"] == "user"
+            theirs = auto.apply_chat_template(messages, tokenize=False, enable_thinking=thinking,
+                                              add_generation_prompt=prompt)
+            ids, _ = chat_tok.render(messages, None, prompt, enable_thinking=thinking)
+            assert chat_tok.decode(ids) == theirs
+            assert theirs.count("well") == (not prompt)
+            assert theirs.endswith(chat.NO_THOUGHTS) == (prompt and not thinking)
 
 
 @pytest.mark.parametrize("messages, words", [
@@ -852,7 +971,7 @@ def test_a_malformed_message_is_named(messages, words, chat_tok):
 def test_missing_control_tokens_and_templates_are_named(tok):
     with pytest.raises(UserError, match=r"<\|im_start\|>, <\|im_end\|>.*chatml"):
         tok.render(CHAT, "chatml")
-    with pytest.raises(UserError, match="None is not a chat template.*chatml"):
+    with pytest.raises(UserError, match="no chat template.*--template=chatml"):
         tok.render(CHAT)
 
 
