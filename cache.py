@@ -35,36 +35,57 @@ class Store:
                  length: int, device, dtype):
         self.room = min(length, 2 * window + self.SPARE) if window else length
         self.keep = self.room - window              # tokens that stay when it overflows
-        shape = (batch, config.n_kv_head, self.room, config.head_dim)
-        self.kv = {i: [torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"]
-                   for i in layers}
+        # one tensor for keys and values of all layers: a view of it is made once a step, not once
+        # a layer. Memory is taken page by page, as it is written to
+        self.all = torch.zeros(len(layers), 2, batch, config.n_kv_head, self.room, config.head_dim,
+                               device=device, dtype=dtype)
+        self.kv = {i: pair.unbind() for i, pair in zip(layers, self.all.unbind())}
         self.fill = [0] * batch                     # tokens in each row
 
-    def put(self, layer: int, new: list[Tensor], positions: Tensor | None, counts: list[int]):
-        """Store [k, v] (B, Hkv, T, D); return all keys and values up to the longest row's end."""
-        end, T = max(self.fill), new[0].shape[2]
-        out = []
-        for n, (held, x) in enumerate(zip(self.kv[layer], new)):
-            over = end + T > self.room
-            if over:
-                held = torch.cat((held[:, :, :end], x), 2)
-            if positions is None:
-                held[:, :, end:end + T] = x
-            else:
-                rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)       # (B, 1)
-                held[rows, :, positions] = x.transpose(1, 2)
-            out.append(held[:, :, :end + T])
-            if over:                # the newest `keep` tokens of each row move to the front
-                total = torch.tensor([f + c for f, c in zip(self.fill, counts)], device=x.device)
-                where = (total - self.keep).clamp(min=0).unsqueeze(1)
-                where = (where + torch.arange(self.keep, device=x.device)).clamp(max=end + T - 1)
-                where = where[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-                self.kv[layer][n][:, :, :self.keep] = out[-1].gather(2, where)
-        return out
+    def begin(self, T: int, positions: Tensor | None, counts: list[int]) -> None:
+        """Make the views for the next T tokens, in each layer; positions as in Cache.at()."""
+        end = max(self.fill)
+        self.over, self.end, self.counts = end + T > self.room, end, counts
+        self.places = positions
+        if not self.over:
+            # for each layer its keys, then its values: (B, Hkv, T, D) and (B, Hkv, end + T, D)
+            new = self.all[..., end:end + T, :].flatten(0, 1).unbind()
+            seen = self.all[..., :end + T, :].flatten(0, 1).unbind()
+            self.views = dict(zip(self.kv, zip(new[::2], new[1::2], seen[::2], seen[1::2])))
 
-    def advance(self, T: int, counts: list[int]) -> None:
-        over = max(self.fill) + T > self.room
-        self.fill = [min(f + c, self.keep) if over else f + c for f, c in zip(self.fill, counts)]
+    def put(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, Hkv, T, D); return all keys and values up to the longest row's end."""
+        if k.requires_grad:                     # what is remembered is data: nothing learns from it
+            k, v = k.detach(), v.detach()
+        if self.over:
+            return self.put_over(layer, 0, k), self.put_over(layer, 1, v)
+        new_k, new_v, keys, values = self.views[layer]
+        if self.places is None:
+            new_k.copy_(k)
+            new_v.copy_(v)
+        else:
+            rows = torch.arange(k.shape[0], device=k.device).unsqueeze(1)           # (B, 1)
+            for held, x in zip(self.kv[layer], (k, v)):
+                held[rows, :, self.places] = x.transpose(1, 2)
+        return keys, values
+
+    def put_over(self, layer: int, n: int, x: Tensor) -> Tensor:
+        """The same where a window is full: the newest `keep` of each row move to the front."""
+        total = self.end + x.shape[2]
+        held = torch.cat((self.kv[layer][n][:, :, :self.end], x), 2)
+        if self.places is not None:
+            rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+            held[rows, :, self.places] = x.transpose(1, 2)
+        filled = torch.tensor([f + c for f, c in zip(self.fill, self.counts)], device=x.device)
+        where = (filled - self.keep).clamp(min=0).unsqueeze(1)
+        where = (where + torch.arange(self.keep, device=x.device)).clamp(max=total - 1)
+        where = where[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        self.kv[layer][n][:, :, :self.keep] = held.gather(2, where)
+        return held
+
+    def advance(self, T: int) -> None:
+        self.fill = [min(f + c, self.keep) if self.over else f + c
+                     for f, c in zip(self.fill, self.counts)]
 
 
 class Cache:
@@ -111,15 +132,19 @@ class Cache:
     def positions(self, T: int) -> Tensor | None:
         return self.at(self.lengths, T)
 
+    def begin(self, T: int) -> None:
+        """Before the layers of a step put T tokens: what they have in common is done once."""
+        for store in self.stores:
+            store.begin(T, self.at(store.fill, T), self.counts or [T] * len(self.lengths))
+
     def put(self, layer: int, k: Tensor, v: Tensor):
         """Store k, v; return (keys, values, places of the queries among them or None)."""
-        store, T = self.of_layer[layer], k.shape[2]
-        positions = self.at(store.fill, T)
-        return *store.put(layer, [k, v], positions, self.counts or [T] * len(k)), positions
+        store = self.of_layer[layer]
+        return *store.put(layer, k, v), store.places
 
     def advance(self, T: int) -> None:
         counts = self.counts or [T] * len(self.lengths)
         for store in self.stores:
-            store.advance(T, counts)
+            store.advance(T)
         self.lengths = [n + c for n, c in zip(self.lengths, counts)]
         self.counts = None

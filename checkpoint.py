@@ -5,207 +5,58 @@
     save_model("mine", model, tokenizer)                            # config.json, weights, …
 
     python checkpoint.py out                                        # what is in it, on any device
+    python checkpoint.py convert IN OUT --dtype=bfloat16            # to another type or layout
 
 A directory holds config.json (the shape), model.safetensors (the weights, in shards where they
-are large), tokenizer.json, generation_config.json and, to resume, trainer.pt. What to expect: the
-logits that transformers computes from it differ from ours by a relative 1e-5 at most in float32.
+are large), tokenizer.json, generation_config.json and, to resume, trainer.pt. Read as well: Llama
+as Meta publishes it, ChatGLM and MiniCPM as they were published. What to expect: the logits that
+transformers computes from it differ from ours by a relative 1e-5 at most in float32.
 
-Two ideas, in this order. Safetensors: 8 bytes of length, a JSON header, the bytes of the
-tensors; everything the header says is checked before it is used, and no pickle is involved.
-Replacement: a directory is written beside its name and then renamed, so that a crash, a full
-disk or a kill leaves the old checkpoint or the new one, never half of one. How the published
-architectures spell settings and parameters is families.py.
+Two ideas. Everything in a directory is compared with everything else before memory is taken for
+it: config.json says which tensors there have to be, and nothing is missing, left over or random.
+Replacement: a directory is written beside its name and then renamed, so that a crash, a full disk
+or a kill leaves the old checkpoint or the new one, never half of one. The bytes of the tensors are
+weights.py, how the published architectures spell settings and parameters is families.py.
 """
 from __future__ import annotations
 
 import functools
 import json
 import math
-import mmap
 import os
 import re
 import shutil
-import struct
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, Iterable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from config import UserError, run
-from families import FAMILIES, HANDMADE, Family
+from families import FAMILIES, HANDMADE, Family, meta_file
 from model import ModelConfig, Transformer
-from translate import Slot, disk_form, family_of, hf_config, layout, model_config_from_hf
+from translate import (Slot, differences, disk_form, family_named, family_of, hf_config,
+                       layout, model_config_from_hf, to_family)
+from weights import (DTYPE_NAMES, DTYPES, Stored, read, read_header, read_json, weight_index,
+                     write_safetensors)
 
 SHARD_BYTES = 5 * 10 ** 9           # a file of weights is no larger, unless one tensor is
+TYPES = {str(t).removeprefix("torch."): t for t in DTYPE_NAMES}     # as --dtype says them
 HEADER_BYTES = 100 * 10 ** 6        # the safetensors library refuses longer headers, so do we
 
-# ---------------------------------------------------------------------------- safetensors
-
-# The dtypes a weight may have, by their name in the file
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Bytes of an element, with those dtypes that only buffers we skip may have
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
-              "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 # Buffers that older versions of transformers saved with the weights and nobody reads
-IGNORED = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
+IGNORED = re.compile(r"\.rotary_(pos_)?emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope\.freqs$")
 # The files that saving replaces or, where the new model has none, removes
-OURS = re.compile(r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab)"
-                  r"\.json|(pytorch_)?model.*\.(safetensors|bin|json)|trainer\.pt|merges\.txt"
-                  r"|chat_template\.\w+|vocab\.bpe")
+OURS = re.compile(r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab"
+                  r"|params)\.json|(pytorch_)?model.*\.(safetensors|bin|json)|trainer\.pt"
+                  r"|merges\.txt|chat_template\.\w+|vocab\.bpe|consolidated.*\.(pth|safetensors)")
+# Those of them that are the tokenizer's
+WORDS = re.compile(r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|bpe)"
+                   r"|merges\.txt|chat_template\.\w+|encoder\.json")
 
-
-class Stored(NamedTuple):
-    """Where a tensor lies: bytes start to end of a file, counted from the file's beginning."""
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-def write_safetensors(path: Path, specs: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
-                      get: Callable[[str], Tensor]) -> None:
-    """Write the tensors that `specs` lists as (name, dtype, shape); get(name) makes one of them.
-
-    The header comes first in the file, so shapes must be known before the first tensor is; the
-    tensors themselves are made one at a time. OSError when the disk refuses.
-    """
-    # wide elements first: every tensor then starts at a multiple of its own element size
-    specs = sorted(specs, key=lambda spec: -spec[1].itemsize)
-    # {"name": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}, …}, offsets counted
-    # from the end of the header
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, dtype, shape in specs:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape),
-                        "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)                 # JSON allows spaces; the data is then aligned
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        for name, dtype, shape in specs:
-            tensor = get(name).detach().to("cpu", dtype).contiguous()
-            assert tuple(tensor.shape) == shape, (name, tensor.shape, shape)
-            # as bytes: numpy knows no bfloat16
-            f.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
-
-
-def once(pairs: list[tuple[str, Any]]) -> dict:
-    """A JSON object whose keys may not repeat: two readers could take different ones."""
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return dict(pairs)
-
-
-def read_header(path: Path) -> dict[str, Stored]:
-    """Name -> place of every tensor of a safetensors file; UserError if anything is not right.
-
-    Each size is checked against the size of the file before it is used, and the tensors must
-    cover the data exactly: without holes (where bytes could hide) and without overlaps.
-    """
-    def need(true: bool, what: str) -> None:
-        if not true:
-            raise UserError(f"{path} is not a whole safetensors file ({what}): "
-                            "copy or save it again")
-
-    # 1. the length of the header, and the header itself
-    try:
-        size = path.stat().st_size
-        with open(path, "rb") as f:
-            need(size >= 8, f"{size} bytes")
-            length = struct.unpack("<Q", f.read(8))[0]
-            need(length <= min(size - 8, HEADER_BYTES), f"its header of {length} bytes does not "
-                 f"fit the file's {size}")
-            text = f.read(length)
-    except OSError as e:
-        raise UserError(f"cannot read weights {path}: {e.strerror}") from e
-    try:
-        header = json.loads(text.decode(), object_pairs_hook=once)
-    except (ValueError, RecursionError) as e:
-        need(False, f"its header is not JSON: {e}")
-    need(isinstance(header, dict), "its header is no JSON object")
-    # 2. each tensor by itself: types, then places, then the size that shape and dtype ask for
-    found: dict[str, Stored] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        need(isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"},
-             f"tensor {name!r} lacks dtype, shape or data_offsets")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        # type() and not isinstance(): True is an int to Python, and no size
-        need(isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape),
-             f"tensor {name!r} has no proper shape")
-        need(isinstance(offsets, list) and len(offsets) == 2
-             and all(type(n) is int for n in offsets), f"tensor {name!r} has no proper offsets")
-        need(isinstance(dtype, str) and dtype in ITEM_BYTES,
-             f"tensor {name!r} has the unknown dtype {dtype!r}")
-        start, end = (8 + length + n for n in offsets)
-        need(8 + length <= start <= end <= size,
-             f"tensor {name!r} ends at byte {end} of {size}: truncated?")
-        need(end - start == math.prod(shape) * ITEM_BYTES[dtype],
-             f"tensor {name!r} of shape {shape} and dtype {dtype} has {end - start} bytes")
-        found[name] = Stored(path, dtype, tuple(shape), start, end)
-    # 3. all together: each begins where the one before it ends, the last at the end of the file
-    place = 8 + length
-    for name, s in sorted(found.items(), key=lambda item: item[1][3:]):
-        need(s.start == place, f"tensor {name!r} starts at byte {s.start}, not {place}")
-        place = s.end
-    need(place == size, f"{size - place} bytes after the last tensor")
-    return found
-
-
-def weight_index(directory: Path) -> dict[str, Stored]:
-    """Name -> place of every tensor of a checkpoint, in one file or in shards."""
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if not index.is_file():
-        if not single.is_file() and list(directory.glob("*.bin")):
-            raise UserError(f"{directory} holds pickled weights, which can run any code: convert "
-                            "them to safetensors with transformers' save_pretrained first")
-        if not single.is_file():
-            raise UserError(f"{directory} has no model.safetensors: is the copy complete?")
-        return read_header(single)
-    # {"weight_map": {"name": "model-00001-of-00002.safetensors", …}}
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict):
-        raise UserError(f"{index} has no weight_map: copy it again")
-    found: dict[str, Stored] = {}
-    for shard in sorted({str(name) for name in places.values()}):
-        # the index comes from elsewhere: it names files of this folder, and no other
-        if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise UserError(f"{index} names the file {shard!r}, outside its folder: refused")
-        if not (directory / shard).is_file():
-            raise UserError(f"{directory / shard} is missing, which {index.name} names: "
-                            "copy the rest of the checkpoint")
-        found.update(read_header(directory / shard))
-    # a shard of another checkpoint has the right name and the wrong tensors
-    for name, shard in places.items():
-        if name not in found or found[name].file.name != shard:
-            raise UserError(f"tensor {name!r} is not in {shard}, where {index} has it: "
-                            "the files belong to different checkpoints")
-    return found
-
-
-class Files:
-    """Tensors of memory-mapped files: a page is read when it is used, and not before."""
-
-    def __init__(self):
-        self.maps: dict[Path, mmap.mmap] = {}
-
-    def tensor(self, s: Stored) -> Tensor:
-        """The tensor at `s` as a view of the file."""
-        if s.file not in self.maps:
-            with open(s.file, "rb") as f:
-                # copy-on-write: torch wants memory it may write to; the file never changes
-                self.maps[s.file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-        if s.start == s.end:
-            return torch.empty(s.shape, dtype=DTYPES[s.dtype])
-        return torch.frombuffer(self.maps[s.file], dtype=DTYPES[s.dtype], offset=s.start,
-                                count=math.prod(s.shape)).view(s.shape)
 
 def raw(model: Any) -> Transformer:
     """The model inside DDP and torch.compile, whose wrappers would get into the names."""
@@ -238,7 +89,13 @@ def save_checkpoint(path: str | Path, model: Any, tokenizer: Any, trainer: dict 
                     shard_bytes: int = SHARD_BYTES) -> Path:
     """save_model, with `trainer` (tensors and plain values: what resuming needs) as trainer.pt."""
     def fill(directory: Path) -> None:
-        write_model(directory, raw(model), tokenizer, shard_bytes)
+        model_, params = raw(model), dict(raw(model).named_parameters())
+
+        def get(name: str, expert: int | None) -> Tensor:
+            p = params[name].detach()
+            return (p if expert is None else p[expert]).to("cpu")
+        write_model(directory, model_.config, {n: p.dtype for n, p in params.items()}, get,
+                    tokenizer, shard_bytes)
         for name, content in (extra or {}).items():
             # a name, not a path: nothing is written outside the new directory
             data = content.encode() if isinstance(content, str) else content
@@ -249,28 +106,37 @@ def save_checkpoint(path: str | Path, model: Any, tokenizer: Any, trainer: dict 
     return replace_directory(Path(os.path.realpath(path)), fill)
 
 
-def write_model(directory: Path, model: Transformer, tokenizer: Any, shard_bytes: int) -> None:
-    """Write everything but the trainer's state into an empty directory."""
-    config, params = model.config, dict(model.named_parameters())
-    family = family_of(config)
+def write_model(directory: Path, config: ModelConfig, dtypes: dict[str, torch.dtype],
+                get: Callable[[str, int | None], Tensor], tokenizer: Any, shard_bytes: int,
+                family: Family | None = None, given: dict[str, Any] | None = None) -> None:
+    """Write everything but the trainer's state into an empty directory.
+
+    dtypes: of every parameter by its name here; get(name, expert) makes one of them, or the share
+    of one expert. given: what config.json says of control tokens, where it is known already.
+    """
+    family = family or family_of(config)
     if family is HANDMADE:
         note("no published architecture has this combination of settings, so the checkpoint "
              "opens in this project only")
     # names and shapes on disk, and where each tensor comes from
     slots = layout(disk_form(config, family), family)
-    main = model.model.embed_tokens.weight.dtype
+    main = dtypes["model.embed_tokens.weight"]
 
-    def get(name: str) -> Tensor:
+    def make(name: str) -> Tensor:
         # a bias that the family has and the model has not is zero
         slot = slots[name]
-        parts = [params[p].detach() if p in params else torch.zeros(shape, dtype=main)
-                 for p, shape in zip(slot.parts, slot.shapes)]
-        parts = [p.to("cpu") if slot.expert is None else p[slot.expert].to("cpu") for p in parts]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return tensor.T if slot.transpose else tensor
+        return slot.to_disk([get(p, slot.expert) if p in dtypes else torch.zeros(shape, dtype=main)
+                             for p, shape in zip(slot.parts, slot.shapes)])
 
-    specs = [(name, params[slot.parts[0]].dtype if slot.parts[0] in params else main, slot.shape)
-             for name, slot in slots.items()]
+    specs = [(name, dtypes.get(slot.parts[0], main), slot.shape) for name, slot in slots.items()]
+    if family.model_type == "meta":
+        # one file, for which torch wants all of its tensors at once
+        torch.save({name: make(name).to(dtype).contiguous().clone() for name, dtype, _ in specs},
+                   directory / "consolidated.00.pth")
+        write_json(directory / "params.json", meta_file(config, to_family(config, family)))
+        if tokenizer is not None:
+            tokenizer.save(directory)
+        return
     shards: list[list] = [[]]
     sizes = [0]
     for spec in specs:                                  # greedily, in the order of the layers
@@ -282,22 +148,22 @@ def write_model(directory: Path, model: Transformer, tokenizer: Any, shard_bytes
         sizes[-1] += size
     # one file where it fits; otherwise shards and an index that says what is where
     if len(shards) == 1:
-        write_safetensors(directory / "model.safetensors", specs, get)
+        write_safetensors(directory / "model.safetensors", specs, make)
     else:
         places = {}
         for i, shard in enumerate(shards, 1):
             file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            write_safetensors(directory / file, shard, get)
+            write_safetensors(directory / file, shard, make)
             places.update({name: file for name, _, _ in shard})
         write_json(directory / "model.safetensors.index.json",
                    {"metadata": {"total_size": sum(sizes)}, "weight_map": places})
     # transformers 5 loads in the type that is named here, not in float32
-    settings = hf_config(config, tokenizer)
+    settings = {**hf_config(config, tokenizer, family), **(given or {})}
     settings["dtype"] = str(main).removeprefix("torch.")
     write_json(directory / "config.json", settings)
     # generate() of transformers looks for the end token in this file first
     ends = {key: settings[key] for key in ("bos_token_id", "eos_token_id")}
-    stops = tokenizer.stop_ids if tokenizer is not None else []
+    stops = tokenizer.stop_ids if tokenizer is not None and not given else []
     if len(stops) > 1:                                  # a chat's turn ends before the document
         ends["eos_token_id"] = stops
     write_json(directory / "generation_config.json", ends)
@@ -377,7 +243,7 @@ def other_files(path: Path) -> list[Path]:
         return []
     entries = list(path.iterdir()) if path.is_dir() else [path]
     folders = [entry.name for entry in entries if entry.is_dir()]
-    if folders or entries and not (path / "config.json").is_file():
+    if folders or entries and not is_checkpoint(path):
         what = f"holds the folder {folders[0]}" if folders else "is not a checkpoint"
         raise UserError(f"{path} {what}, and saving would replace all of it: choose another folder")
     return [entry for entry in entries if not OURS.fullmatch(entry.name)]
@@ -385,17 +251,8 @@ def other_files(path: Path) -> list[Path]:
 # ------------------------------------------------------------------------------- loading
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError naming the file and the line otherwise."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not JSON ({e}): copy or save it again") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object: copy or save it again")
-    return value
+def is_checkpoint(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.json", "params.json"))
 
 
 def resolve(path: str | Path, which: str = "best") -> Path:
@@ -404,7 +261,7 @@ def resolve(path: str | Path, which: str = "best") -> Path:
     A run's out_dir names its checkpoints in checkpoints.json: {"last": "step_500", "best": …}.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
+    if is_checkpoint(path):
         return path
     index = path / "checkpoints.json"
     if index.is_file():
@@ -415,21 +272,44 @@ def resolve(path: str | Path, which: str = "best") -> Path:
             if not isinstance(name, str) or Path(name).name != name:
                 raise UserError(f"{index} names {name!r}, outside its folder: refused")
             for found in (path / name, aside(path / name)):
-                if (found / "config.json").is_file():
+                if is_checkpoint(found):
                     return found
         raise UserError(f"{index} names no checkpoint that is there: train again, or give one of "
                         f"the folders in {path}")
-    if path.name and (aside(path) / "config.json").is_file() and not path.exists():
+    if path.name and is_checkpoint(aside(path)) and not path.exists():
         return aside(path)                              # a save was killed between its renames
     state = "has no config.json" if path.is_dir() else "does not exist"
     raise UserError(f"no checkpoint at {path}, which {state}: give the directory of a model or "
                     "the out_dir of a training run")
 
 
+def read_settings(directory: Path) -> tuple[dict[str, Any], str]:
+    """(content of config.json, or of Meta's params.json as a family of that name; its file)."""
+    file = directory / "config.json"
+    if file.is_file():
+        return read_json(file), str(file)
+    file = directory / "params.json"
+    return {**read_json(file), "model_type": "meta"}, str(file)
+
+
+def complete(hf: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:
+    """The settings with what both kinds of file leave to the weights: whether there is an output
+    matrix; Meta's vocabulary of -1 and the width of its MLP."""
+    meta, said = hf["model_type"] == "meta", dict(hf)
+    for key, name in [("vocab_size", "tok_embeddings.weight"),
+                      ("hidden_dim", "layers.0.feed_forward.w1.weight")] if meta else ():
+        if hf.get(key) in (-1, None) and name in stored:
+            said[key] = (stored[name].shape or (0,))[0]
+    if "tie_word_embeddings" not in hf:
+        # silence means the family's default, or what is plain to see
+        output = "output.weight" if meta else "lm_head.weight"
+        said.update({} if output in stored else {"tie_word_embeddings": True})
+    return said
+
+
 def read_config(path: str | Path, which: str = "best") -> ModelConfig:
     """The shape of a checkpoint's model."""
-    file = resolve(path, which) / "config.json"
-    return model_config_from_hf(read_json(file), str(file))
+    return open_checkpoint(path, which).config
 
 
 def load_tokenizer(path: str | Path, which: str = "best") -> Any:
@@ -468,103 +348,209 @@ def pick_device(device: str = "auto") -> torch.device:
                         f"({str(e).splitlines()[0]}): try --device=auto") from e
 
 
+class Opened(NamedTuple):
+    """A checkpoint whose parts agree with each other, and of which nothing has been read yet."""
+    directory: Path
+    hf: dict[str, Any]                          # config.json
+    config: ModelConfig
+    family: Family
+    found: list[tuple[Slot, Stored]]            # every tensor of the family and its place
+
+
+def open_checkpoint(path: str | Path, which: str = "best") -> Opened:
+    """Compare config.json with the weights; UserError names the tensor that is wrong."""
+    directory = resolve(path, which)
+    hf, file = read_settings(directory)
+    family = family_named(hf, file)             # before the rest is looked for
+    stored = weight_index(directory)
+    hf = complete(hf, stored)
+    config = model_config_from_hf(hf, file)
+    # and do not build a billion layers first
+    mixtures = max(0, config.n_layer - config.first_k_dense_replace)
+    if max(config.n_layer, mixtures * config.num_experts) > len(stored):
+        raise UserError(f"{file} has {config.n_layer} layers and {config.num_experts} experts, the "
+                        f"weights only {len(stored)} tensors: they belong to different models")
+    # GLM-4.5 and others come with one layer more, which predicts the token after next
+    more = hf.get("num_nextn_predict_layers") or 0
+    more = range(config.n_layer, config.n_layer + more) if type(more) is int else ()
+    on_disk = disk_form(config, family)
+    found = match(layout(on_disk, family), stored, family, directory, more)
+    # A bias that we saved as zero may have been trained since, elsewhere: then it is the model's
+    with torch.device("meta"):
+        wanted = {name for name, _ in Transformer(config).named_parameters()}
+    if any(not set(slot.parts) <= wanted and read(s).any() for slot, s in found):
+        config = replace(on_disk, dropout=config.dropout)
+    return Opened(directory, hf, config, family, found)
+
+
+def type_of(dtype: str) -> torch.dtype | None:
+    """The type that --dtype names, None for auto."""
+    if dtype not in ("auto", *TYPES):
+        raise UserError(f"--dtype={dtype} does not exist: choose auto, {', '.join(TYPES)}")
+    return TYPES.get(dtype)
+
+
+def kept(name: str, dtype: torch.dtype) -> torch.dtype:
+    """`dtype`, or float32 of what bfloat16 would round away: steps of a router's correction."""
+    return torch.float32 if name.endswith("e_score_correction_bias") else dtype
+
+
 def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
                which: str = "best") -> Transformer:
     """The model of a checkpoint, in eval mode; dtype auto keeps that of the file.
 
-    Everything is checked before anything is copied; then one tensor at a time moves from the
-    mapped file to its place. UserError names the file and the tensor that is wrong.
+    Everything is checked before anything is read; then one tensor at a time moves from the file
+    to its place. UserError names the file and the tensor that is wrong.
     """
-    directory = resolve(path, which)
-    file = directory / "config.json"
-    hf, stored, files = read_json(file), weight_index(directory), Files()
-    if "tie_word_embeddings" not in hf and "lm_head.weight" not in stored:
-        hf["tie_word_embeddings"] = True                # what silence means depends on the file
-    config = model_config_from_hf(hf, str(file))
-    family = FAMILIES.get(hf["model_type"], HANDMADE)
-    if config.n_layer > len(stored):                    # and do not build a billion layers first
-        raise UserError(f"{file} has {config.n_layer} layers, the weights only {len(stored)} "
-                        "tensors: they belong to different models")
-    # what should be there against what is there, before any memory is taken
-    on_disk = disk_form(config, family)
-    found = match(layout(on_disk, family), stored, family, directory, files)
-    # A bias that we saved as zero may have been trained since, elsewhere: then it is the model's
-    with torch.device("meta"):
-        model = Transformer(config)
-    wanted = {name for name, _ in model.named_parameters()}
-    if any(not set(slot.parts) <= wanted and files.tensor(s).any() for slot, s in found):
-        with torch.device("meta"):
-            model = Transformer(replace(on_disk, dropout=config.dropout))
-    dtypes = {str(t).removeprefix("torch."): t for t in DTYPE_NAMES}
-    if dtype not in ("auto", *dtypes):
-        raise UserError(f"--dtype={dtype} does not exist: choose auto, {', '.join(dtypes)}")
+    opened, target = open_checkpoint(path, which), type_of(dtype)
     # where a file mixes types (norms in float32, say) the embedding's is the model's
-    main = next(s.dtype for slot, s in found if slot.parts == ("model.embed_tokens.weight",))
-    model = model.to(DTYPES[main] if dtype == "auto" else dtypes[dtype])
-    model = model.to_empty(device=pick_device(device)).eval()
+    main = next(s.dtype for slot, s in opened.found if slot.parts == ("model.embed_tokens.weight",))
+    with torch.device("meta"):
+        model = Transformer(opened.config).eval()
+    place = pick_device(device)
+    # not to_empty(), which imports half a second of PyTorch that nothing else here needs
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            memory = torch.empty(p.shape, dtype=kept(name, target or DTYPES[main]), device=place)
+            setattr(module, name, Parameter(memory, p.requires_grad))
     params = dict(model.named_parameters())
-    with torch.no_grad():                               # copy_ casts and moves in one go
-        for slot, s in found:
-            tensor = files.tensor(s)
-            rows = (tensor.T if slot.transpose else tensor).split([n[0] for n in slot.shapes])
-            for part, values in zip(slot.parts, rows):
-                if part in params:
-                    place = params[part] if slot.expert is None else params[part][slot.expert]
-                    place.copy_(values)
+    with torch.no_grad():
+        for slot, s in opened.found:
+            places = [params[part] if slot.expert is None else params[part][slot.expert]
+                      for part in slot.parts if part in params]
+            # straight to its place, where that has the file's type; copy_ casts and moves
+            values = read(s, places[0] if slot.plain and places else None)
+            for place, value in zip(places, slot.from_disk(values)):
+                if value.data_ptr() != place.data_ptr():
+                    place.copy_(value)
     return model
 
 
 def match(slots: dict[str, Slot], stored: dict[str, Stored], family: Family, directory: Path,
-          files: Files) -> list[tuple[Slot, Stored]]:
-    """Pair every tensor the model needs with its place on disk; UserError at any difference."""
+          more: range | tuple = ()) -> list[tuple[Slot, Stored]]:
+    """Pair every tensor the model needs with its place on disk; UserError at any difference.
+
+    more: numbers of layers behind the last one that are left out, with a note.
+    """
     left, pairs = dict(stored), []
     for name, slot in slots.items():
         # a file of the bare body (AutoModel) has the names without their prefix
         found = left.pop(name, None) or left.pop(name.removeprefix(family.prefix), None)
         if found is None:
-            raise UserError(f"the weights in {directory} lack tensor {name!r}, which config.json "
-                            "asks for: they belong to different models, or a file is missing")
+            raise UserError(f"the weights in {directory} lack tensor {name!r}, which its settings "
+                            "ask for: they belong to different models, or a file is missing")
         if found.shape != slot.shape:
-            raise UserError(f"tensor {name!r} in {found.file} is {found.shape}, config.json "
-                            f"asks for {slot.shape}: they belong to different models")
+            raise UserError(f"tensor {name!r} in {found.file} is {found.shape}, the settings "
+                            f"ask for {slot.shape}: they belong to different models")
         if found.dtype not in DTYPES:
             raise UserError(f"tensor {name!r} in {found.file} is {found.dtype}: only "
                             f"{', '.join(DTYPES)} are supported")
         pairs.append((slot, found))
     # a tied model's file may repeat the embedding as its output matrix
-    output = left.pop("lm_head.weight", None)
+    output = left.pop("lm_head.weight", None) or left.pop("output.weight", None)
     if output is not None:
         tied = next(s for slot, s in pairs if slot.parts == ("model.embed_tokens.weight",))
         if (output.dtype, output.shape) != (tied.dtype, tied.shape) or not torch.equal(
-                files.tensor(output), files.tensor(tied)):
+                read(output), read(tied)):
             raise UserError(f"{directory}: config.json ties the output matrix to the embedding, "
                             "the weights differ: set tie_word_embeddings to false in it")
     # what is left over would be lost in silence: an adapter, a layer, a bias
     for name, s in left.items():
-        if not IGNORED.search(name):
+        layer = re.match(r"model\.layers\.(\d{1,6})\.", name)
+        if layer and int(layer[1]) in more:
+            note(f"layer {layer[1]} of {directory} predicts the token after next: it is left out")
+        elif not IGNORED.search(name):
             raise UserError(f"tensor {name!r} in {s.file} has no place in the model that "
-                            "config.json describes: they belong to different models")
+                            "the settings describe: they belong to different models")
     return pairs
+
+# ---------------------------------------------------------------------------- converting
+
+
+def convert(source: str, target: str, dtype: str = "auto", form: str = "hf",
+            shard_gb: float = 5.0) -> Path:
+    """Write the checkpoint `source` as `target`, one tensor in memory at a time.
+
+    dtype auto keeps the type of every tensor. form: hf, or the files as their authors published
+    them, meta for a Llama and chatglm for a GLM (one .pth file: all tensors in memory at once).
+    """
+    opened, wanted = open_checkpoint(source), type_of(dtype)
+    config, family = opened.config, None
+    if form not in ("hf", "meta", "chatglm"):
+        raise UserError(f"--layout={form} does not exist: choose hf, meta, chatglm")
+    if not 0 < shard_gb < math.inf:
+        raise UserError(f"--shard_gb={shard_gb} is no size: give gigabytes, as in --shard_gb=5")
+    if form != "hf":
+        family = FAMILIES[form]
+        # the context and the initialisation are no part of the maths, nor of these files
+        lost = sorted(differences(config, family) - {"block_size", "init_std"})
+        if lost:
+            raise UserError(f"{source} cannot be written in the layout {form}, which has no "
+                            f"word for its {', '.join(lost)}: use --layout=hf")
+    # our parameter, or an expert's share of it -> where it lies
+    places = {(part, slot.expert): (slot, s, k) for slot, s in opened.found
+              for k, part in enumerate(slot.parts)}
+    dtypes = {part: kept(part, wanted or DTYPES[s.dtype])
+              for (part, _), (_, s, _) in places.items()}
+
+    def get(part: str, expert: int | None) -> Tensor:
+        slot, s, k = places[part, expert]
+        return slot.from_disk(read(s))[k]
+
+    given = {key: opened.hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+            if isinstance(opened.hf.get(key), (int, list))}
+    words = [f for f in opened.directory.iterdir() if WORDS.fullmatch(f.name) and f.is_file()]
+    tokenizer, copied = None, []
+    try:
+        tokenizer = load_tokenizer(opened.directory) if words else None
+    except UserError as e:
+        note(f"the tokenizer is copied as it is ({e})")
+        copied = words
+
+    def fill(directory: Path) -> None:
+        write_model(directory, config, dtypes, get, tokenizer, int(shard_gb * 1e9), family,
+                    given)
+        generation = opened.directory / "generation_config.json"
+        for file in [*copied, *([generation] if generation.is_file() and form != "meta" else [])]:
+            shutil.copy2(file, directory)
+    return replace_directory(Path(os.path.realpath(target)), fill)
 
 # ---------------------------------------------------------------------------- the script
 
 
 @dataclass
 class Config:
+    words: list[str] = field(default_factory=list)      # DIR, or: convert IN OUT
     model: str = "out"          # a checkpoint's directory, or the out_dir of a training run
     which: str = "best"         # of a training run: best or last
+    # --- of convert
+    dtype: str = "auto"         # float32, bfloat16, float16; auto: as it is
+    layout: str = "hf"          # hf (Hugging Face), meta (Llama's own), chatglm (its own)
+    shard_gb: float = 5.0       # a file of weights is no larger
 
 
 def main(cfg: Config) -> None:
-    directory = resolve(cfg.model, cfg.which)
-    config, stored = read_config(directory), weight_index(directory)
-    kinds = sorted({s.dtype for s in stored.values()})
+    if cfg.words[:1] == ["convert"] and not is_checkpoint(Path("convert")):
+        if len(cfg.words) != 3:
+            raise UserError("convert needs two directories: python checkpoint.py convert IN OUT")
+        out = convert(*cfg.words[1:], cfg.dtype, cfg.layout, cfg.shard_gb)
+        print(f"wrote {out}", file=sys.stderr)
+    elif len(cfg.words) > 1:
+        raise UserError(f"{cfg.words[1]!r} is one word too many; --help shows the usage")
+    else:
+        show(*cfg.words[:1] or [cfg.model], cfg.which)
+
+
+def show(path: str, which: str) -> None:
+    """Print what is in a checkpoint, all of it checked."""
+    opened = open_checkpoint(path, which)
+    directory, config, stored = opened.directory, opened.config, [s for _, s in opened.found]
+    kinds = sorted({s.dtype for s in stored})
     with torch.device("meta"):
         parameters = Transformer(config).parameter_count()
-    rows = {"directory": str(directory),
-            "family": str(read_json(directory / "config.json")["model_type"]),
+    rows = {"directory": str(directory), "family": opened.family.model_type,
             "parameters": f"{parameters:,}", "tensors": f"{len(stored):,}",
-            "files": f"{len({s.file for s in stored.values()}):,}", "dtype": ", ".join(kinds),
+            "files": f"{len({s.file for s in stored}):,}", "dtype": ", ".join(kinds),
             "layers / heads / key heads / width": f"{config.n_layer} / {config.n_head} / "
             f"{config.n_kv_head} / {config.n_embd}",
             "vocabulary": f"{config.vocab_size:,}", "context": f"{config.block_size:,}",
@@ -574,4 +560,4 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Config, positional=("model",))
+    run(main, Config, positional=("words",))

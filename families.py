@@ -35,12 +35,19 @@ class Family:
     # module on disk -> our modules, joined along their outputs; others have the name on disk
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()            # modules stored (in, out)
+    neighbours: tuple[str, ...] = ()            # rows of each head as rotary pairs (2i, 2i + 1)
     # what is no pair of one key and one field: (config.json, values) completes the values,
     # (config, config.json) the file
     read: Callable[[dict, dict], None] = lambda hf, values: None
     write: Callable[[ModelConfig, dict], None] = lambda config, hf: None
-    rope: str = "plain"             # plain, partial, or nested by kind of layer
+    rope: str = "plain"             # plain, partial, nested by kind of layer, own: by read
     writable: bool = True           # False: read only, saved as another family that fits
+
+
+def no_windows(hf: dict, values: dict) -> None:
+    """Of a family whose layers all see everything: transformers ignores layer_types in it."""
+    if set(hf.get("layer_types") or ()) - {"full_attention"}:
+        raise UserError(f"layer_types with windows are not supported in a {hf['model_type']} model")
 
 
 LARGEST_DEPTH = 10 ** 4     # of layers that a list is made for before the weights are looked at
@@ -60,7 +67,8 @@ LLAMA = Family(
             ("init_std", "initializer_range"), ("dropout", "attention_dropout")),
     defaults=dict(NEEDED, max_position_embeddings=2048, num_key_value_heads=0, head_dim=0,
                   rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False, mlp_bias=False,
-                  tie_word_embeddings=False, initializer_range=0.02))
+                  tie_word_embeddings=False, initializer_range=0.02),
+    read=no_windows)
 
 
 def like(row: Family, model_type: str, architecture: str, fixed: dict | None = None,
@@ -86,6 +94,10 @@ def windowed(everywhere: int | None) -> dict[str, Any]:
     def read(hf: dict, values: dict) -> None:
         on = hf.get("use_sliding_window", True)
         values["sliding_window"] = (hf.get("sliding_window", everywhere) or 0) if on else 0
+        kind = "sliding_attention" if values["sliding_window"] else "full_attention"
+        if set(hf.get("layer_types") or ()) - {kind}:
+            raise UserError("layer_types that differ are not supported in a "
+                            f"{hf['model_type']} model")
 
     def write(config: ModelConfig, hf: dict) -> None:
         hf["sliding_window"] = config.sliding_window or None
@@ -147,7 +159,8 @@ def gemma(model_type: str, architecture: str, pattern: int, **changes) -> Family
         defaults=dict(head_dim=256, hidden_activation="gelu_pytorch_tanh",
                       tie_word_embeddings=True, num_key_value_heads=4,
                       max_position_embeddings=changes["context"]),
-        only={"attention_bias": (False,), "use_bidirectional_attention": (False,)},
+        only={"attention_bias": (False,), "use_bidirectional_attention": (False,),
+              **changes.get("only", {})},
         keys={L + "post_attention_layernorm": (L + "post_self_attn_layernorm",),
               L + "pre_feedforward_layernorm": (L + "post_attention_layernorm",),
               L + "post_feedforward_layernorm": (L + "post_mlp_layernorm",)},
@@ -155,11 +168,13 @@ def gemma(model_type: str, architecture: str, pattern: int, **changes) -> Family
 
 
 def needs_experts(hf: dict, values: dict) -> None:
+    # 0 experts would be an ordinary MLP, whose tensors have other names
     if not values["num_experts"]:
         raise UserError("a mixture of experts without experts")
 
 
 def both(*steps: Callable) -> Callable:
+    """One hook after the other."""
     return lambda *arguments: [step(*arguments) for step in steps] and None
 
 
@@ -175,6 +190,8 @@ def qwen_moe_read(hf: dict, values: dict) -> None:
 
 
 def cohere_read(hf: dict, values: dict) -> None:
+    no_windows(hf, values)
+    # logits are multiplied by it there, divided here
     values["logits_scaling"] = 1 / (hf.get("logit_scale") or 0.0625)
 
 
@@ -193,16 +210,83 @@ def smollm3_write(config: ModelConfig, hf: dict) -> None:
     hf["no_rope_layers"] = [int(i not in none) for i in range(config.n_layer)]
 
 
+def scales_read(hf: dict, values: dict) -> None:
+    """Of MiniCPM and Granite, whose scales are numbers in the file."""
+    no_windows(hf, values)
+    for name in ("embedding_multiplier", "attention_multiplier"):
+        if name in values and not values[name]:         # which means another number in ModelConfig
+            raise UserError(f"{name} is 0, which makes no model")
+
+
 def minicpm_read(hf: dict, values: dict) -> None:
+    scales_read(hf, values)
+    # Hu 2024: each branch by scale_depth / sqrt(layers), logits by dim_model_base / width
     depth, layers = hf.get("scale_depth") or 1.0, hf.get("num_hidden_layers") or 1
     values["residual_multiplier"] = depth / math.sqrt(layers)
     values["logits_scaling"] = values["n_embd"] / (hf.get("dim_model_base") or 1)
 
 
 def chatglm_read(hf: dict, values: dict) -> None:
+    # the number of key heads is there even where it does not count
     if not hf.get("multi_query_attention"):
         values["n_kv_head"] = 0
+    # GLM-4 stretches its context by the base alone
     values["rope_theta"] = 10000.0 * (hf.get("rope_ratio") or 1.0)
+
+
+def chatglm_write(config: ModelConfig, hf: dict) -> None:
+    # the second line: what the row does not read, and the published program does
+    hf.update(multi_query_attention=True, rope_ratio=config.rope_theta / 10000,
+              add_bias_linear=False, rmsnorm=True, post_layer_norm=True, original_rope=True,
+              apply_residual_connection_post_layernorm=False, tie_word_embeddings=False)
+
+
+def meta_width(hf: dict) -> int:
+    """Width of the MLP by the rule of Meta's program: 8/3 dim, a factor, a round number."""
+    wide = int(2 * (4 * hf["dim"]) / 3)
+    wide, step = int((hf.get("ffn_dim_multiplier") or 1.0) * wide), hf.get("multiple_of") or 256
+    return math.ceil(wide / step) * step
+
+
+def meta_read(hf: dict, values: dict) -> None:
+    # hidden_dim comes from the weights or, in Mistral's files, from params.json itself
+    if "multiple_of" in hf and meta_width(hf) != values["intermediate_size"]:
+        raise UserError(f"dim, multiple_of and ffn_dim_multiplier make an MLP of {meta_width(hf)},"
+                        f" the weights one of {values['intermediate_size']}")
+    scaled = bool(hf.get("use_scaled_rope"))
+    if scaled:
+        # The published files only say that they scale. The factor is 8 (Llama 3.1, 3.3) except in
+        # 3.2's two small models, 32, which are the only ones with a tied output matrix
+        factor = hf.get("rope_scaling_factor") or (32.0 if values["tie_word_embeddings"] else 8.0)
+        values["rope_scaling"] = dict(rope_type="llama3", factor=factor, low_freq_factor=1.0,
+                                      high_freq_factor=hf.get("rope_high_freq_factor") or 4.0,
+                                      original_max_position_embeddings=8192)
+    if not values["block_size"]:                # nor the context: Llama 3.1's, 3's, 2's
+        long = type(values["rope_theta"]) in (int, float) and values["rope_theta"] >= 5e5
+        values["block_size"] = 131072 if scaled else 8192 if long else 4096
+
+
+def meta_write(config: ModelConfig, hf: dict) -> None:
+    # a multiplier that makes this width; the half keeps int() on the right side of rounding
+    hf["multiple_of"] = math.gcd(config.intermediate_size, 256)
+    if meta_width(hf) != config.intermediate_size:
+        hf["ffn_dim_multiplier"] = (config.intermediate_size + 0.5) / int(8 * config.n_embd / 3)
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "llama3":
+        hf.update(use_scaled_rope=True, rope_scaling_factor=scaling["factor"])
+
+
+# What Meta's program knows; the context is an argument of it, and no key
+META_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "norm_eps",
+             "ffn_dim_multiplier", "rope_theta", "use_scaled_rope", "rope_scaling_factor")
+
+
+def meta_file(config: ModelConfig, hf: dict) -> dict[str, Any]:
+    """What of our words goes into params.json: Meta's program stops at a key that it does not
+    know. Mistral's knows two more, which are written where nothing else would do."""
+    more = {"head_dim": config.head_dim * config.n_head != config.n_embd,
+            "sliding_window": config.sliding_window > 0}
+    return {key: value for key, value in hf.items() if key in META_KEYS or more.get(key)}
 
 
 GLM = like(LLAMA, "glm", "GlmForCausalLM",
@@ -259,7 +343,7 @@ ROWS = (
          dict(NO_BIAS, norm_topk_prob=True),
          {"num_experts": "num_local_experts", **MOE, "moe_intermediate_size": "intermediate_size"},
          dict(max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-5,
-              num_local_experts=8, num_experts_per_tok=2),
+              rope_theta=1e6, num_local_experts=8, num_experts_per_tok=2),
          keys={L + "block_sparse_moe.gate": (L + "mlp.gate",),
                L + "block_sparse_moe.experts.{e}.w1": (L + "mlp.experts.gate_proj",),
                L + "block_sparse_moe.experts.{e}.w2": (L + "mlp.experts.down_proj",),
@@ -272,7 +356,9 @@ ROWS = (
          only={"decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
          read=qwen_moe_read, write=QWEN_MOE_WINDOW["write"]),
     gemma("gemma3_text", "Gemma3ForCausalLM", 6, fixed=dict(qk_norm=True), rope="nested",
-          caps=dict(attn_logit_softcapping=None, final_logit_softcapping=None), context=131072),
+          # subtle: transformers has a setting for a cap on attention and ignores it
+          only={"attn_logit_softcapping": (0,)}, caps=dict(final_logit_softcapping=None),
+          context=131072),
     gemma("gemma2", "Gemma2ForCausalLM", 2, fixed={}, rope="plain", context=8192,
           caps=dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)),
     GLM,
@@ -297,19 +383,20 @@ ROWS = (
     like(LLAMA, "cohere", "CohereForCausalLM",
          dict(norm="layernorm", norm_placement="parallel", mlp_bias=False, rope_interleaved=True),
          {"norm_eps": "layer_norm_eps"},
-         dict(max_position_embeddings=8192, layer_norm_eps=1e-5, tie_word_embeddings=True),
+         dict(max_position_embeddings=8192, layer_norm_eps=1e-5, tie_word_embeddings=True,
+              rope_theta=5e5),
          only={"use_qk_norm": (False,)}, read=cohere_read,
          write=lambda config, hf: hf.update(logit_scale=1 / config.logits_scaling)),
     like(LLAMA, "smollm3", "SmolLM3ForCausalLM", {},
          defaults=dict(max_position_embeddings=32768, num_key_value_heads=4,
-                       tie_word_embeddings=True),
-         read=smollm3_read, write=smollm3_write),
+                       tie_word_embeddings=True, rope_theta=2e6),
+         read=both(no_windows, smollm3_read), write=smollm3_write),
     # MiniCPM's scales under other names, which transformers opens without foreign code
     like(LLAMA, "granite", "GraniteForCausalLM", {},
          {k: k for k in ("embedding_multiplier", "residual_multiplier", "attention_multiplier",
                          "logits_scaling")},
          dict(embedding_multiplier=1.0, residual_multiplier=1.0, attention_multiplier=1.0,
-              logits_scaling=1.0)),
+              logits_scaling=1.0), read=scales_read),
     # --- read only
     like(LLAMA, "minicpm", "MiniCPMForCausalLM", NO_BIAS, {"embedding_multiplier": "scale_emb"},
          dict(scale_emb=1.0, tie_word_embeddings=True), read=minicpm_read, writable=False),
@@ -326,7 +413,8 @@ ROWS = (
                       num_attention_heads=None, multi_query_group_num=1, kv_channels=0,
                       ffn_hidden_size=None, layernorm_epsilon=1e-5, add_qkv_bias=False),
         only={"add_bias_linear": (False,), "rmsnorm": (True,), "post_layer_norm": (True,),
-              "apply_residual_connection_post_layernorm": (False,)},
+              "apply_residual_connection_post_layernorm": (False,), "original_rope": (True,),
+              "tie_word_embeddings": (False,)},
         prefix="transformer.",
         keys={"transformer.embedding.word_embeddings": ("model.embed_tokens",),
               E + "input_layernorm": (L + "input_layernorm",),
@@ -338,7 +426,32 @@ ROWS = (
               E + "mlp.dense_4h_to_h": (L + "mlp.down_proj",),
               "transformer.encoder.final_layernorm": ("model.norm",),
               "transformer.output_layer": ("lm_head",)},
-        read=chatglm_read, rope="own", writable=False),
+        read=chatglm_read, write=chatglm_write, rope="own", writable=False),
+    Family(
+        "meta", "",                     # Llama as Meta publishes it, and Mistral's twin of it
+        fixed=dict(LLAMA.fixed, **NO_BIAS, activation="silu"),
+        fields=(("vocab_size", "vocab_size"), ("block_size", "max_seq_len"),
+                ("n_layer", "n_layers"), ("n_head", "n_heads"), ("n_kv_head", "n_kv_heads"),
+                ("n_embd", "dim"), ("head_dim", "head_dim"), ("intermediate_size", "hidden_dim"),
+                ("norm_eps", "norm_eps"), ("rope_theta", "rope_theta"),
+                ("sliding_window", "sliding_window"),
+                ("tie_word_embeddings", "tie_word_embeddings")),
+        defaults=dict(vocab_size=None, max_seq_len=0, n_layers=None, n_heads=None, n_kv_heads=0,
+                      dim=None, head_dim=0, hidden_dim=None, norm_eps=1e-5, rope_theta=10000.0,
+                      sliding_window=0, tie_word_embeddings=False),
+        only={key: () for key in ("moe", "moe_args", "quantization_args", "quantization",
+                                  "lora_args", "vision_chunk_size", "vision_encoder")},
+        prefix="",
+        keys={"tok_embeddings": ("model.embed_tokens",), "norm": ("model.norm",),
+              "output": ("lm_head",),
+              "layers.{i}.attention_norm": (L + "input_layernorm",),
+              "layers.{i}.ffn_norm": (L + "post_attention_layernorm",),
+              **{f"layers.{{i}}.attention.w{x}": (L + f"self_attn.{x}_proj",) for x in "qkvo"},
+              "layers.{i}.feed_forward.w1": (L + "mlp.gate_proj",),
+              "layers.{i}.feed_forward.w2": (L + "mlp.down_proj",),
+              "layers.{i}.feed_forward.w3": (L + "mlp.up_proj",)},
+        # the trap of Meta's files: RoPE turns neighbours there, halves of the head here
+        neighbours=("wq", "wk"), read=meta_read, write=meta_write, rope="own", writable=False),
 )
 FAMILIES = {row.model_type: row for row in ROWS}
 # Any combination of flags that no family has; the names are ours and only this project reads it

@@ -51,14 +51,16 @@ def operation(reference: Callable) -> Callable:
 
     @functools.wraps(reference)
     def call(first, *args, **kwargs):
-        lead = first[0] if isinstance(first, (list, tuple)) and first else first
-        best = "triton" if isinstance(lead, Tensor) and lead.is_cuda else "torch"
-        form = forms.get(best if _backend == "auto" else _backend) or forms.get("torch", reference)
-        return form(first, *args, **kwargs)
+        best = _backend
+        if best == "auto":
+            lead = first[0] if type(first) in (list, tuple) and first else first
+            best = "triton" if getattr(lead, "is_cuda", False) else "torch"
+        return (forms.get(best) or forms.get("torch", reference))(first, *args, **kwargs)
 
     call.forms, call.reference = forms, reference
     call.torch = lambda form: forms.setdefault("torch", form)
     call.triton = lambda form: forms.setdefault("triton", form)
+    call.cuda = lambda form: forms.setdefault("cuda", form)
     OPERATIONS[reference.__name__] = call
     return call
 
@@ -104,10 +106,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 0.0) 
 class RMSNormCPU(Function):
     """Few passes over x: autograd through the formula walks memory about twice as often."""
     @staticmethod
-    def forward(ctx, x, weight, eps, offset):
+    def forward(ctx, x, weight, eps):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps)).to(x.dtype)   # (..., 1)
-        scale = (weight + offset).to(x.dtype)
+        scale = weight.to(x.dtype)
         normed = x * rstd
         ctx.save_for_backward(normed, rstd, scale)
         return normed * scale
@@ -120,14 +122,25 @@ class RMSNormCPU(Function):
         dn = grad * scale
         mean = torch.linalg.vecdot(dn, normed).unsqueeze(-1).div_(-normed.shape[-1])
         dx = torch.addcmul(dn, normed, mean).mul_(rstd)
-        return dx, dweight, None, None         # autograd casts each to its input's type
+        return dx, dweight, None               # autograd casts each to its input's type
+
+def rms_norm_at(weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> Callable:
+    """rms_norm(x, weight, eps, offset) as a function of x (…, C) of that type, without gradients.
+
+    sqrt(C) w x / hypot(|x|, sqrt(C eps)): for one token what counts is the number of calls.
+    """
+    C = weight.shape[0]
+    least = torch.tensor(math.sqrt(C * eps), dtype=dtype)
+    scale = (weight.float() + offset).mul_(math.sqrt(C)).to(dtype)
+    length = torch.linalg.vector_norm
+    return lambda x: (x / length(x, 2, -1, True).hypot_(least)).mul_(scale)
 
 @rms_norm.torch
 def _(x, weight, eps=1e-6, offset=0.0):
-    if by_hand(x) and x.dtype != torch.float64:
-        return RMSNormCPU.apply(x, weight, eps, offset)
-    weight = (weight + offset if offset else weight).to(x.dtype)
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    weight, C = (weight + offset if offset else weight), x.shape[-1]
+    if not by_hand(x) or x.dtype == torch.float64:
+        return F.rms_norm(x, (C,), weight.to(x.dtype), eps)
+    return RMSNormCPU.apply(x, weight, eps)
 
 @operation
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None,
@@ -212,6 +225,27 @@ class RopeCPU(Function):
 def _(x, cos, sin, interleaved=False):
     # a compiler fuses the formula into one pass by itself
     return (RopeCPU.apply if by_hand(x) else rope.reference)(x, cos, sin, interleaved)
+
+def rope_at(cos: Tensor, sin: Tensor, dtype: torch.dtype, interleaved: bool = False) -> Callable:
+    """rope(x, cos, sin, interleaved) as a function of x, for all the layers of a step.
+
+    Where nothing is learned, cos and sin are spread over whole heads once, as [cos cos] and
+    [-sin sin]: then a layer's x cos + swap(x) sin is three operations.
+    """
+    if torch.is_grad_enabled() or not by_hand(cos) or _backend not in ("auto", "torch"):
+        return lambda x: rope(x, cos, sin, interleaved)
+    half, pair = cos.shape[-1], -1 if interleaved else -2
+    cos, sin = (torch.stack(y, pair).flatten(-2).unsqueeze(-2).to(dtype)      # (.., T, 1, R)
+                for y in ((cos, cos), (-sin, sin)))
+
+    def turn(x: Tensor) -> Tensor:
+        whole = x.shape[-1] == 2 * half
+        part = x if whole else x[..., :2 * half]
+        swapped = part.unflatten(-1, (half, 2)).flip(-1).flatten(-2) if interleaved else (
+            part.roll(half, -1))
+        y = (part * cos).addcmul_(swapped, sin)
+        return y if whole else torch.cat((y, x[..., 2 * half:]), -1)
+    return turn
 
 # ---------------------------------------------------------------------------- activations
 @operation
@@ -397,8 +431,15 @@ class AttentionCPU(Function):
 
 @attention.torch
 def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
-    (B, H, T, D), S, groups = q.shape, k.shape[2], q.shape[1] // k.shape[1]
-    scale = D ** -0.5 if scale is None else scale
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    groups, scale = H // K, D ** -0.5 if scale is None else scale
+    if T == 1 < S and positions is None and doc is None and not softcap:
+        # a token looks at all that is there, or at the newest; the heads that share keys are rows
+        # of one matrix
+        k, v = (k[:, :, -window:], v[:, :, -window:]) if window else (k, v)
+        y = F.scaled_dot_product_attention(q.view(B, K, groups, D), k, v, None, dropout_p,
+                                           scale=scale)
+        return y.view(B, H, 1, D)
     if by_hand(q) and positions is None and T == S and T > 1:
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -410,9 +451,14 @@ def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, d
     mask = None
     if positions is not None or window or doc is not None or T not in (1, S):
         mask = attention_mask(q, k, window, doc, positions)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale,
-        is_causal=mask is None and T == S and T > 1, enable_gqa=groups > 1)
+    if mask is None and T == S and T > 1:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, scale=scale,
+                                              is_causal=True, enable_gqa=groups > 1)
+    # the heads that share keys are rows of one matrix: repeated keys would be read repeatedly
+    mask = mask if mask is None or groups == 1 else torch.cat([mask] * groups, -2)
+    y = F.scaled_dot_product_attention(q.reshape(B, -1, groups * T, D), k, v, attn_mask=mask,
+                                       dropout_p=dropout_p, scale=scale)
+    return y.reshape(B, H, T, D)
 
 # --------------------------------------------------------------------------------- losses
 def row_losses(logits: Tensor, targets: Tensor, ignore_index: int = -100, softcap: float = 0.0,
@@ -595,6 +641,6 @@ def _(x, chosen, share, gate, up, down, activation="silu"):
     # unbind once: its backward gives every expert a gradient, zeros where it saw no token
     experts = zip(x[order // k].split(runs), gate.unbind(), up.unbind(), down.unbind())
     out = [linear(glu(linear(r, g), linear(r, u), activation), d)
-           for r, g, u, d in experts if len(r)]
+           for r, g, u, d in experts if len(r) or not len(x)]
     out = torch.cat(out) * share.reshape(-1)[order].unsqueeze(-1).to(x.dtype)
     return torch.zeros_like(x).index_add(0, order // k, out)

@@ -250,18 +250,20 @@ class Norm(Module):
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-def linear_together(x: Tensor, layers: list[Linear]) -> list[Tensor]:
-    """Several layers of one input. In training as one matmul over the joined weights: joining
-    costs a pass over weights, which are small beside the activations. Serving one token it is the
-    other way round."""
+def linear_together(x: Tensor, *layers: Linear) -> Tensor:
+    """Several layers of one input, side by side (..., their sum). In training as one matmul over
+    the joined weights: joining costs a pass over weights, which are small beside the activations.
+    For one token it is the other way round (quantize.py joins them once and for all)."""
     if not torch.is_grad_enabled():
-        return [layer(x) for layer in layers]
+        return torch.cat([layer(x) for layer in layers], -1)
     weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return list(kernels.linear(x, weight, bias).split([len(la.weight) for la in layers], -1))
+    return kernels.linear(x, weight, bias)
 
 
 class Attention(Module):
+    joined: Callable | None = None          # q, k and v in one, where quantize.pack() made it
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         c, self.config, self.layer = config, config, layer
@@ -279,17 +281,20 @@ class Attention(Module):
             self.window and c.rope_local_theta)
 
     def forward(self, x: Tensor, rope, doc, cache: Cache | None) -> Tensor:
-        c, (B, T, _) = self.config, x.shape
-        q, k, v = linear_together(x, [self.q_proj, self.k_proj, self.v_proj])
-        if c.qk_norm and c.qk_norm_whole:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (y.reshape(B, T, -1, c.head_dim) for y in (q, k, v))         # (B, T, H, D)
-        if c.qk_norm and not c.qk_norm_whole:
-            q, k = self.q_norm(q), self.k_norm(k)
+        c, (B, T, _), H, K = self.config, x.shape, self.config.n_head, self.config.n_kv_head
+        qkv = self.joined(x) if self.joined else linear_together(
+            x, self.q_proj, self.k_proj, self.v_proj)
+        # q and k stay side by side until they have turned: one operation for both
+        qk, v = qkv.view(B, T, H + 2 * K, c.head_dim).split_with_sizes([H + K, K], 2)
+        if c.qk_norm:
+            shape = (B, T, -1) if c.qk_norm_whole else (B, T, -1, c.head_dim)
+            q, k = (y.reshape(shape) for y in qk.split_with_sizes([H, K], 2))
+            qk = torch.cat([y.view(B, T, -1, c.head_dim) for y in (self.q_norm(q), self.k_norm(k))],
+                           2)
         if rope is not None and self.table is not None:
-            cos, sin = rope[self.table]
-            q, k = (kernels.rope(y, cos, sin, c.rope_interleaved) for y in (q, k))
-        q, k, v = (y.transpose(1, 2) for y in (q, k, v))                       # (B, H, T, D)
+            qk = rope[self.table](qk)
+        q, k = qk.split_with_sizes([H, K], 2)                                  # (B, T, H, D)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, H, T, D)
         positions = None
         if cache is not None:
             k, v, positions = cache.put(self.layer, k, v)
@@ -301,9 +306,11 @@ class Attention(Module):
 
 
 class MLP(Module):
+    joined: Callable | None = None          # gate and up in one, where quantize.pack() made it
+
     def __init__(self, config: ModelConfig, width: int):
         super().__init__()
-        c, self.config = config, config
+        c, self.config, self.width = config, config, width
         if c.gated:
             self.gate_proj = Linear(c.n_embd, width, c.mlp_bias)
         self.up_proj = Linear(c.n_embd, width, c.mlp_bias)
@@ -311,7 +318,9 @@ class MLP(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.config.gated:
-            gate, up = linear_together(x, [self.gate_proj, self.up_proj])
+            both = self.joined(x) if self.joined else linear_together(
+                x, self.gate_proj, self.up_proj)
+            gate, up = both.split_with_sizes([self.width, self.width], -1)
             return self.down_proj(kernels.glu(gate, up, self.config.activation))
         return self.down_proj(kernels.ACTIVATIONS[self.config.activation](self.up_proj(x)))
 
@@ -433,6 +442,7 @@ class Transformer(Module):
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.n_embd, c.vocab_size)
         self.compute_dtype: torch.dtype | None = None   # of the activations; None: the weights'
+        self.output: Callable | None = None             # hidden -> logits, by quantize.pack()
         self.checkpointing = False                      # recompute blocks in the backward
         self.tables: dict = {}                          # rope_table by (length, device)
         if self.model.norm.weight.device.type != "meta":
@@ -458,16 +468,19 @@ class Transformer(Module):
         w = self.output_weight
         return Cache(self.config, batch, length, w.device, self.compute_dtype or w.dtype)
 
-    def rope(self, positions: Tensor | None, start: int, T: int, device) -> list:
-        """[(cos, sin) of the positions at hand, the same for layers with a base of their own];
-        (T, R/2) each, or (B, T, R/2) in a ragged batch."""
-        length = max(self.config.block_size, start + T)
+    def rope(self, positions: Tensor | None, start: int, T: int, device, dtype) -> list[Callable]:
+        """What turns x (B, T, H, D) at the positions at hand, and the same for the layers with a
+        base of their own."""
+        length = min(self.config.block_size, 1 << 17)   # a context of millions is seldom used
+        length = length if start + T <= length else 1 << (start + T - 1).bit_length()
         if (length, device) not in self.tables:
             kinds = (False, True) if self.config.rope_local_theta else (False,)
-            self.tables = {(length, device): [rope_table(self.config, length, device, local)
-                                              for local in kinds]}
-        rows = slice(start, start + T) if positions is None else positions
-        return [(cos[rows], sin[rows]) for cos, sin in self.tables[length, device]]
+            with torch.inference_mode(False):           # training may come after sampling
+                self.tables = {(length, device): [rope_table(self.config, length, device, local)
+                                                  for local in kinds]}
+        rows = slice(start, start + T) if positions is None else positions      # (T) or (B, T)
+        return [kernels.rope_at(cos[rows], sin[rows], dtype, self.config.rope_interleaved)
+                for cos, sin in self.tables[length, device]]
 
     def forward(self, ids: Tensor, *, doc: Tensor | None = None, cache: Cache | None = None,
                 head: Callable[[Tensor, Tensor], Tensor] | None = None, router: str = ""):
@@ -483,6 +496,7 @@ class Transformer(Module):
             if start + T > cache.length:
                 raise UserError(f"{start + T} tokens do not fit the cache of {cache.length}: "
                                 "generate less or ask for a longer cache")
+            cache.begin(T)
         x = kernels.embedding(ids, self.model.embed_tokens.weight)
         rope = None
         if c.position == "learned":
@@ -493,7 +507,7 @@ class Transformer(Module):
             where = where if positions is None else positions
             x = x + kernels.embedding(where, self.model.embed_positions.weight)
         elif c.position == "rope":
-            rope = self.rope(positions, start, T, ids.device)
+            rope = self.rope(positions, start, T, ids.device, self.compute_dtype or x.dtype)
         x = x.to(self.compute_dtype or x.dtype)
         if c.embedding_multiplier != 1:
             # the trap: in bfloat16 Gemma rounds the factor as well, sqrt(640) to 25.25
@@ -518,7 +532,8 @@ class Transformer(Module):
 
     def to_logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """The plain head: (..., C), (V, C) -> (..., V)."""
-        z, cap = kernels.linear(hidden, weight), self.config.final_logit_softcapping
+        z = self.output(hidden) if self.output else kernels.linear(hidden, weight)
+        cap = self.config.final_logit_softcapping
         return torch.tanh(z / cap) * cap if cap else z
 
     def logits(self, ids: Tensor, doc: Tensor | None = None) -> Tensor:

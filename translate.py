@@ -10,17 +10,21 @@ config.json, read back, describes the same model; if there is none, as one of ou
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from config import UserError, field_types
 from families import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, Family
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, rope_frequencies
 
-ABOVE_ZERO = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+ABOVE_ZERO = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "logits_scaling")
+KINDS = field_types(ModelConfig)
 LARGEST = 2 ** 24           # of any size in a file: tensors beyond it are an attack, or damage
+LARGEST_NUMBER = 1e18       # of any other number
 BIASES = ("qkv_bias", "o_bias", "mlp_bias", "norm_bias")
 EXPERTS = ("num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "scoring_func",
            "first_k_dense_replace", "router_bias", "norm_topk_prob", "routed_scaling_factor")
@@ -89,7 +93,7 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
     """The ModelConfig that a family's config.json describes; UserError if it is not supported."""
     for key, allowed in family.only.items():
         if hf.get(key) not in (None, *allowed):
-            raise UserError(f"{where}: {key} = {hf[key]!r} is not supported, "
+            raise UserError(f"{where}: {key} = {reprlib.repr(hf[key])} is not supported, "
                             f"only {' or '.join(map(repr, allowed or (None,)))}")
     if hf.get("quantization_config"):
         raise UserError(f"{where}: quantised weights are not supported; use the original ones")
@@ -114,22 +118,27 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
 
 def read_rope(hf: dict, family: Family, values: dict, where: str) -> None:
     """The rotary settings, old spelling (rope_theta, rope_scaling) or new (rope_parameters)."""
-    rope = {"rope_theta": hf.get("rope_theta") or 10000.0}
+    # what silence means: the family's own base, else that of the paper (Su 2021)
+    silent = 1e6 if family.rope == "nested" else 10000.0
+    rope = {"rope_theta": hf.get("rope_theta") or family.defaults.get("rope_theta", silent)}
     local = hf.get("rope_local_base_freq") or 10000.0
-    if family.rope == "nested":
-        rope["rope_theta"] = hf.get("rope_theta") or 1e6
     share = hf.get("partial_rotary_factor")
     for part in (hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}):
         if family.rope == "nested" and isinstance(part, dict) and "full_attention" in part:
             slide = part.get("sliding_attention") or {}
-            local = slide.get("rope_theta", local) if isinstance(slide, dict) else slide
-            part = part["full_attention"]
+            if not isinstance(slide, dict) or slide.get("rope_type", "default") != "default":
+                raise UserError(f"{where}: of its rotary settings only full_attention's can scale")
+            local, part = slide.get("rope_theta", local), part["full_attention"]
         if not isinstance(part, dict) or any(isinstance(v, dict) for v in part.values()):
             raise UserError(f"{where}: rotary settings by kind of layer are not supported in a "
                             f"{family.model_type} model")
         rope.update(part)
+    # both stretch from the context of the first training, which not every file repeats
+    if rope.get("rope_type", rope.get("type")) in ("llama3", "yarn"):
+        rope.setdefault("original_max_position_embeddings", values["block_size"])
     values["rope_theta"] = rope.pop("rope_theta")
-    share = rope.pop("partial_rotary_factor", None) or share
+    inner = rope.pop("partial_rotary_factor", None)
+    share = share if inner is None else inner
     if family.rope == "partial":
         values["partial_rotary_factor"] = 0.5 if share is None else share
     elif share not in (None, 1, 1.0):
@@ -140,24 +149,32 @@ def read_rope(hf: dict, family: Family, values: dict, where: str) -> None:
     values["rope_scaling"] = rope or None
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is 0 or more, and no more than any model's: arithmetic on it stays finite."""
+    return type(value) in (int, float) and 0 <= value <= LARGEST_NUMBER
+
+
 def checked(values: dict[str, Any], where: str) -> ModelConfig:
     """ModelConfig(**values) after a look at every type and range: the values come from a file."""
-    kinds = field_types(ModelConfig)
+    # 1. each by itself; type() and not isinstance(), since True is an int to Python
     for name, value in values.items():
-        if name not in kinds:
+        if name not in KINDS:
             raise UserError(f"{where}: there is no setting {name!r}: a newer version wrote it?")
-        kind, number = kinds[name], type(value) in (int, float) and math.isfinite(value)
+        kind = KINDS[name]
         if kind is int:
-            good = type(value) is int and (name in ABOVE_ZERO) <= value < LARGEST
+            good = type(value) is int and (name in ABOVE_ZERO) <= value < (
+                LARGEST_DEPTH if name == "n_layer" else LARGEST)
         elif kind is float:
-            good = number and value >= 0
+            good = is_number(value) and (value > 0 or name not in ABOVE_ZERO) and (
+                value <= 1 or name != "partial_rotary_factor")
         else:
             good = isinstance(value, kind)
         if isinstance(value, list):             # of layers: their numbers, or their kinds
             good = good and len(value) <= LARGEST_DEPTH and all(
                 type(v) is (int if name == "nope_layers" else str) for v in value)
         if not good:
-            raise UserError(f"{where}: {value!r} cannot be the model's {name}")
+            raise UserError(f"{where}: {reprlib.repr(value)} cannot be the model's {name}")
+    # 2. the rotary scaling, an object of its own
     scaling = values.get("rope_scaling")
     if scaling is not None:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -165,22 +182,42 @@ def checked(values: dict[str, Any], where: str) -> ModelConfig:
             raise UserError(f"{where}: rope_type {kind!r} is not supported, "
                             f"only {', '.join(ROPE_KEYS)}")
         for key in ROPE_KEYS[kind]:
-            n = scaling.get(key)
-            if type(n) not in (int, float) or not 0 < n < math.inf:
+            if not is_number(scaling.get(key)) or not scaling[key]:
                 raise UserError(f"{where}: rope_type {kind} needs {key}, a number above 0")
         for key in ROPE_OPTIONS.get(kind, ()):
-            if not (scaling.get(key) is None or type(scaling[key]) is bool
-                    or type(scaling[key]) in (int, float) and 0 < scaling[key] < math.inf):
-                raise UserError(f"{where}: {scaling[key]!r} cannot be rope_type {kind}'s {key}")
+            value = scaling.get(key)
+            if value is not None and not (type(value) is bool if key == "truncate" else
+                                          is_number(value)):
+                raise UserError(f"{where}: {reprlib.repr(value)} cannot be rope_type {kind}'s "
+                                f"{key}")
         # only what the formula reads: transformers adds keys of its own
         values["rope_scaling"] = None if kind == "default" else {
             "rope_type": kind, **{key: scaling[key] for key in ROPE_KEYS[kind]},
             **{key: scaling[key] for key in ROPE_OPTIONS.get(kind, ())
                if scaling.get(key) is not None}}
+    # 3. together: sizes whose products are tensors, and frequencies that exist
     config = ModelConfig(**values)
     if config.n_head * config.head_dim >= LARGEST:
         raise UserError(f"{where}: {config.n_head} heads of {config.head_dim} are no model's")
+    if max(config.num_experts, config.n_shared_experts) * config.moe_intermediate_size >= LARGEST:
+        raise UserError(f"{where}: {config.num_experts} experts of {config.moe_intermediate_size} "
+                        "are no model's")
+    if config.position == "rope":
+        try:                                # numbers of which each is possible, and not all
+            found = [rope_frequencies(config, local) for local in (False, True)]
+            good = all(f.isfinite().all() and 0 < factor < math.inf for f, factor in found)
+        except (ArithmeticError, ValueError):
+            good = False
+        if not good:
+            raise UserError(f"{where}: rope_theta {config.rope_theta} with rope_scaling "
+                            f"{config.rope_scaling} gives no frequencies")
     return config
+
+
+def differences(config: ModelConfig, family: Family) -> set[str]:
+    """The settings of `config` that change when it is written as the family and read back."""
+    back, wanted = effective(from_family(to_family(config, family), family)), effective(config)
+    return {name for name in wanted if back[name] != wanted[name]}
 
 
 def padding(config: ModelConfig, family: Family) -> int | None:
@@ -190,13 +227,11 @@ def padding(config: ModelConfig, family: Family) -> int | None:
     nothing, so a family with more biases fits too: that is how bias=False is saved as GPT-2.
     """
     try:
-        back = effective(from_family(to_family(config, family), family))
+        other = differences(config, family)
     except UserError:
         return None
-    wanted = effective(config)
-    extra = [name for name in BIASES if back[name] and not wanted[name]]
-    wanted.update(dict.fromkeys(extra, True))
-    return len(extra) if back == wanted else None
+    extra = {name for name in BIASES if not getattr(config, name)} & other
+    return len(extra) if other == extra else None
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -206,13 +241,25 @@ def family_of(config: ModelConfig) -> Family:
     return min(fits, key=lambda fit: fit[0])[1] if fits else HANDMADE
 
 
-def hf_config(config: ModelConfig, tokenizer: Any = None) -> dict[str, Any]:
+def hf_config(config: ModelConfig, tokenizer: Any = None,
+              family: Family | None = None) -> dict[str, Any]:
     """The content of config.json: the family's words, and our own for an exact return."""
-    hf = to_family(config, family_of(config))
+    hf = to_family(config, family or family_of(config))
     eot = getattr(tokenizer, "eot", None)
     # explicit nulls: where the key is missing transformers takes the family's published ids
     return {**hf, "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None,
             "handmade": asdict(config)}
+
+
+def family_named(hf: dict[str, Any], where: str = "config.json") -> Family:
+    """The row that a config.json names; UserError with a list of them if there is none."""
+    kind = hf.get("model_type")
+    if kind == HANDMADE.model_type and "handmade" in hf:
+        return HANDMADE
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise UserError(f"{where}: models of the type {str(kind)[:40]!r} are not supported, "
+                        f"only {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
 
 
 def model_config_from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -224,15 +271,13 @@ def model_config_from_hf(hf: dict[str, Any], where: str = "config.json") -> Mode
         own = checked(dict(own), where)
         if kind == "handmade":
             return own
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{where}: models of the type {kind!r} are not supported, "
-                        f"only {', '.join(FAMILIES)}")
-    theirs = from_family(hf, FAMILIES[kind], where)
-    if own is not None and padding(own, FAMILIES[kind]) is not None:
+    family = family_named(hf, where)
+    theirs = from_family(hf, family, where)
+    if own is not None and padding(own, family) is not None:
         # transformers carries our section along when it saves a model that it has changed, say
         # with more tokens: then the section is stale, and the other fields count
         # compared in the family's words, where biases of zero count as biases
-        same = from_family(to_family(own, FAMILIES[kind]), FAMILIES[kind])
+        same = from_family(to_family(own, family), family)
         if effective(same) == effective(theirs):
             return own
     return theirs
@@ -241,16 +286,36 @@ def model_config_from_hf(hf: dict[str, Any], where: str = "config.json") -> Mode
 
 
 class Slot(NamedTuple):
-    """A tensor on disk: our parameters joined along dimension 0, and perhaps transposed."""
+    """A tensor on disk: our parameters joined along dimension 0, and perhaps turned."""
     parts: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     transpose: bool = False
     expert: int | None = None       # of a stacked parameter (experts, …), that one alone
+    heads: int = 0                  # rows of each head are rotary pairs (2i, 2i + 1) on disk
 
     @property
     def shape(self) -> tuple[int, ...]:
         joined = (sum(s[0] for s in self.shapes), *self.shapes[0][1:])
         return joined[::-1] if self.transpose else joined
+
+    @property
+    def plain(self) -> bool:
+        """Whether the bytes on disk are those of one parameter in memory."""
+        return len(self.parts) == 1 and not self.transpose and not self.heads
+
+    def to_disk(self, parts: list[Tensor]) -> Tensor:
+        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if self.heads:              # (H, 2, D/2, …) -> (H, D/2, 2, …): halves to neighbours
+            rows = tensor.view(self.heads, 2, -1, *tensor.shape[1:])
+            tensor = rows.transpose(1, 2).reshape(tensor.shape)
+        return tensor.T if self.transpose else tensor
+
+    def from_disk(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The tensor of each of `parts`."""
+        if self.heads:              # and back
+            rows = tensor.view(self.heads, -1, 2, *tensor.shape[1:])
+            tensor = rows.transpose(1, 2).reshape(tensor.shape)
+        return (tensor.T if self.transpose else tensor).split([s[0] for s in self.shapes])
 
 
 def layout(config: ModelConfig, family: Family) -> dict[str, Slot]:
@@ -273,8 +338,10 @@ def layout(config: ModelConfig, family: Family) -> dict[str, Slot]:
                 parts = tuple(f"{m}.{kind}" for m in ours)
                 if parts[0] in shapes:
                     turned = kind == "weight" and stem.endswith(family.transposed)
+                    pairs = stem.endswith(family.neighbours) and shapes[parts[0]][0]
                     slots[f"{theirs}.{kind}"] = Slot(
-                        parts, tuple(shapes.pop(p) for p in parts), turned)
+                        parts, tuple(shapes.pop(p) for p in parts), turned,
+                        heads=pairs // config.head_dim)
     # the rest is spelt on disk as here
     for name in list(shapes):
         if ".mlp.experts." in name:

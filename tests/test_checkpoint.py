@@ -443,8 +443,8 @@ def test_names_and_shapes_are_compared_with_config_json(saved):
         hf = json.loads((saved / "config.json").read_text())
         hf.pop("handmade", None)
         (saved / "config.json").write_text(json.dumps({**hf, **changes}))
-    for changes, message in [(dict(n_embd=32), "asks for"), (dict(vocab_size=V + 1), "asks for"),
-                             (dict(n_layer=2), "lack"), (dict(n_layer=10 ** 6), "layers")]:
+    for changes, message in [(dict(n_embd=32), "ask for"), (dict(vocab_size=V + 1), "ask for"),
+                             (dict(n_layer=2), "lack"), (dict(n_layer=9999), "layers")]:
         config(**changes)
         with pytest.raises(UserError, match=message):
             load_model(saved, "cpu")
@@ -493,7 +493,7 @@ def test_a_config_json_that_is_none(text, message, saved):
     dict(num_attention_heads=10 ** 12), dict(num_attention_heads=2 ** 20, head_dim=2 ** 20),
     dict(rms_norm_eps="small"), dict(rms_norm_eps=float("inf")),
     dict(hidden_act="mish"), dict(attention_bias="yes"), dict(rope_parameters=[1]),
-    dict(rope_parameters={"rope_type": "yarn", "factor": 4.0}),
+    dict(rope_parameters={"rope_type": "yarn", "factor": -4.0}),
     dict(rope_parameters={"rope_type": "llama3", "factor": 8.0}),
     dict(rope_parameters={"full_attention": {"rope_type": "default"}}),
     dict(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
@@ -510,14 +510,13 @@ def test_a_setting_the_model_has_no_flag_for_is_refused_not_ignored(changes):
 
 def test_settings_of_other_families_that_change_the_maths_are_refused():
     for kind, changes in [("gpt2", dict(scale_attn_by_inverse_layer_idx=True)),
-                          ("gpt2", dict(scale_attn_weights=False)),
-                          ("qwen2", dict(use_sliding_window=True))]:
+                          ("gpt2", dict(scale_attn_weights=False))]:
         hf = {**hf_config(ModelConfig(**MODELS[kind][0])), **changes}
         with pytest.raises(UserError, match=next(iter(changes))):
             model_config_from_hf(hf)
     hf = {**hf_config(ModelConfig(**MODELS["llama"][0])), "model_type": "mistral"}
-    with pytest.raises(UserError, match="sliding_window"):
-        model_config_from_hf({**hf, "sliding_window": 4096})
+    with pytest.raises(UserError, match="layer_types"):
+        model_config_from_hf({**hf, "sliding_window": 9, "layer_types": ["full_attention"] * 2})
 
 
 def test_shards_that_are_missing_outside_or_of_another_model(tmp_path):
@@ -694,28 +693,28 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
-def test_loading_keeps_no_second_copy_of_the_weights(tmp_path):
-    """Memory-mapped, one tensor at a time: the peak stays near the size of the model itself."""
-    shape = dict(vocab_size=64, block_size=8, n_layer=10, n_head=8, n_embd=512)
-    save_model(tmp_path / "m", Transformer(ModelConfig(**shape)))
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux's /proc")
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_loading_takes_the_size_of_the_model_and_little_more(dtype, tmp_path):
+    """Straight from the file into the model: pages of a mapped file would count twice."""
+    shape = dict(vocab_size=64, block_size=8, n_layer=24, n_head=8, n_embd=512, norm="rmsnorm")
+    save_model(tmp_path / "m", Transformer(ModelConfig(**shape)).to(torch.bfloat16))
     code = f"""
-import resource, sys
+import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, checkpoint
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, real = peak(), checkpoint.Files.tensor
-def watched(self, s):                   # forget the pages of earlier tensors, as a full RAM would
-    for m in self.maps.values():
-        m.madvise(4)                    # MADV_DONTNEED
-    return real(self, s)
-checkpoint.Files.tensor = watched
-model = checkpoint.load_model({str(tmp_path / "m")!r}, "cpu")
-size = sum(p.numel() * 4 for p in model.parameters())
+def peak():
+    lines = open("/proc/self/status").read().split("VmHWM:")
+    return int(lines[1].split()[0]) * 1024
+before = peak()
+model = checkpoint.load_model({str(tmp_path / "m")!r}, "cpu", {dtype!r})
+size = sum(p.numel() * p.element_size() for p in model.parameters())
+assert size > 100e6, size
 print((peak() - before) / size)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr
-    assert float(out.stdout) < 1.4
+    assert 0.9 < float(out.stdout) < 1.3
 
 
 def test_the_header_reader_is_what_the_loader_trusts(saved):

@@ -1,0 +1,188 @@
+"""Weights for serving: joined, packed for the CPU, and in 8 or 4 bits.
+
+    model = load_model(DIR)
+    pack(model)                         # the same numbers, laid out for one token at a time
+    pack(model, "int8")                 # half the bytes of bfloat16
+    pack(model, "int4")                 # a third, on a CPU
+
+One new token multiplies every weight by one vector, so its time is that of reading the weights:
+fewer bytes, a layout that is read from start to end, and fewer calls are all there is to gain.
+pack() replaces the linear layers of a model in place, one after the other, so that memory never
+holds two copies: q, k, v become one matrix, gate and up another. A packed model is for serving
+alone: it can be neither trained nor saved. (`python bench.py sample` shows what it gains.)
+
+    int8    each row of a matrix is rounded to 255 steps of its own size. Only the weights:
+            activations stay bfloat16, so that rows of a batch do not depend on each other.
+    int4    each 32 weights of a row to 16 steps between their least and their largest, as in
+            llama.cpp's Q4_1. The output matrix, which decides between near-equal words, in int8.
+
+The embedding table and the routed experts of a mixture stay as they are: a token reads few rows.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+import kernels
+from config import UserError
+from model import MLP, Attention, MoE, Norm, Transformer
+
+KINDS = ("", "int8", "int4")
+GROUP = 32                  # weights of a row that share a scale and an offset in int4
+FEW = 32                    # rows of x up to which multiplying packed int8 beats unpacking it
+
+
+class Plain:
+    """y = x W^T + b with a joined W: what every device and type can do. x (..., K) -> (..., N).
+
+    No Module, whose call costs a microsecond, a hundred times a token. `bytes` is what a token
+    reads.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight, self.bias, self.bytes = weight, bias, weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class Blocked(Plain):
+    """The same in the layout that oneDNN's kernels read from start to end: bfloat16 on a CPU."""
+    # ._op is the operator without the Python half of its dispatch
+    product = staticmethod(torch.ops.mkldnn._linear_pointwise.default._op)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__(weight, bias)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.product(x, self.weight, self.bias, "none", [], "")
+
+
+class Integer:
+    """What the two integer forms share: shapes around a product of rows (M, K) -> (M, N)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.outputs, self.inputs = weight.shape
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.product(x.view(-1, self.inputs))
+        if self.bias is not None:
+            y.add_(self.bias)
+        return y.view(x.shape[0], -1, self.outputs) if x.ndim == 3 else y
+
+
+class Int8(Integer):
+    """Rows of int8 and a scale for each: y_n = s_n sum_k q_nk x_k, with s_n = max |w_n| / 127."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__(weight, bias)
+        # the trap: round the scale first, or the steps are not those it is multiplied with later
+        self.scale = (weight.abs().amax(1).float() / 127).clamp_(min=1e-12).to(torch.bfloat16)
+        q = weight.float().div_(self.scale.float().unsqueeze(1))
+        self.weight = q.round_().clamp_(-127, 127).to(torch.int8)
+        # and another: the kernel reads rows in blocks, also beyond their end
+        blocks = weight.device.type == "cpu" and self.inputs % 32 == 0
+        self.few = FEW if blocks else 0
+        self.bytes = self.weight.nbytes + self.scale.nbytes
+
+    def product(self, x: Tensor) -> Tensor:
+        if x.shape[0] <= self.few:
+            return torch._weight_int8pack_mm(x, self.weight, self.scale)
+        # a prompt: unpacking costs little beside its product
+        weight = self.weight.to(x.dtype).mul_(self.scale.to(x.dtype).unsqueeze(1))
+        return kernels.linear(x, weight)
+
+
+class Int4(Integer):
+    """Groups of 32 weights, two to a byte: w = (q - 8) s + z with q of 0..15."""
+    multiply = staticmethod(torch.ops.aten._weight_int4pack_mm_for_cpu.default._op)
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__(weight, bias)
+        groups = weight.float().view(self.outputs, -1, GROUP)
+        low, high = groups.aminmax(dim=-1, keepdim=True)
+        scale = ((high - low) / 15).clamp_(min=1e-12).to(torch.bfloat16)
+        zero = (low + 8 * scale.float()).to(torch.bfloat16)
+        q = ((groups - zero.float()) / scale.float() + 8).round_().clamp_(0, 15)
+        self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
+            q.view(self.outputs, self.inputs).to(torch.int32), 1)
+        self.grid = torch.cat((scale, zero), -1).transpose(0, 1).contiguous()   # (K / 32, N, 2)
+        self.bytes = self.weight.nbytes + self.grid.nbytes
+
+    @staticmethod
+    def fits(weight: Tensor) -> bool:
+        rows, columns = weight.shape
+        return weight.device.type == "cpu" and rows % 16 == 0 and columns % GROUP == 0
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.multiply(x, self.weight, GROUP, self.grid)
+
+
+def form(weight: Tensor, quantize: str) -> type:
+    """The class that serves a matrix best."""
+    if quantize == "int4" and Int4.fits(weight):
+        return Int4
+    if quantize:
+        return Int8
+    blocked = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and (
+        torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return Blocked if blocked else Plain
+
+
+def replace(owner: Any, name: str, parts: tuple[str, ...], quantize: str, dtype) -> int:
+    """Put one packed matrix `name` in the place of the layers `parts` of owner; returns its bytes.
+
+    The originals go before the next ones are packed: that keeps the peak of memory low.
+    """
+    layers = [getattr(owner, part) for part in parts]
+    weights, biases = [la.weight.detach() for la in layers], [la.bias for la in layers]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    bias = None if biases[0] is None else torch.cat([b.detach() for b in biases]).to(dtype)
+    for part in parts:
+        delattr(owner, part)
+    packed = form(weight, quantize)(weight, bias)
+    setattr(owner, name, packed)
+    return packed.bytes
+
+
+@torch.no_grad()
+def pack(model: Transformer, quantize: str = "") -> int:
+    """Replace the linear layers of `model` in place by joined, packed ones; returns the bytes of
+    weights that a token reads. quantize: "" (the same numbers), int8 or int4.
+
+    Hidden states of a model that is quantised on a CPU are bfloat16 from then on, whatever they
+    were. UserError for another `quantize`, and for a model that is no Transformer.
+    """
+    if quantize not in KINDS:
+        raise UserError(f"--quantize={quantize} does not exist: choose int8 or int4")
+    if not isinstance(model, Transformer):
+        raise UserError("--quantize is for Transformers: leave it out for this model")
+    output, total = model.output_weight.detach(), 0
+    cpu = output.device.type == "cpu"
+    dtype = model.compute_dtype or output.dtype
+    # what a CPU's integer kernels multiply is bfloat16
+    model.compute_dtype = dtype = torch.bfloat16 if quantize and cpu else dtype
+    for module in list(model.modules()):
+        parts: dict[str, tuple[str, ...]] = {}
+        if isinstance(module, Attention):
+            parts = {"joined": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",)}
+        elif isinstance(module, MLP):
+            gated = module.config.gated
+            parts = {"joined" if gated else "up_proj": ("gate_proj", "up_proj")[not gated:],
+                     "down_proj": ("down_proj",)}
+        for name, layers in parts.items():
+            total += replace(module, name, layers, quantize, dtype)
+        for name, child in list(module.named_children()):
+            if isinstance(child, Norm) and child.kind == "rmsnorm" and cpu:
+                delattr(module, name)
+                setattr(module, name, kernels.rms_norm_at(child.weight, child.eps, child.offset,
+                                                          dtype))
+            elif isinstance(child, (Attention, MLP, MoE)):
+                # called past Module.__call__, whose hooks serving has no use for
+                vars(module)[name] = child.forward
+    model.output = form(output, quantize and "int8")(output, None)
+    return total + model.output.bytes
