@@ -32,9 +32,10 @@ from torch.autograd import Function
 
 import kernels
 from config import UserError
-from triton_rows import check, ship
+from triton_rows import check
 
 MOST_D = 256                                # head_dim: a tile of more does not fit in registers
+MOST_FEW, MOST_SPLITS = 64, 64              # queries over a cache; parts that its keys are cut into
 LOG2E = math.log2(math.e)                   # exp(x) = exp2(x LOG2E)
 
 
@@ -371,19 +372,27 @@ def attention_queries(q, k, v, do, L, delta, dq, doc, first, positions, seed,
 
 
 # ---------------------------------------------------------------------------------- launching
-def tiles(pass_: str, block_d: int, wide: bool) -> tuple[int, int, int, int]:
-    """(BM, BN, num_warps, num_stages) of a pass for head_dims up to block_d; wide: float32.
+# (BM, BN, num_warps, num_stages) for head_dims up to 64, 128 and 256: the largest tiles of which
+# nothing spills on sm_80 and sm_90 and that fit in 99 KB of shared memory, which any GPU has.
+# float32 is multiplied without tensor cores, in registers, and its tiles are small
+HALF = {64: dict(forward=(128, 64, 8, 3), keys=(32, 64, 4, 2), queries=(128, 64, 8, 2)),
+        128: dict(forward=(128, 64, 8, 2), keys=(32, 64, 8, 2), queries=(64, 32, 4, 2)),
+        256: dict(forward=(64, 32, 8, 2), keys=(32, 32, 8, 1), queries=(32, 32, 4, 1))}
+FULL = {64: dict(forward=(32, 32, 8, 1), keys=(16, 32, 4, 1), queries=(16, 32, 4, 1)),
+        128: dict(forward=(32, 32, 8, 1), keys=(16, 16, 4, 1), queries=(16, 16, 4, 1)),
+        256: dict(forward=(16, 16, 8, 1), keys=(16, 16, 8, 1), queries=(16, 16, 8, 1))}
 
-    Chosen so that nothing spills and 99 KB of shared memory are enough: the table that
-    tests/test_triton_compile.py prints.
-    """
-    if wide:
-        return {"forward": (64, 32, 8, 1), "keys": (32, 32, 8, 1), "queries": (32, 32, 8, 1)}[pass_]
-    if block_d <= 64:
-        return {"forward": (128, 64, 4, 3), "keys": (32, 64, 4, 2), "queries": (64, 64, 4, 2)}[pass_]
-    if block_d <= 128:
-        return {"forward": (128, 64, 8, 2), "keys": (32, 64, 4, 2), "queries": (64, 32, 4, 2)}[pass_]
-    return {"forward": (64, 32, 8, 2), "keys": (32, 32, 8, 1), "queries": (32, 32, 4, 1)}[pass_]
+
+def tiles(step: str, block_d: int, wide: bool, flags: dict) -> tuple[int, int, int, int]:
+    """(BM, BN, num_warps, num_stages) of forward, keys, queries or few; wide: float32."""
+    if step == "few":                       # BM is the number of queries; memory is what counts
+        return 0, 32 if wide or block_d > 128 else 64, 4, 1 if wide else 2
+    BM, BN, warps, stages = (FULL if wide else HALF)[max(64, block_d)][step]
+    if step == "forward" and flags["DROP"]:
+        BN = min(BN, 32)                    # random numbers take registers
+    if step == "keys" and not wide and not any(flags[x] for x in ("CAPPED", "DOC", "PLACED", "DROP")):
+        warps = min(warps, 4)
+    return BM, BN, warps, stages
 
 
 def last_dense(x: Tensor) -> Tensor:
@@ -401,6 +410,23 @@ def rounding(x: Tensor) -> str:
     return "tf32" if loose else "ieee"
 
 
+def prepare(q, k, doc, positions, scale, window, softcap, dropout_p) -> tuple:
+    """What every launch needs: (constants, numbers, first, last)."""
+    first = last = None
+    if doc is not None:
+        first, last = (torch.empty(doc.shape, dtype=torch.int32, device=q.device) for _ in "fl")
+        if doc.numel():
+            document_span[triton.cdiv(doc.shape[1], 256), len(doc)](
+                doc, first, last, doc.shape[1], BLOCK=256)
+    D = q.shape[3]
+    flags = dict(GROUPS=q.shape[1] // k.shape[1], D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
+                 CAPPED=softcap != 0, WINDOW=window != 0, DOC=doc is not None,
+                 PLACED=positions is not None, DROP=dropout_p != 0, PRECISION=rounding(q))
+    # a capped score is already scaled when it becomes a power of two
+    numbers = scale, LOG2E if softcap else scale * LOG2E, softcap, window, dropout_p
+    return flags, numbers, first, last
+
+
 class Attention(Function):
     """The formulas of this file's head; q (B, H, T, D), k, v (B, Hkv, S, D) of any strides.
 
@@ -409,21 +435,12 @@ class Attention(Function):
     @staticmethod
     def forward(ctx, q, k, v, doc, positions, seed, scale, window, softcap, dropout_p):
         (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
-        block_d = max(16, triton.next_power_of_2(D))
-        first = last = doc
-        if doc is not None:
-            first, last = (torch.empty(doc.shape, dtype=torch.int32, device=q.device)
-                           for _ in range(2))
-            if doc.numel():
-                document_span[triton.cdiv(S, 256), B](doc, first, last, S, BLOCK=256)
-        flags = dict(GROUPS=H // Hkv, D=D, BLOCK_D=block_d, CAPPED=softcap != 0,
-                     WINDOW=window != 0, DOC=doc is not None, PLACED=positions is not None,
-                     DROP=dropout_p != 0, PRECISION=rounding(q))
-        # a capped score is already scaled when it becomes a power of two
-        numbers = scale, LOG2E if softcap else scale * LOG2E, softcap, window, dropout_p
+        flags, numbers, first, last = prepare(q, k, doc, positions, scale, window, softcap,
+                                              dropout_p)
         o, L = q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
         if o.numel():
-            BM, BN, warps, stages = tiles("forward", block_d, q.dtype == torch.float32)
+            BM, BN, warps, stages = tiles("forward", flags["BLOCK_D"], q.dtype == torch.float32,
+                                          flags)
             attention_forward[triton.cdiv(T, BM) * B * H,](
                 q, k, v, o, L, doc, first, positions, seed, *strides(q, k, v), B, H, T, S, S,
                 *numbers, **flags, PACK=1, SPLIT=False, BM=BM, BN=BN, num_warps=warps,
@@ -443,12 +460,12 @@ class Attention(Function):
         if o.numel():
             attention_delta[triton.cdiv(B * T * H, 32),](
                 o, do, delta, H, T, B * T * H, BM=32, D=D, BLOCK_D=block_d)
-            BM, BN, warps, stages = tiles("queries", block_d, wide)
+            BM, BN, warps, stages = tiles("queries", block_d, wide, ctx.flags)
             attention_queries[triton.cdiv(T, BM) * B * H,](
                 q, k, v, do, L, delta, dq, doc, first, positions, seed, *strides(q, k, v), *shape,
                 *ctx.numbers, **ctx.flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
         if dk.numel():
-            BM, BN, warps, stages = tiles("keys", block_d, wide)
+            BM, BN, warps, stages = tiles("keys", block_d, wide, ctx.flags)
             attention_keys[triton.cdiv(S, BN) * B * Hkv,](
                 q, k, v, do, L, delta, dk, dv, doc, first, last, positions, seed,
                 *strides(q, k, v), *shape, *ctx.numbers, **ctx.flags, BM=BM, BN=BN,
@@ -456,43 +473,110 @@ class Attention(Function):
         return (*(d.transpose(1, 2) for d in (dq, dk, dv)), *[None] * 7)
 
 
+def attend_few(q: Tensor, k: Tensor, v: Tensor, doc, positions, scale, window, softcap) -> Tensor:
+    """Attention of the newest few tokens over a long cache (Flash-Decoding, Dao 2023).
+
+    There are too few queries to give every multiprocessor a tile, so the keys are split between
+    programs; attention_join weighs the parts. Without gradients.
+    """
+    (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
+    flags, numbers, first, _ = prepare(q, k, doc, positions, scale, window, softcap, 0.0)
+    BM = max(16, triton.next_power_of_2(T * (H // Hkv)))
+    _, BN, warps, stages = tiles("few", flags["BLOCK_D"], q.dtype == torch.float32, flags)
+    # about 512 programs, each with two tiles of keys or more
+    splits = max(1, min(MOST_SPLITS, 512 // (B * Hkv), S // (2 * BN)))
+    span = triton.cdiv(triton.cdiv(S, splits), BN) * BN
+    splits = triton.cdiv(S, span)
+    parts = q.new_empty(splits, B, T, H, D, dtype=torch.float32)
+    L, o = q.new_empty(splits, B, H, T, dtype=torch.float32), q.new_empty(B, T, H, D)
+    attention_forward[B * Hkv, splits](
+        q, k, v, parts, L, doc, first, positions, None, *strides(q, k, v), B, H, T, S, span,
+        *numbers, **flags, PACK=H // Hkv, SPLIT=True, BM=BM, BN=BN, num_warps=warps,
+        num_stages=stages)
+    attention_join[B * T * H,](parts, L, o, H, T, B * T * H, splits, SPLITS=MOST_SPLITS, D=D,
+                               BLOCK_D=flags["BLOCK_D"])
+    return o.transpose(1, 2)
+
+
+def one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in the type of the first; under autocast, in autocast's, as a matmul would be."""
+    dtype, device = tensors[0].dtype, tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) for x in tensors)
+
+
+@kernels.attention.triton
+def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
+    check(q, k, v)
+    (B, H, T, D), Hkv = q.shape, k.shape[1]
+    scale = D ** -0.5 if scale is None else scale
+    if D > MOST_D:
+        raise UserError(f"attention: the Triton kernel takes a head_dim up to {MOST_D}, and this "
+                        f"one is {D}; use --backend=torch")
+    if scale <= 0:
+        raise UserError(f"attention: the scale must be positive, and {scale} is not")
+    q, k, v = (last_dense(x) for x in one_type(q, k, v))
+    doc = None if doc is None else doc.long().contiguous()
+    positions = None if positions is None else positions.long().contiguous()
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if T * (H // Hkv) <= MOST_FEW and q.numel() and not learns and not dropout_p:
+        return attend_few(q, k, v, doc, positions, scale, window, softcap)
+    # drawn on the device and read there: the backward repeats it, and nothing waits for it
+    seed = torch.randint(2 ** 31, (1,), device=q.device) if dropout_p else None
+    return Attention.apply(q, k, v, doc, positions, seed, scale, window, softcap, dropout_p)
+
+
 # ------------------------------------------------------------------------- what can be launched
 POINTERS = dict.fromkeys(("L", "delta", "parts"), "*fp32") | dict.fromkeys(
     ("doc", "positions", "seed"), "*i64") | dict.fromkeys(("first", "last"), "*i32")
-FLOATS = ("scale", "unit", "softcap", "p_drop")
+NUMBERS = ("scale", "unit", "softcap", "p_drop")
+ABSENT = {"doc": "DOC", "first": "DOC", "last": "DOC", "positions": "PLACED", "seed": "DROP"}
+SWITCHES = ("CAPPED", "WINDOW", "DOC", "PLACED", "DROP")
 
 
-def ship(function, dtype: str, blocks: dict, warps: int, stages: int, **flags) -> tuple:
+def ship(function, dtype: str, warps: int, stages: int, constants: dict) -> tuple:
     """An entry of SHIPPED: (name, jit function, signature, constants, options)."""
-    constants = {**blocks, **flags}
-    absent = {"doc": "DOC", "first": "DOC", "last": "DOC", "positions": "PLACED", "seed": "DROP"}
-    signature = {}
+    signature, constants = {}, dict(constants)
     for name in function.arg_names:
-        if name in constants or not flags.get(absent.get(name), True):
+        if name in constants or not constants.get(ABSENT.get(name), True):
             signature[name] = "constexpr"
             constants.setdefault(name, None)                # a tensor that is not there
         elif name in ("q", "k", "v", "o", "do", "dq", "dk", "dv"):
-            signature[name] = "*" + dtype
+            signature[name] = "*fp32" if constants.get("SPLIT") and name == "o" else "*" + dtype
         else:
-            signature[name] = POINTERS.get(name, "fp32" if name in FLOATS else "i32")
-    on = [name for name, flag in flags.items() if flag is True]
-    title = " ".join([function.__name__, dtype, *(f"{k}{v}" for k, v in blocks.items()), *on])
-    return title, function, signature, constants, {"num_warps": warps, "num_stages": stages}
+            signature[name] = POINTERS.get(name, "fp32" if name in NUMBERS else "i32")
+    constants = {k: v for k, v in constants.items() if k in signature}
+    shown = [f"{k}={constants[k]}" for k in ("D", "BM", "BN", "SPLITS") if k in constants]
+    title = " ".join([function.fn.__name__, dtype, *shown,
+                      *(k for k in (*SWITCHES, "SPLIT") if constants.get(k))])
+    return title, function, signature, constants, dict(num_warps=warps, num_stages=stages)
 
 
-def shipped():
-    plain = dict(CAPPED=False, WINDOW=False, DOC=False, PLACED=False, DROP=False)
-    for dtype in ("bf16", "fp32"):
-        for block_d in (16, 32, 64, 128, 256):
-          for D in (block_d, ):
-            for flags in (plain, dict(plain, WINDOW=True), dict.fromkeys(plain, True)):
-                common = dict(flags, PRECISION="ieee", GROUPS=4)
-                for name, function in (("forward", attention_forward), ("keys", attention_keys),
+def shipped() -> Iterator[tuple]:
+    """The tiles of every type and head_dim, plain and with all options: whatever lies between
+    differs in what it leaves out. Head_dims that fill no power of two add masks."""
+    plain = dict.fromkeys(SWITCHES, False)
+    heavy = dict.fromkeys(SWITCHES, True)
+    for dtype, precision in (("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")):
+        for D in (64, 80, 128, 256) if dtype == "bf16" else (64, 128, 256):
+            for flags in (plain, heavy) if precision == "ieee" else (plain,):
+                block_d = triton.next_power_of_2(D)
+                base = dict(flags, GROUPS=4, D=D, BLOCK_D=block_d, PRECISION=precision)
+                for step, function in (("forward", attention_forward), ("keys", attention_keys),
                                        ("queries", attention_queries)):
-                    BM, BN, warps, stages = tiles(name, block_d, dtype == "fp32")
-                    extra = dict(PACK=1, SPLIT=False) if name == "forward" else {}
-                    yield ship(function, dtype, dict(D=D, BLOCK_D=block_d, BM=BM, BN=BN), warps,
-                               stages, **common, **extra)
+                    BM, BN, *launch = tiles(step, block_d, dtype == "fp32", flags)
+                    yield ship(function, dtype, *launch,
+                               dict(base, BM=BM, BN=BN, PACK=1, SPLIT=False))
+                _, BN, *launch = tiles("few", block_d, dtype == "fp32", flags)
+                for BM in (16, MOST_FEW):
+                    yield ship(attention_forward, dtype, *launch,
+                               dict(base, DROP=False, BM=BM, BN=BN, PACK=4, SPLIT=True))
+    for D in (64, 256):
+        sizes = dict(D=D, BLOCK_D=D)
+        yield ship(attention_join, "bf16", 4, 3, dict(sizes, SPLITS=MOST_SPLITS))
+        yield ship(attention_delta, "bf16", 4, 3, dict(sizes, BM=32))
+    yield ship(document_span, "bf16", 4, 3, dict(BLOCK=256))
 
 
 SHIPPED = list(shipped())

@@ -5,7 +5,7 @@ result once. What bounds it is the bytes: a norm of M tokens by C features in bf
 done in less than 4MC bytes forward and 6MC backward, so every kernel below is arranged around
 what it need not read or write.
 
-    import kernels, triton_rows                       # registers a `triton` form with each operation
+    import kernels, triton_rows         # registers a `triton` form with each operation
     kernels.use("triton")
     TRITON_INTERPRET=1 pytest tests/test_triton_rows.py     # without a GPU: the interpreter
 
@@ -297,7 +297,7 @@ def rope_turn(x, cos, sin, y, N, T, H, half, D, xb, xt, xh, cb, ct, sb, st, sign
         tl.store(y + start + col, tl.load(x + start + col, inside), inside)
 
 class Rope(Function):
-    """Pairs of features turned by position times frequency (Su 2021); the shapes are kernels.rope's.
+    """Pairs of features turned by position times frequency (Su 2021); shapes as in kernels.rope.
 
     x may be a slice of the joined q, k, v: its strides are followed, and y comes out dense.
     Saves cos and sin alone: backward is the rotation by the opposite angle.
@@ -562,7 +562,7 @@ def ship(function, types: str, warps: int, **constants) -> tuple:
     return name, function, dict(zip(function.arg_names, kinds)), constants, {"num_warps": warps}
 
 def shipped() -> Iterator[tuple]:
-    """Every configuration that the operations above can launch, in bfloat16 with float32 weights."""
+    """Every configuration that can be launched, in bfloat16 with float32 weights."""
     for width in NORM_SIZES:
         R, block, warps = tile(width, NORM_SIZES)
         for centre, bias, add in ((0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 1, 0)):

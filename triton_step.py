@@ -124,7 +124,7 @@ def my_part(table, count, TENSORS: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: t
     """
     pid, at = tl.program_id(0), tl.arange(0, TENSORS)
     ends = tl.load(table + at, at < count, 2147483647)
-    which = tl.sum((ends <= pid).to(tl.int32), 0)         # tensors that are done before this program
+    which = tl.sum((ends <= pid).to(tl.int32), 0)         # tensors that end before this program
     begin = tl.load(table + which - 1, which > 0, 0)
     size = tl.load(table + count + which)
     if ALIGNED:
