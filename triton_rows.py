@@ -84,6 +84,7 @@ def window(rows, cols, blocks, R: tl.constexpr, BLOCK: tl.constexpr):
 # -------------------------------------------------------------------------------- embedding
 @triton.jit
 def embedding_forward(ids, weight, y, N, V, C, blocks, R: tl.constexpr, BLOCK: tl.constexpr):
+    # rows of the result in order, rows of the table wherever the ids point
     row, col, mask = window(N, C, blocks, R, BLOCK)
     token = tl.load(ids + row, row < N, 0).to(tl.int64)
     # a row that the table lacks is NaN: loud in the loss, where a wild read would be silent
@@ -142,6 +143,7 @@ def _(ids, weight):
 def norm_forward(x, branch, weight, bias, s, y, mean, rstd, N, C, x_stride, branch_stride, eps,
                  offset, CENTRE: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
                  R: tl.constexpr, BLOCK: tl.constexpr):
+    # a whole row sits in registers, so the statistics need no second read
     row, col, mask = window(N, C, 1, R, BLOCK)
     value = tl.load(x + row * x_stride + col, mask, 0.0).to(tl.float32)
     if ADD:
@@ -375,6 +377,7 @@ def glu_forward(gate, up, y, N, C, blocks, gate_stride, up_stride, KIND: tl.cons
 @triton.jit
 def glu_backward(dy, gate, up, dgate, dup, N, C, blocks, dy_stride, gate_stride, up_stride,
                  KIND: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
+    # reads dy, gate and up, writes two gradients: 10 bytes an element in bfloat16, the floor
     row, col, mask = window(N, C, blocks, 1, BLOCK)
     grad = tl.load(dy + row * dy_stride + col, mask, 0.0).to(tl.float32)
     x = tl.load(gate + row * gate_stride + col, mask, 0.0).to(tl.float32)

@@ -34,6 +34,7 @@ def capped(z, softcap, CAP: tl.constexpr):
 def cross_entropy_forward(logits, targets, loss, lse, N, V, stride, ignore, softcap, z_loss,
                           smooth, CAP: tl.constexpr, SMOOTH: tl.constexpr, R: tl.constexpr,
                           BLOCK: tl.constexpr):
+    # a program reads its rows once, a block at a time: max, sum of exp and sum of z as they go
     row, lane, _ = window(N, BLOCK, 1, R, BLOCK)
     top = tl.full((R, 1), float("-inf"), tl.float32)
     total = tl.zeros((R, 1), tl.float32)
@@ -61,6 +62,7 @@ def cross_entropy_forward(logits, targets, loss, lse, N, V, stride, ignore, soft
 def cross_entropy_backward(dloss, logits, targets, lse, dlogits, N, V, blocks, dloss_stride,
                            stride, ignore, softcap, z_loss, smooth, CAP: tl.constexpr,
                            R: tl.constexpr, BLOCK: tl.constexpr):
+    # with lse known each block of a row is on its own, so the grid covers rows and blocks
     row, col, mask = window(N, V, blocks, R, BLOCK)
     target = tl.load(targets + row, row < N, ignore)
     live = (row < N) & (target != ignore)                 # an ignored row is written, not read
@@ -127,6 +129,7 @@ def my_part(table, count, TENSORS: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: t
     which = tl.sum((ends <= pid).to(tl.int32), 0)         # tensors that end before this program
     begin = tl.load(table + which - 1, which > 0, 0)
     size = tl.load(table + count + which)
+    # the position inside a tensor is int64: one may pass 2^31 elements
     if ALIGNED:
         size = tl.multiple_of(size, 16)                   # so that a mask covers whole vectors
     part = (pid - begin) * CHUNK + tl.arange(0, CHUNK)
@@ -134,7 +137,11 @@ def my_part(table, count, TENSORS: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: t
 
 @triton.jit
 def address(table, count, row: tl.constexpr, which, like, ALIGNED: tl.constexpr):
-    """The pointer in row `row` of the table's addresses, of the type of `like`."""
+    """The pointer in row `row` of the table's addresses, of the type of `like`.
+
+    The compiler sees a number read from memory and would load element by element: it has to be
+    told that the address is a multiple of 16 bytes, which the host has checked.
+    """
     pointer = tl.load(table + (2 + row) * count + which).to(like.dtype)
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
@@ -180,6 +187,8 @@ def sharded(tensors: Sequence[Tensor]) -> bool:
 @triton.jit
 def adamw_step(table, count, p_like, g_like, m_like, v_like, decay, rate, fresh1, fresh2, eps,
                correction, TENSORS: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
+    # p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps) (Loshchilov 2019), with decay = 1 - lr wd,
+    # rate = lr / (1 - b1^step) and correction = 1 / (1 - b2^step): the hats cost no pass
     which, part, mask = my_part(table, count, TENSORS, CHUNK, ALIGNED)
     p_at = address(table, count, 0, which, p_like, ALIGNED) + part
     g_at = address(table, count, 1, which, g_like, ALIGNED) + part
@@ -227,6 +236,7 @@ def muon_momentum(table, count, m_like, g_like, u_like, beta, fresh, TENSORS: tl
 @triton.jit
 def muon_descend(table, count, p_like, u_like, decay, rate, TENSORS: tl.constexpr,
                  CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
+    # p <- p (1 - lr wd) - rate u, the orthogonal update u in bfloat16 as the matmuls left it
     which, part, mask = my_part(table, count, TENSORS, CHUNK, ALIGNED)
     p_at = address(table, count, 0, which, p_like, ALIGNED) + part
     u_at = address(table, count, 1, which, u_like, ALIGNED) + part
@@ -264,6 +274,7 @@ def _(params, grads, momentum, *, lr, beta, weight_decay, steps=5):
 @triton.jit
 def sum_squares(table, count, g_like, partial, TENSORS: tl.constexpr, CHUNK: tl.constexpr,
                 ALIGNED: tl.constexpr):
+    # lanes past the end add 0; a NaN or an infinity anywhere reaches the norm
     which, part, mask = my_part(table, count, TENSORS, CHUNK, ALIGNED)
     g = tl.load(address(table, count, 0, which, g_like, ALIGNED) + part, mask, 0.0)
     g = g.to(tl.float32)
