@@ -1,10 +1,12 @@
 """The maths of a language model: every operation by hand, and fast, behind one dispatch.
 
-Each operation is one function with up to three implementations of the same formula:
+Each operation is one function with up to five implementations of the same formula:
 
     reference   plain tensor arithmetic that reads like the formula (no torch.nn.functional)
-    torch       PyTorch's own fused operator, or the fewest passes over memory on a CPU
-    triton      hand-written GPU kernels; an operation gains one with `@op.triton`
+    torch       PyTorch's own fused operator
+    cpu         the fewest passes over memory, where that beats PyTorch's (cpu_kernels.py)
+    triton      hand-written GPU kernels, forward and backward (triton_*.py)
+    cuda        four of those in CUDA C++, to hold side by side (kernels.cu)
 
     import kernels
     y = kernels.rms_norm(x, weight, eps=1e-6)      # the form that is fastest on x's device
@@ -17,8 +19,10 @@ float64 autograd: relative L2 at most 1e-5 in float32 and 1e-2 in bfloat16.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
-from typing import Callable, Sequence
+import os
+from typing import Any, Callable, Sequence
 
 import torch
 import torch.nn.functional as F      # only inside the `torch` forms
@@ -27,46 +31,88 @@ from torch.autograd import Function
 
 from config import UserError
 
-BACKENDS = ("auto", "reference", "torch", "triton")
-_backend = "auto"
+BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
+# the files that register a form, read when the first tensor asks for it: Triton takes a second,
+# and is not there on every machine
+FILES = {"cpu": ("cpu_kernels",), "cuda": ("cuda_twins",),
+         "triton": ("triton_rows", "triton_step", "triton_attention", "triton_tiles")}
+LESSONS = ("linear",)       # operations whose Triton form is there to be read: cuBLAS is as fast
 OPERATIONS: dict[str, Callable] = {}
+_backend = "auto"
+_ready: dict[str, bool] = {}            # forms whose files were read: whether they can be used
+
+class Unsupported(UserError):
+    """A form cannot compute this; asked for by name it says so, auto takes PyTorch's instead."""
+
+def ready(form: str) -> bool:
+    """Read the files of a form, once; False where what they are built on is not installed."""
+    if form not in _ready:
+        _ready[form] = True             # first: those files import this one
+        try:
+            for name in FILES[form]:
+                importlib.import_module(name)
+        except ModuleNotFoundError as e:
+            if (e.name or "").split(".")[0] != "triton":
+                raise
+            _ready[form] = False
+    return _ready[form]
 
 def use(backend: str) -> str:
     """Choose the form of every operation from here on; returns the previous choice.
 
-    auto takes Triton on a GPU where an operation has it, PyTorch's operator everywhere else. A
-    form that an operation lacks falls back to `torch`, and that to `reference`.
+    auto takes Triton on a GPU and the forms for a CPU there; torch does the same without Triton.
+    A form that an operation lacks falls back to `torch`, and that to `reference`.
     """
     global _backend
     if backend not in BACKENDS:
         raise UserError(f"--backend={backend} does not exist: choose {', '.join(BACKENDS)}")
-    if backend == "triton" and not any("triton" in op.forms for op in OPERATIONS.values()):
-        raise UserError("--backend=triton: no operation has a Triton kernel yet; use auto")
+    if backend in ("triton", "cuda"):
+        # Triton's interpreter runs kernels on a CPU, a thousand times slower: for tests
+        if not torch.cuda.is_available() and not (
+                backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+            raise UserError(f"--backend={backend} needs a GPU, and PyTorch sees none: use auto")
+        if not ready(backend):
+            raise UserError(f"--backend={backend}: triton is not installed; pip install triton")
+    elif backend == "auto" and torch.cuda.is_available():
+        ready("triton")                 # here and not in the middle of what torch.compile traces
     backend, _backend = _backend, backend
     return backend
 
+def best(lead: Any) -> str:
+    """The form that serves this tensor now (a list of tensors: its first), if it is there."""
+    if _backend not in ("auto", "torch"):
+        return _backend
+    lead = lead[0] if type(lead) in (list, tuple) and lead else lead
+    device = getattr(lead, "device", None)
+    if device is not None and device.type == "cpu":
+        # a compiler fuses better than passes counted by hand
+        return "cpu" if not torch.compiler.is_compiling() and ready("cpu") else "torch"
+    if device is not None and device.type == "cuda" and _backend == "auto" and ready("triton"):
+        return "triton"
+    return "torch"
+
 def operation(reference: Callable) -> Callable:
-    """Make the reference implementation an operation; `.torch` and `.triton` add faster forms."""
-    forms = {"reference": reference}
+    """Make the reference implementation an operation; `.torch`, `.triton` … add faster forms."""
+    forms: dict[str, Callable] = {"reference": reference}
+    lesson = reference.__name__ in LESSONS
 
     @functools.wraps(reference)
-    def call(first, *args, **kwargs):
-        best = _backend
-        if best == "auto":
-            lead = first[0] if type(first) in (list, tuple) and first else first
-            best = "triton" if getattr(lead, "is_cuda", False) else "torch"
-        return (forms.get(best) or forms.get("torch", reference))(first, *args, **kwargs)
+    def call(first: Any, *args, **kwargs):
+        name = best(first)
+        if name == "triton" and _backend == "auto":
+            if name in forms and not lesson:
+                try:
+                    return forms[name](first, *args, **kwargs)
+                except Unsupported:
+                    pass
+            name = "torch"
+        return (forms.get(name) or forms.get("torch", reference))(first, *args, **kwargs)
 
     call.forms, call.reference = forms, reference
-    call.torch = lambda form: forms.setdefault("torch", form)
-    call.triton = lambda form: forms.setdefault("triton", form)
-    call.cuda = lambda form: forms.setdefault("cuda", form)
+    for name in ("torch", *FILES):
+        setattr(call, name, functools.partial(forms.setdefault, name))
     OPERATIONS[reference.__name__] = call
     return call
-
-def by_hand(x: Tensor) -> bool:
-    """True where the hand-counted CPU forms below apply: a compiler fuses better by itself."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 def widen(x: Tensor) -> Tensor:
     """Half types as float32, for sums and statistics; float32 and float64 as they are."""
@@ -103,44 +149,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 0.0) 
     normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
     return (normed * (offset + weight.to(wide.dtype))).to(x.dtype)
 
-class RMSNormCPU(Function):
-    """Few passes over x: autograd through the formula walks memory about twice as often."""
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps)).to(x.dtype)   # (..., 1)
-        scale = weight.to(x.dtype)
-        normed = x * rstd
-        ctx.save_for_backward(normed, rstd, scale)
-        return normed * scale
-
-    @staticmethod
-    def backward(ctx, grad):
-        # dx = rstd * (dn - n * mean(dn * n)) with n = x * rstd and dn = dy * w
-        normed, rstd, scale = ctx.saved_tensors
-        dweight = (grad * normed).reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
-        dn = grad * scale
-        mean = torch.linalg.vecdot(dn, normed).unsqueeze(-1).div_(-normed.shape[-1])
-        dx = torch.addcmul(dn, normed, mean).mul_(rstd)
-        return dx, dweight, None               # autograd casts each to its input's type
-
-def rms_norm_at(weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> Callable:
-    """rms_norm(x, weight, eps, offset) as a function of x (…, C) of that type, without gradients.
-
-    sqrt(C) w x / hypot(|x|, sqrt(C eps)): for one token what counts is the number of calls.
-    """
-    C = weight.shape[0]
-    least = torch.tensor(math.sqrt(C * eps), dtype=dtype)
-    scale = (weight.float() + offset).mul_(math.sqrt(C)).to(dtype)
-    length = torch.linalg.vector_norm
-    return lambda x: (x / length(x, 2, -1, True).hypot_(least)).mul_(scale)
-
 @rms_norm.torch
 def _(x, weight, eps=1e-6, offset=0.0):
     weight, C = (weight + offset if offset else weight), x.shape[-1]
-    if not by_hand(x) or x.dtype == torch.float64:
-        return F.rms_norm(x, (C,), weight.to(x.dtype), eps)
-    return RMSNormCPU.apply(x, weight, eps)
+    return F.rms_norm(x, (C,), weight.to(x.dtype), eps)
 
 @operation
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None,
@@ -152,32 +164,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None,
     y = normed * weight.to(wide.dtype)
     return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
 
-class LayerNormCPU(Function):
-    """PyTorch's own but for the gradients of w and b, which its CPU kernel adds up in the type
-    of x: over thousands of rows of bfloat16 they lose several percent. sum() does not."""
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        # float32 weights keep mean and rstd in float32; zeros: without a bias torch is slow
-        w = widen(weight)
-        b = torch.zeros_like(w) if bias is None else widen(bias)
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], w, b, eps)
-        ctx.save_for_backward(x, w, b, mean, rstd)
-        ctx.biased = bias is not None
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, w, b, mean, rstd = ctx.saved_tensors
-        dx = torch.ops.aten.native_layer_norm_backward(
-            grad, x, x.shape[-1:], mean, rstd, w, b, [True, False, False])[0]
-        rows = grad.reshape(-1, x.shape[-1])
-        normed = ((x - mean.to(x.dtype)) * rstd.to(x.dtype)).reshape(rows.shape)
-        return dx, (rows * normed).sum(0), rows.sum(0) if ctx.biased else None, None
-
 @layer_norm.torch
 def _(x, weight, bias=None, eps=1e-5):
-    if by_hand(x) and x.dtype != torch.float64:
-        return LayerNormCPU.apply(x, weight, bias, eps)
     bias = None if bias is None else bias.to(x.dtype)
     return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias, eps)
 
@@ -199,53 +187,6 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
         a, b = turn[..., :rotary // 2], turn[..., rotary // 2:]
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
-
-class RopeCPU(Function):
-    """Written half by half into the result; a rotation's backward is the opposite rotation."""
-    @staticmethod
-    def forward(ctx, x, cos, sin, interleaved):
-        ctx.save_for_backward(cos, sin)
-        ctx.interleaved, half = interleaved, cos.shape[-1]
-        cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
-        first, second = ((slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved
-                         else (slice(0, half), slice(half, 2 * half)))
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        a, b, ya, yb = x[..., first], x[..., second], y[..., first], y[..., second]
-        torch.mul(a, cos, out=ya).addcmul_(b, sin, value=-1)
-        torch.mul(b, cos, out=yb).addcmul_(a, sin)
-        y[..., 2 * half:] = x[..., 2 * half:]
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return RopeCPU.apply(grad, cos, -sin, ctx.interleaved), None, None, None
-
-@rope.torch
-def _(x, cos, sin, interleaved=False):
-    # a compiler fuses the formula into one pass by itself
-    return (RopeCPU.apply if by_hand(x) else rope.reference)(x, cos, sin, interleaved)
-
-def rope_at(cos: Tensor, sin: Tensor, dtype: torch.dtype, interleaved: bool = False) -> Callable:
-    """rope(x, cos, sin, interleaved) as a function of x, for all the layers of a step.
-
-    Where nothing is learned, cos and sin are spread over whole heads once, as [cos cos] and
-    [-sin sin]: then a layer's x cos + swap(x) sin is three operations.
-    """
-    if torch.is_grad_enabled() or not by_hand(cos) or _backend not in ("auto", "torch"):
-        return lambda x: rope(x, cos, sin, interleaved)
-    half, pair = cos.shape[-1], -1 if interleaved else -2
-    cos, sin = (torch.stack(y, pair).flatten(-2).unsqueeze(-2).to(dtype)      # (.., T, 1, R)
-                for y in ((cos, cos), (-sin, sin)))
-
-    def turn(x: Tensor) -> Tensor:
-        whole = x.shape[-1] == 2 * half
-        part = x if whole else x[..., :2 * half]
-        swapped = part.unflatten(-1, (half, 2)).flip(-1).flatten(-2) if interleaved else (
-            part.roll(half, -1))
-        y = (part * cos).addcmul_(swapped, sin)
-        return y if whole else torch.cat((y, x[..., 2 * half:]), -1)
-    return turn
 
 # ---------------------------------------------------------------------------- activations
 @operation
@@ -307,7 +248,7 @@ def keep_mask(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     draws.random_(-2 ** 63, None)                     # all 64 bits, the sign included
     return (draws.view(torch.uint8)[:count] >= round(p * 256)).view(shape)
 
-dropout.torch(lambda x, p: dropout.reference(x, p) if by_hand(x) else F.dropout(x, p))
+dropout.torch(lambda x, p: F.dropout(x, p))
 
 @operation
 def softmax(x: Tensor) -> Tensor:
@@ -357,78 +298,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, wi
         weights = dropout.reference(weights, dropout_p)
     return weights @ v
 
-class AttentionCPU(Function):
-    """Causal attention in blocks that stay in a core's cache; two to three times SDPA on a CPU.
-
-    Blocks of `ROWS` queries see only keys up to their own end, so half of the square is never
-    computed; `GROUP` heads share a call to keep the scores near 2 MB. Like FlashAttention
-    (Dao 2022) nothing of size (T, T) is kept: the backward recomputes each block's softmax.
-    """
-    ROWS, GROUP = 128, 48
-
-    @staticmethod
-    def blocks(q, window, doc):
-        """Yield slices (heads, rows, keys) and the mask of what is hidden at the keys' end."""
-        BH, T = q.shape[:2]
-        # a document mask differs by batch row: a group is one row's heads then
-        step = AttentionCPU.GROUP if doc is None else BH // doc.shape[0]
-        positions = torch.arange(T)
-        for i in range(0, T, AttentionCPU.ROWS):
-            end = min(i + AttentionCPU.ROWS, T)
-            start = max(0, i - window + 1) if window else 0
-            # without window or documents only the square on the diagonal has anything to hide
-            first = start if window or doc is not None else i
-            hidden = ~near(positions[i:end], positions[first:end], window)
-            for h in range(0, BH, step):
-                if doc is not None:
-                    own = doc[h // step]
-                    other = own[i:end, None] != own[start:end]
-                yield (slice(h, h + step), slice(i, end), slice(start, end),
-                       hidden if doc is None else hidden | other)
-
-    @staticmethod
-    def weights(q, k, scale, softcap, hidden):
-        """One block's softmax (G, rows, keys) and, for the backward, tanh of the capped scores."""
-        scores, tanh = torch.bmm(q, k.transpose(1, 2)).mul_(scale), None
-        if softcap:
-            tanh = scores.div_(softcap).tanh_()
-            scores = tanh * softcap
-        scores[..., -hidden.shape[-1]:].masked_fill_(hidden, -math.inf)
-        return torch.softmax(scores, -1), tanh
-
-    @staticmethod
-    def forward(ctx, q, k, v, scale, window, softcap, doc, dropout_p):
-        out, masks = torch.empty_like(q), []
-        for h, rows, keys, hidden in AttentionCPU.blocks(q, window, doc):
-            p, _ = AttentionCPU.weights(q[h, rows], k[h, keys], scale, softcap, hidden)
-            if dropout_p:
-                masks.append(keep_mask(p.shape, dropout_p, p.device))
-                p = p.mul_(masks[-1]).div_(1 - quantised(dropout_p))
-            out[h, rows] = torch.bmm(p, v[h, keys])
-        ctx.save_for_backward(q, k, v)
-        ctx.rest = (scale, window, softcap, doc, dropout_p, masks)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
-        scale, window, softcap, doc, dropout_p, masks = ctx.rest
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for n, (h, rows, keys, hidden) in enumerate(AttentionCPU.blocks(q, window, doc)):
-            p, tanh = AttentionCPU.weights(q[h, rows], k[h, keys], scale, softcap, hidden)
-            dp = torch.bmm(grad[h, rows], v[h, keys].transpose(1, 2))
-            dropped = p
-            if dropout_p:
-                keep = masks[n].to(p.dtype).div_(1 - quantised(dropout_p))
-                dropped, dp = p * keep, dp.mul_(keep)
-            dv[h, keys] += torch.bmm(dropped.transpose(1, 2), grad[h, rows])
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)  # p (dp - sum p dp)
-            if softcap:
-                ds = ds * (1 - tanh * tanh)
-            dq[h, rows] = torch.bmm(ds, k[h, keys])
-            dk[h, keys] += torch.bmm(ds.transpose(1, 2), q[h, rows])
-        return dq, dk, dv, None, None, None, None, None
-
 @attention.torch
 def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
@@ -440,11 +309,6 @@ def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, d
         y = F.scaled_dot_product_attention(q.view(B, K, groups, D), k, v, None, dropout_p,
                                            scale=scale)
         return y.view(B, H, 1, D)
-    if by_hand(q) and positions is None and T == S and T > 1:
-        if groups > 1:
-            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        flat = [x.reshape(B * H, T, D) for x in (q, k, v)]
-        return AttentionCPU.apply(*flat, scale, window, softcap, doc, dropout_p).view(B, H, T, D)
     if softcap:                                             # SDPA has none
         return attention.reference(q, k, v, scale=scale, window=window, softcap=softcap, doc=doc,
                                    positions=positions, dropout_p=dropout_p)

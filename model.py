@@ -3,7 +3,6 @@
     from model import ModelConfig, Transformer
     from presets import preset
     model = Transformer(preset("gpt2"))              # random weights, GPT-2's shape
-    logits = model.logits(ids)                       # (B, T) -> (B, T, V) float32
     loss = model(ids, head=lambda h, w: kernels.linear_cross_entropy(h, w, targets))
 
     python model.py --show=qwen3-0.6b                # parameters, FLOPs, memory of a preset
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
+import cpu_kernels
 import kernels
 from cache import Cache
 from config import UserError, run
@@ -479,7 +479,7 @@ class Transformer(Module):
                 self.tables = {(length, device): [rope_table(self.config, length, device, local)
                                                   for local in kinds]}
         rows = slice(start, start + T) if positions is None else positions      # (T) or (B, T)
-        return [kernels.rope_at(cos[rows], sin[rows], dtype, self.config.rope_interleaved)
+        return [cpu_kernels.rope_at(cos[rows], sin[rows], dtype, self.config.rope_interleaved)
                 for cos, sin in self.tables[length, device]]
 
     def forward(self, ids: Tensor, *, doc: Tensor | None = None, cache: Cache | None = None,

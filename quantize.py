@@ -9,7 +9,7 @@ One new token multiplies every weight by one vector, so its time is that of read
 fewer bytes, a layout that is read from start to end, and fewer calls are all there is to gain.
 pack() replaces the linear layers of a model in place, one after the other, so that memory never
 holds two copies: q, k, v become one matrix, gate and up another. A packed model is for serving
-alone: it can be neither trained nor saved. (`python bench.py sample` shows what it gains.)
+alone: whoever trains, saves, moves or counts it is told so in one sentence.
 
     int8    each row of a matrix is rounded to 255 steps of its own size. Only the weights:
             activations stay bfloat16, so that rows of a batch do not depend on each other.
@@ -17,6 +17,9 @@ alone: it can be neither trained nor saved. (`python bench.py sample` shows what
             llama.cpp's Q4_1. The output matrix, which decides between near-equal words, in int8.
 
 The embedding table and the routed experts of a mixture stay as they are: a token reads few rows.
+On a CPU prompts gain nothing: int8 is unpacked for them, int4 multiplied slower than bfloat16. On
+a GPU both are int8 that is unpacked at every use: half the memory, but more time for a token.
+(`python bench.py sample` shows what a machine gains; tests/test_quantize.py what it may cost.)
 """
 from __future__ import annotations
 
@@ -25,13 +28,15 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
+import cpu_kernels
 import kernels
 from config import UserError
-from model import MLP, Attention, MoE, Norm, Transformer
+from model import MLP, Attention, Linear, MoE, Norm, Transformer
 
 KINDS = ("", "int8", "int4")
 GROUP = 32                  # weights of a row that share a scale and an offset in int4
-FEW = 32                    # rows of x up to which multiplying packed int8 beats unpacking it
+FEW = 16                    # rows of x up to which multiplying packed int8 beats unpacking it
+BLOCK = 2 ** 21             # weights unpacked at a time: 4 MB of bfloat16, which stay in the cache
 
 
 class Plain:
@@ -50,11 +55,12 @@ class Plain:
 
 class Blocked(Plain):
     """The same in the layout that oneDNN's kernels read from start to end: bfloat16 on a CPU."""
-    # ._op is the operator without the Python half of its dispatch
-    product = staticmethod(torch.ops.mkldnn._linear_pointwise.default._op)
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight, bias)
+        # looked up here, since not every build of PyTorch has it; ._op is the operator without
+        # the Python half of its dispatch
+        self.product = torch.ops.mkldnn._linear_pointwise.default._op
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -69,10 +75,11 @@ class Integer:
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self.product(x.view(-1, self.inputs))
+        # the integer kernels want rows that follow each other
+        y = self.product(x.reshape(-1, self.inputs).contiguous())
         if self.bias is not None:
             y.add_(self.bias)
-        return y.view(x.shape[0], -1, self.outputs) if x.ndim == 3 else y
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], self.outputs)
 
 
 class Int8(Integer):
@@ -80,21 +87,27 @@ class Int8(Integer):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__(weight, bias)
+        cpu, (low, high) = weight.device.type == "cpu", weight.aminmax(dim=1)
         # the trap: round the scale first, or the steps are not those it is multiplied with later
-        self.scale = (weight.abs().amax(1).float() / 127).clamp_(min=1e-12).to(torch.bfloat16)
-        q = weight.float().div_(self.scale.float().unsqueeze(1))
-        self.weight = q.round_().clamp_(-127, 127).to(torch.int8)
-        # and another: the kernel reads rows in blocks, also beyond their end
-        blocks = weight.device.type == "cpu" and self.inputs % 32 == 0
-        self.few = FEW if blocks else 0
+        scale = torch.maximum(-low, high).float().div_(127).clamp_(min=1e-12)
+        self.scale = scale.to(torch.bfloat16)                                       # (N,)
+        self.weight = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        self.rows = max(1, BLOCK // self.inputs) if cpu else self.outputs
+        for q, w, s in zip(*(t.split(self.rows) for t in (self.weight, weight, self.scale))):
+            q.copy_((w.float() / s.float().unsqueeze(1)).round_().clamp_(-127, 127))
+        # and another: the kernel reads rows in steps of 32, also beyond their end
+        self.few = FEW if cpu and self.inputs % 32 == 0 else 0
         self.bytes = self.weight.nbytes + self.scale.nbytes
 
     def product(self, x: Tensor) -> Tensor:
         if x.shape[0] <= self.few:
             return torch._weight_int8pack_mm(x, self.weight, self.scale)
-        # a prompt: unpacking costs little beside its product
-        weight = self.weight.to(x.dtype).mul_(self.scale.to(x.dtype).unsqueeze(1))
-        return kernels.linear(x, weight)
+        scale = self.scale.to(x.dtype)
+        if x.dtype == torch.float16:                # sums of whole steps exceed its 65504
+            return kernels.linear(x, self.weight.to(x.dtype).mul_(scale.unsqueeze(1)))
+        # a prompt: integers up to 127 are exact in bfloat16, the scale comes after the sum
+        parts = [kernels.linear(x, w.to(x.dtype)) for w in self.weight.split(self.rows)]
+        return torch.cat(parts, -1).mul_(scale)
 
 
 class Int4(Integer):
@@ -105,9 +118,11 @@ class Int4(Integer):
         super().__init__(weight, bias)
         groups = weight.float().view(self.outputs, -1, GROUP)
         low, high = groups.aminmax(dim=-1, keepdim=True)
-        scale = ((high - low) / 15).clamp_(min=1e-12).to(torch.bfloat16)
-        zero = (low + 8 * scale.float()).to(torch.bfloat16)
-        q = ((groups - zero.float()) / scale.float() + 8).round_().clamp_(0, 15)
+        # the trap: round the offset first, then make steps of which 8 reach down, 7 up from there
+        zero = (low + (high - low) * (8 / 15)).to(torch.bfloat16)
+        z = zero.float()
+        scale = torch.maximum((z - low) / 8, (high - z) / 7).clamp_(min=1e-12).to(torch.bfloat16)
+        q = (groups - z).div_(scale.float()).add_(8).round_().clamp_(0, 15)
         self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
             q.view(self.outputs, self.inputs).to(torch.int32), 1)
         self.grid = torch.cat((scale, zero), -1).transpose(0, 1).contiguous()   # (K / 32, N, 2)
@@ -122,15 +137,28 @@ class Int4(Integer):
         return self.multiply(x, self.weight, GROUP, self.grid)
 
 
-def form(weight: Tensor, quantize: str) -> type:
-    """The class that serves a matrix best."""
+def pack_matrix(weight: Tensor, bias: Tensor | None, quantize: str) -> Plain | Integer:
+    """The form that serves a matrix (N, K) and its bias (N,) best."""
     if quantize == "int4" and Int4.fits(weight):
-        return Int4
+        return Int4(weight, bias)
     if quantize:
-        return Int8
+        return Int8(weight, bias)
     blocked = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and (
         torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return Blocked if blocked else Plain
+    return (Blocked if blocked else Plain)(weight, bias)
+
+
+def refuse(*args, **kwargs):
+    raise UserError("a packed model is for serving alone: load the checkpoint again to train, "
+                    "save, move or count it")
+
+
+class Packed(Transformer):
+    """What pack() makes of a Transformer: most of its weights are no parameters any more."""
+    state_dict = load_state_dict = named_parameters = _apply = refuse
+
+    def train(self, mode: bool = True) -> Packed:
+        return refuse() if mode else super().train(False)
 
 
 def replace(owner: Any, name: str, parts: tuple[str, ...], quantize: str, dtype) -> int:
@@ -144,7 +172,9 @@ def replace(owner: Any, name: str, parts: tuple[str, ...], quantize: str, dtype)
     bias = None if biases[0] is None else torch.cat([b.detach() for b in biases]).to(dtype)
     for part in parts:
         delattr(owner, part)
-    packed = form(weight, quantize)(weight, bias)
+    del layers, weights
+    # integers are made from the weights as they are, not as they would be rounded for use
+    packed = pack_matrix(weight if quantize else weight.to(dtype), bias, quantize)
     setattr(owner, name, packed)
     return packed.bytes
 
@@ -155,18 +185,23 @@ def pack(model: Transformer, quantize: str = "") -> int:
     weights that a token reads. quantize: "" (the same numbers), int8 or int4.
 
     Hidden states of a model that is quantised on a CPU are bfloat16 from then on, whatever they
-    were. UserError for another `quantize`, and for a model that is no Transformer.
+    were. Where the output matrix is not the embedding's, only model.to_logits() has it.
+    UserError for another `quantize`, a model that is no Transformer, or one that is packed.
     """
     if quantize not in KINDS:
         raise UserError(f"--quantize={quantize} does not exist: choose int8 or int4")
     if not isinstance(model, Transformer):
         raise UserError("--quantize is for Transformers: leave it out for this model")
+    if isinstance(model, Packed):
+        raise UserError("the model is packed already: load it again to pack it in another way")
+    model.requires_grad_(False).eval()
     output, total = model.output_weight.detach(), 0
     cpu = output.device.type == "cpu"
     dtype = model.compute_dtype or output.dtype
     # what a CPU's integer kernels multiply is bfloat16
     model.compute_dtype = dtype = torch.bfloat16 if quantize and cpu else dtype
-    for module in list(model.modules()):
+    # the trap: a list of all modules would keep the originals alive until it is done
+    for module in [m for m in model.modules() if not isinstance(m, Linear)]:
         parts: dict[str, tuple[str, ...]] = {}
         if isinstance(module, Attention):
             parts = {"joined": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",)}
@@ -174,15 +209,26 @@ def pack(model: Transformer, quantize: str = "") -> int:
             gated = module.config.gated
             parts = {"joined" if gated else "up_proj": ("gate_proj", "up_proj")[not gated:],
                      "down_proj": ("down_proj",)}
+        elif isinstance(module, MoE):
+            for p in module.experts.parameters():       # cast here once, or at every use
+                p.data = p.data.to(dtype)
+            share = module.config.num_experts_per_tok / module.config.num_experts
+            total += module.gate.weight.nbytes + int(share * sum(
+                p.nbytes for p in module.experts.parameters()))
         for name, layers in parts.items():
             total += replace(module, name, layers, quantize, dtype)
         for name, child in list(module.named_children()):
-            if isinstance(child, Norm) and child.kind == "rmsnorm" and cpu:
+            if isinstance(child, Norm) and child.kind == "rmsnorm" and cpu and (
+                    dtype in (torch.float32, torch.bfloat16)):      # in float16 |x| overflows
                 delattr(module, name)
-                setattr(module, name, kernels.rms_norm_at(child.weight, child.eps, child.offset,
-                                                          dtype))
+                setattr(module, name, cpu_kernels.rms_norm_at(child.weight, child.eps,
+                                                              child.offset, dtype))
             elif isinstance(child, (Attention, MLP, MoE)):
                 # called past Module.__call__, whose hooks serving has no use for
                 vars(module)[name] = child.forward
-    model.output = form(output, quantize and "int8")(output, None)
+    model.output = pack_matrix(output if quantize else output.to(dtype), None,
+                               quantize and "int8")
+    if not model.config.tie_word_embeddings:
+        model.lm_head.weight.data = output[:0]          # gone, but its device can still be asked
+    model.__class__ = Packed
     return total + model.output.bytes

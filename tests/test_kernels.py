@@ -120,21 +120,43 @@ def test_use_returns_the_previous_choice():
 
 
 def test_use_refuses_a_backend_that_does_not_exist():
-    with pytest.raises(UserError, match="cuda.*auto, reference, torch, triton"):
-        kernels.use("cuda")
+    with pytest.raises(UserError, match="rocm.*auto, reference, torch, triton, cuda"):
+        kernels.use("rocm")
     assert kernels.use("auto") == "auto"                # a refusal changes nothing
 
 
-def test_use_triton_without_a_triton_kernel_says_so(monkeypatch):
-    bare = kernels.operation(lambda x: x)
-    monkeypatch.setattr(kernels, "OPERATIONS", {"bare": bare})
-    with pytest.raises(UserError, match="no operation has a Triton kernel"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_backend_for_gpus_says_that_there_is_none(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match=f"--backend={name} needs a GPU"):
+        kernels.use(name)
+    assert kernels.use("auto") == "auto"
+
+
+def test_without_triton_a_gpu_still_works(monkeypatch):
+    """PyTorch for Windows or a Mac comes without Triton: auto takes PyTorch's operators there."""
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name}", name="triton.language")
+    monkeypatch.setattr(kernels, "_ready", {})
+    monkeypatch.setattr(kernels.importlib, "import_module", missing)
+    assert not kernels.ready("triton") and not kernels.ready("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="triton is not installed"):
         kernels.use("triton")
+    assert kernels.best(OnGPU()) == "torch"
+
+
+class OnGPU:
+    """What the dispatch looks at of a tensor."""
+    device = torch.device("cuda", 0)
 
 
 def test_dispatch_takes_the_form_asked_for_and_falls_back(monkeypatch):
-    """Triton must find its place ready: a form registered by `@op.triton` is the one called."""
+    """The form for the tensor's device; where an operation lacks it, the next best."""
     monkeypatch.setattr(kernels, "OPERATIONS", dict(kernels.OPERATIONS))
+    monkeypatch.setattr(kernels, "_ready", dict.fromkeys(kernels.FILES, True))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
     @kernels.operation
     def probe(x):
@@ -143,18 +165,42 @@ def test_dispatch_takes_the_form_asked_for_and_falls_back(monkeypatch):
     @kernels.operation
     def plain(x):
         return "reference"
-    x = torch.zeros(1)
-    assert probe(x) == "reference"                      # neither torch nor triton: the formula
+    x, gpu = torch.zeros(1), OnGPU()
+    assert probe(x) == probe(gpu) == probe([gpu]) == "reference"    # nothing else: the formula
     probe.torch(lambda x: "torch")
-    assert probe(x) == "torch"                          # auto on a CPU
+    assert probe(x) == probe(gpu) == probe([]) == "torch"
+    probe.cpu(lambda x: "cpu")
     probe.triton(lambda x: "triton")
-    assert probe(x) == "torch"                          # a GPU's kernel is not for a CPU tensor
+    assert (probe(x), probe(gpu), probe([gpu, gpu])) == ("cpu", "triton", "triton")
+    with backend("torch"):
+        assert (probe(x), probe(gpu)) == ("cpu", "torch")
     with backend("triton"):
         assert (probe(x), plain(x)) == ("triton", "reference")
-        kernels.softmax(torch.zeros(2, 3))              # one without Triton goes on working
     with backend("reference"):
-        assert probe(x) == "reference"
+        assert probe(x) == probe(gpu) == "reference"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with backend("cuda"):
+        assert probe(gpu) == "torch"                    # it has no CUDA twin
     assert kernels.OPERATIONS["probe"] is probe
+
+
+def test_auto_takes_pytorchs_operator_for_what_a_kernel_cannot(monkeypatch):
+    """float64 or a huge head_dim on a GPU: by name an error, by auto the next best form."""
+    monkeypatch.setattr(kernels, "OPERATIONS", dict(kernels.OPERATIONS))
+    monkeypatch.setattr(kernels, "_ready", dict.fromkeys(kernels.FILES, True))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+    @kernels.operation
+    def probe(x):
+        return "reference"
+
+    @probe.triton
+    def _(x):
+        raise kernels.Unsupported("not this one")
+    probe.torch(lambda x: "torch")
+    assert probe(OnGPU()) == "torch"
+    with backend("triton"), pytest.raises(UserError, match="not this one"):
+        probe(OnGPU())
 
 
 def test_every_operation_of_the_design_is_there_in_both_forms():
@@ -163,8 +209,11 @@ def test_every_operation_of_the_design_is_there_in_both_forms():
     for name in wanted:
         op = kernels.OPERATIONS[name]
         assert op is getattr(kernels, name) and op.__doc__
-        # glu is one product of two operations and needs no form of its own
-        assert "torch" in op.forms or name == "glu", name
+        # PyTorch has no operator for these two
+        assert "torch" in op.forms or name in ("glu", "rope"), name
+    kernels.softmax(torch.zeros(1))                     # a first tensor on a CPU reads the forms
+    by_hand = {name for name in wanted if "cpu" in kernels.OPERATIONS[name].forms}
+    assert by_hand == {"rms_norm", "layer_norm", "rope", "dropout", "attention"}
 
 
 # ------------------------------------------------------------------ linear and embedding

@@ -1,0 +1,243 @@
+"""The operations on a CPU, counted by hand: as few passes over memory as the formula allows.
+
+    import kernels                      # finds this file by itself; --backend=torch keeps it
+    y = kernels.attention(q, k, v)      # on a CPU, in training: AttentionCPU below
+
+A core multiplies far faster than it reads memory, and PyTorch's eager operators read and write
+every tensor between them. So each form here writes its result once, updates in place what is its
+own, and keeps blocks small enough for a core's cache. The gradients are derived on paper;
+tests/test_kernels.py holds them against float64 autograd and finite differences, and
+`python bench.py kernels` shows what each gains over PyTorch's operator.
+
+The last two functions are for serving: what a token repeats in every layer, prepared once.
+"""
+from __future__ import annotations
+
+import math
+from typing import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+import kernels
+
+# ------------------------------------------------------------------------- normalisation
+
+
+class RMSNormCPU(Function):
+    """Few passes over x: autograd through the formula walks memory about twice as often."""
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        rstd = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps)).to(x.dtype)   # (..., 1)
+        scale = weight.to(x.dtype)
+        normed = x * rstd
+        ctx.save_for_backward(normed, rstd, scale)
+        return normed * scale
+
+    @staticmethod
+    def backward(ctx, grad):
+        # dx = rstd * (dn - n * mean(dn * n)) with n = x * rstd and dn = dy * w
+        normed, rstd, scale = ctx.saved_tensors
+        dweight = (grad * normed).reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32)
+        dn = grad * scale
+        mean = torch.linalg.vecdot(dn, normed).unsqueeze(-1).div_(-normed.shape[-1])
+        dx = torch.addcmul(dn, normed, mean).mul_(rstd)
+        return dx, dweight, None               # autograd casts each to its input's type
+
+
+@kernels.rms_norm.cpu
+def _(x, weight, eps=1e-6, offset=0.0):
+    weight = weight + offset if offset else weight
+    if x.dtype == torch.float64:                    # the statistics above are float32
+        return kernels.rms_norm.forms["torch"](x, weight, eps)
+    return RMSNormCPU.apply(x, weight, eps)
+
+
+class LayerNormCPU(Function):
+    """PyTorch's own but for the gradients of w and b, which its CPU kernel adds up in the type
+    of x: over thousands of rows of bfloat16 they lose several percent. sum() does not."""
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        # float32 weights keep mean and rstd in float32; zeros: without a bias torch is slow
+        w = kernels.widen(weight)
+        b = torch.zeros_like(w) if bias is None else kernels.widen(bias)
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], w, b, eps)
+        ctx.save_for_backward(x, w, b, mean, rstd)
+        ctx.biased = bias is not None
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w, b, mean, rstd = ctx.saved_tensors
+        dx = torch.ops.aten.native_layer_norm_backward(
+            grad, x, x.shape[-1:], mean, rstd, w, b, [True, False, False])[0]
+        rows = grad.reshape(-1, x.shape[-1])
+        normed = ((x - mean.to(x.dtype)) * rstd.to(x.dtype)).reshape(rows.shape)
+        return dx, (rows * normed).sum(0), rows.sum(0) if ctx.biased else None, None
+
+
+@kernels.layer_norm.cpu
+def _(x, weight, bias=None, eps=1e-5):
+    if x.dtype == torch.float64:
+        return kernels.layer_norm.forms["torch"](x, weight, bias, eps)
+    return LayerNormCPU.apply(x, weight, bias, eps)
+
+# ------------------------------------------------------------------------------- position
+
+
+class RopeCPU(Function):
+    """Written half by half into the result; a rotation's backward is the opposite rotation."""
+    @staticmethod
+    def forward(ctx, x, cos, sin, interleaved):
+        ctx.save_for_backward(cos, sin)
+        ctx.interleaved, half = interleaved, cos.shape[-1]
+        cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+        first, second = ((slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved
+                         else (slice(0, half), slice(half, 2 * half)))
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        a, b, ya, yb = x[..., first], x[..., second], y[..., first], y[..., second]
+        torch.mul(a, cos, out=ya).addcmul_(b, sin, value=-1)
+        torch.mul(b, cos, out=yb).addcmul_(a, sin)
+        y[..., 2 * half:] = x[..., 2 * half:]
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return RopeCPU.apply(grad, cos, -sin, ctx.interleaved), None, None, None
+
+
+@kernels.rope.cpu
+def _(x, cos, sin, interleaved=False):
+    return RopeCPU.apply(x, cos, sin, interleaved)
+
+
+# the reference draws eight decisions at a time: F.dropout's bernoulli costs ten times as much
+kernels.dropout.cpu(kernels.dropout.reference)
+
+# ------------------------------------------------------------------------------ attention
+
+
+class AttentionCPU(Function):
+    """Causal attention in blocks that stay in a core's cache; two to three times SDPA on a CPU.
+
+    Blocks of `ROWS` queries see only keys up to their own end, so half of the square is never
+    computed; `GROUP` heads share a call to keep the scores near 2 MB. Like FlashAttention
+    (Dao 2022) nothing of size (T, T) is kept: the backward recomputes each block's softmax.
+    """
+    ROWS, GROUP = 128, 48
+
+    @staticmethod
+    def blocks(q, window, doc):
+        """Yield slices (heads, rows, keys) and the mask of what is hidden at the keys' end."""
+        BH, T = q.shape[:2]
+        # a document mask differs by batch row: a group is one row's heads then
+        step = AttentionCPU.GROUP if doc is None else BH // doc.shape[0]
+        positions = torch.arange(T)
+        for i in range(0, T, AttentionCPU.ROWS):
+            end = min(i + AttentionCPU.ROWS, T)
+            start = max(0, i - window + 1) if window else 0
+            # without window or documents only the square on the diagonal has anything to hide
+            first = start if window or doc is not None else i
+            hidden = ~kernels.near(positions[i:end], positions[first:end], window)
+            for h in range(0, BH, step):
+                if doc is not None:
+                    own = doc[h // step]
+                    other = own[i:end, None] != own[start:end]
+                yield (slice(h, h + step), slice(i, end), slice(start, end),
+                       hidden if doc is None else hidden | other)
+
+    @staticmethod
+    def weights(q, k, scale, softcap, hidden):
+        """One block's softmax (G, rows, keys) and, for the backward, tanh of the capped scores."""
+        scores, tanh = torch.bmm(q, k.transpose(1, 2)).mul_(scale), None
+        if softcap:
+            tanh = scores.div_(softcap).tanh_()
+            scores = tanh * softcap
+        scores[..., -hidden.shape[-1]:].masked_fill_(hidden, -math.inf)
+        return torch.softmax(scores, -1), tanh
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, window, softcap, doc, dropout_p):
+        out, masks = torch.empty_like(q), []
+        for h, rows, keys, hidden in AttentionCPU.blocks(q, window, doc):
+            p, _ = AttentionCPU.weights(q[h, rows], k[h, keys], scale, softcap, hidden)
+            if dropout_p:
+                masks.append(kernels.keep_mask(p.shape, dropout_p, p.device))
+                p = p.mul_(masks[-1]).div_(1 - kernels.quantised(dropout_p))
+            out[h, rows] = torch.bmm(p, v[h, keys])
+        ctx.save_for_backward(q, k, v)
+        ctx.rest = (scale, window, softcap, doc, dropout_p, masks)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        scale, window, softcap, doc, dropout_p, masks = ctx.rest
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for n, (h, rows, keys, hidden) in enumerate(AttentionCPU.blocks(q, window, doc)):
+            p, tanh = AttentionCPU.weights(q[h, rows], k[h, keys], scale, softcap, hidden)
+            dp = torch.bmm(grad[h, rows], v[h, keys].transpose(1, 2))
+            dropped = p
+            if dropout_p:
+                keep = masks[n].to(p.dtype).div_(1 - kernels.quantised(dropout_p))
+                dropped, dp = p * keep, dp.mul_(keep)
+            dv[h, keys] += torch.bmm(dropped.transpose(1, 2), grad[h, rows])
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)  # p (dp - sum p dp)
+            if softcap:
+                ds = ds * (1 - tanh * tanh)
+            dq[h, rows] = torch.bmm(ds, k[h, keys])
+            dk[h, keys] += torch.bmm(ds.transpose(1, 2), q[h, rows])
+        return dq, dk, dv, None, None, None, None, None
+
+
+@kernels.attention.cpu
+def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    if positions is not None or T != S or T == 1:       # a few tokens over a cache
+        return kernels.attention.forms["torch"](
+            q, k, v, scale=scale, window=window, softcap=softcap, doc=doc, positions=positions,
+            dropout_p=dropout_p)
+    if H > K:
+        k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
+    flat = [x.reshape(B * H, T, D) for x in (q, k, v)]
+    scale = D ** -0.5 if scale is None else scale
+    return AttentionCPU.apply(*flat, scale, window, softcap, doc, dropout_p).view(B, H, T, D)
+
+# -------------------------------------------------------------------------------- serving
+
+
+def rms_norm_at(weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> Callable:
+    """rms_norm(x, weight, eps, offset) as a function of x (…, C) of that type, without gradients.
+
+    sqrt(C) w x / hypot(|x|, sqrt(C eps)): for one token what counts is the number of calls.
+    """
+    C = weight.shape[0]
+    least = torch.tensor(math.sqrt(C * eps), dtype=dtype)
+    scale = (weight.float() + offset).mul_(math.sqrt(C)).to(dtype)
+    length = torch.linalg.vector_norm
+    return lambda x: (x / length(x, 2, -1, True).hypot_(least)).mul_(scale)
+
+
+def rope_at(cos: Tensor, sin: Tensor, dtype: torch.dtype, interleaved: bool = False) -> Callable:
+    """rope(x, cos, sin, interleaved) as a function of x, for all the layers of a step.
+
+    Where nothing is learned, cos and sin are spread over whole heads once, as [cos cos] and
+    [-sin sin]: then a layer's x cos + swap(x) sin is three operations.
+    """
+    if torch.is_grad_enabled() or kernels.best(cos) != "cpu":
+        return lambda x: kernels.rope(x, cos, sin, interleaved)
+    half, pair = cos.shape[-1], -1 if interleaved else -2
+    cos, sin = (torch.stack(y, pair).flatten(-2).unsqueeze(-2).to(dtype)      # (.., T, 1, R)
+                for y in ((cos, cos), (-sin, sin)))
+
+    def turn(x: Tensor) -> Tensor:
+        whole = x.shape[-1] == 2 * half
+        part = x if whole else x[..., :2 * half]
+        swapped = part.unflatten(-1, (half, 2)).flip(-1).flatten(-2) if interleaved else (
+            part.roll(half, -1))
+        y = (part * cos).addcmul_(swapped, sin)
+        return y if whole else torch.cat((y, x[..., 2 * half:]), -1)
+    return turn
