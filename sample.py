@@ -188,8 +188,8 @@ class Memory:
             rest = torch.tensor([context[same:]], device=model.output_weight.device)
             logits = model(rest, cache=self.cache, head=lambda h, w: model.to_logits(h[:, -1], w))
             return logits.float(), self.cache
-        # twice the room that is needed: the next turn then fits as well
-        return prefill(model, [context], min(model.config.block_size, 2 * room))
+        # more room than is needed: the next turns then fit as well
+        return prefill(model, [context], min(model.config.block_size, max(1024, 2 * room)))
 
 
 class Lookup:

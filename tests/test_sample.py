@@ -250,7 +250,7 @@ class Letters:
     def __init__(self, pieces):
         self.pieces = pieces
 
-    def stream(self):
+    def stream(self, after=()):
         pieces = self.pieces
 
         class Stream:
@@ -416,3 +416,166 @@ def test_a_missing_model_is_status_2_and_a_reader_that_leaves_is_no_error(saved,
                            "--prompt=a"], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert gone.returncode == 0 and "Traceback" not in gone.stderr
+
+# ------------------------------------------------- guesses from the text, and what a chat remembers
+
+WINDOWS = dict(KINDS["llama"], sliding_window=4, block_size=200)
+
+
+@pytest.mark.parametrize("settings", [GREEDY, Sampling(0.7, 5), Sampling(0, repetition_penalty=1.1)],
+                         ids=["greedy", "sampled", "penalty"])
+@pytest.mark.parametrize("count", [1, 3, 63])
+@pytest.mark.parametrize("kind", ["gpt2", "windows"])
+def test_guessing_changes_the_speed_and_not_the_text(kind, count, settings, monkeypatch):
+    """Through a full context and full windows, for every way of choosing a token."""
+    model = build("llama", **WINDOWS) if kind == "windows" else build(kind)
+    start = prompt(5) * 3                               # repeats itself, so that guesses are made
+    plain = run_all(model, [start], 120, settings, seed=3)
+    tried, kept, real = [], [], sample.Lookup.guess
+
+    def watched(self, ids, most):
+        kept.append(len(ids))
+        tried.append(len(found := real(self, ids, most)))
+        return found
+    monkeypatch.setattr(sample.Lookup, "guess", watched)
+    assert run_all(model, [start], 120, settings, seed=3, speculate=count) == plain
+    assert max(tried) == min(count, max(tried)) > 0
+    if settings is GREEDY:                              # a greedy text runs into a loop
+        assert len(tried) < 119
+
+
+def test_the_lookup_is_a_search_through_the_text():
+    """The newest place where the last three tokens, or two, stood before; against a plain loop."""
+    ids, lookup = prompt(400), sample.Lookup()
+    ids = [i % 4 for i in ids]
+    for end in range(1, len(ids)):
+        text = ids[:end]
+        expected = []
+        for n in (2, 3):                                # three wins
+            places = [i for i in range(n, end) if end >= n and text[i - n:i] == text[end - n:]]
+            expected = text[places[-1]:places[-1] + 5] if places else expected
+        assert lookup.guess(text, 5) == expected, text
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "windows"])
+def test_a_conversation_is_encoded_once_and_says_the_same(kind, monkeypatch):
+    """Prompts that go on where the last answer ended, differ within it, or start anew."""
+    model = build("llama", **WINDOWS) if kind == "windows" else build("gpt2", block_size=200)
+    memory, ids, run = sample.Memory(), prompt(7), []
+    real = Transformer.forward
+    monkeypatch.setattr(Transformer, "forward",
+                        lambda self, x, **k: run.append(x.shape[1]) or real(self, x, **k))
+    for turn in (prompt(3, 1), prompt(2, 2), prompt(5, 3)):
+        ids = ids + turn
+        run.clear()
+        row = run_all(model, [ids], 6, GREEDY, memory=memory)[0]
+        first = run[0]
+        assert row == run_all(model, [ids], 6, GREEDY)[0]
+        ids = ids + row
+    assert first == 5 + 1                               # the turn, and the last token not yet run
+    for other in (ids[:20] + prompt(4, 5), prompt(9, 6), prompt(1, 7), ids[:3]):
+        assert run_all(model, [other], 6, GREEDY, memory=memory) == run_all(
+            model, [other], 6, GREEDY)
+    long = prompt(190, 8)                               # more than the cache has room for
+    assert run_all(model, [long], 30, GREEDY, memory=memory) == run_all(model, [long], 30, GREEDY)
+
+
+def test_guesses_and_memory_are_for_one_row():
+    for option in (dict(speculate=2), dict(memory=sample.Memory())):
+        with pytest.raises(UserError, match="one sample"):
+            run_all(build(), [prompt(3), prompt(3)], 5, GREEDY, **option)
+
+# ------------------------------------------------------------------------------------- to talk
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A tiny Llama with a chat template and a context of 256."""
+    tok = tokenizers.train(["hello world, the quick brown fox system user assistant " * 20], 300)
+    tok.template = "chatml"
+    tok.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    model = build("llama", vocab_size=tok.vocab_size, block_size=256)
+    path = tmp_path_factory.mktemp("chat") / "m"
+    save_model(path, model, tok)
+    return path
+
+
+def test_a_chat_is_what_transformers_generates_from_the_same_messages(talker, capsys):
+    """The whole way, ten conversations: template, ids, greedy answer, the end of the turn."""
+    tok = transformers.AutoTokenizer.from_pretrained(talker)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(talker, dtype=torch.float32).eval()
+    for i in range(10):
+        said = [{"role": "system", "content": "be quick"}] * (i % 2)
+        said += [{"role": "user", "content": f"hello fox {'quick ' * i}é 世{i}"}]
+        out = run_main(capsys, talker, chat=True, prompt=said[-1]["content"], temperature=0,
+                       system="be quick" if i % 2 else "")
+        ids = tok.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt",
+                                      return_dict=True)["input_ids"]
+        end = tok.convert_tokens_to_ids("<|im_end|>")
+        answer = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20,
+                                 do_sample=False, pad_token_id=0,
+                                 eos_token_id=[end, tok.eos_token_id])[0, ids.shape[1]:]
+        assert out == tok.decode(answer, skip_special_tokens=True) + "\n"
+
+
+def test_lines_of_a_pipe_are_turns_that_know_those_before(talker):
+    base = [f"--model={talker}", "--chat", "--max_new_tokens=12", "--temperature=0"]
+    both = script(*base, stdin="hello\n\nthe fox\n")
+    assert both.returncode == 0 and both.stderr.count("tokens/s") >= 2
+    alone = [script(*base, f"--prompt={p}").stdout for p in ("hello", "the fox")]
+    assert both.stdout.startswith(alone[0]) and not both.stdout.endswith(alone[1])
+    again = script(*base, stdin="hello\n/new\nthe fox\n")
+    assert again.stdout == alone[0] + alone[1]
+    for option in ("--quantize=int8", "--speculate=4", "--dtype=bfloat16"):
+        assert script(*base, option, stdin="hello\nthe fox\n").returncode == 0
+
+
+def test_a_long_conversation_forgets_its_oldest_exchanges():
+    """… as whole turns: a template cut in the middle is a language the model never saw."""
+    said = [{"role": "system", "content": "s"}] + [
+        {"role": role, "content": str(i)} for i in range(5) for role in ("user", "assistant")]
+    said.append({"role": "user", "content": "last"})
+    render = lambda messages: [0] * (10 * len(messages))            # noqa: E731
+    assert len(sample.fit(render, said, 65)) == 60
+    assert [m["content"] for m in said] == ["s", "3", "3", "4", "4", "last"]
+    assert len(sample.fit(render, said, 1)) == 20 and [m["content"] for m in said] == ["s", "last"]
+
+
+def test_a_chat_longer_than_the_context_goes_on(talker):
+    out = script(f"--model={talker}", "--chat", "--max_new_tokens=40", "--temperature=0",
+                 stdin="the quick brown fox é\n" * 12)
+    assert out.returncode == 0 and len(out.stdout.splitlines()) >= 12
+
+
+def test_mistakes_in_a_chat_are_one_sentence(saved, talker):
+    for model, settings, message in (
+            (saved, {}, "--template=chatml"), (talker, dict(template="klingon"), "--template="),
+            (talker, dict(num_samples=2), "one conversation"),
+            (talker, dict(lines=True), "one conversation"),
+            (talker, dict(quantize="int3"), "int8 or int4"),
+            (talker, dict(template="llama3"), "lacks"), (talker, dict(speculate=64), "0 to 63")):
+        with pytest.raises(UserError, match=message):
+            sample.main(sample.Config(model=str(model), chat=True, prompt="a", device="cpu",
+                                      **settings))
+
+
+def test_a_sentencepiece_prompt_begins_with_its_first_token_and_goes_on_with_a_space(tmp_path):
+    """Without <s> a Llama 2 is out of its mind; and the sample is the text after the prompt."""
+    tok = tokenizers.load(spm_file(tmp_path))
+    ids = sample.encode(tok, "hello")
+    assert ids[:1] == list(tok.prefix) and len(tok.prefix) == 1
+    assert sample.encode(tok, "") == ids[:1]
+    whole = tok.encode("hello world")
+    assert ids[1:] == whole[:len(ids) - 1]
+    text = Text(tok, [], set(), ids)
+    assert "".join(text.put(i) for i in whole[len(ids) - 1:]) + text.flush() == " world"
+
+
+def spm_file(folder):
+    """A tokenizer.model as sentencepiece trains and writes it, for a Llama."""
+    import sentencepiece
+    (folder / "text").write_text("hello world the quick brown fox jumps over the lazy dog\n" * 9)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text"), model_prefix=str(folder / "tokenizer"), model_type="bpe",
+        vocab_size=300, byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
+    return folder
