@@ -23,7 +23,7 @@ a GPU both are int8 that is unpacked at every use: half the memory, but more tim
 """
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -229,6 +229,7 @@ def pack(model: Transformer, quantize: str = "") -> int:
     model.output = pack_matrix(output if quantize else output.to(dtype), None,
                                quantize and "int8")
     if not model.config.tie_word_embeddings:
-        model.lm_head.weight.data = output[:0]          # gone, but its device can still be asked
+        # gone, but its device can still be asked; clone: a view would keep all of it
+        model.lm_head.weight.data = output[:0].clone()
     model.__class__ = Packed
     return total + model.output.bytes
