@@ -3,6 +3,9 @@
     python bench.py tokenizer                   # CPU: training and encoding, about a minute
     python bench.py tokenizer --repeat=9        # more rounds, a better median
     python bench.py train --repeat=3 --nanogpt=../nanoGPT    # CPU: beside a clone of nanoGPT
+    python bench.py sample --model=DIR          # CPU or GPU: beside transformers
+    python bench.py kernels                     # CPU or GPU: every operation in each of its forms
+    python bench.py families                    # the examples of config/, trained
 
 Each section is a function in SECTIONS. Contenders take turns within a round, so that a busy moment
 of the machine hits all of them; the table shows the median over rounds, the spread, and the ratio
@@ -11,7 +14,9 @@ installed is left out. The last line of stdout is one JSON object with every num
 """
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import os
 import platform
 import re
@@ -35,6 +40,9 @@ class Config:
     vocab_size: int = 16384     # tokenizer: entries to learn
     text: str = ""              # tokenizer: a UTF-8 file instead of Python's standard library
     nanogpt: str = ""           # train: a clone of nanoGPT, its shakespeare_char prepared
+    model: str = ""             # sample: a checkpoint; empty: SmolLM2-135M's shape, random weights
+    only: str = ""              # kernels: operations, joined by +; empty: all
+    dtype: str = "bfloat16"     # kernels: of the activations
 
 
 # --- measuring ------------------------------------------------------------------------------
@@ -188,8 +196,45 @@ def gemm_roof(dtype: Any) -> float:
     return 2 * 2048 ** 3 / min(times) / 1e9
 
 
+def steps(note: Callable[[str, float], None], title: str, *args: str) -> None:
+    """Note tokens/s and peak memory of train.py's steps on Tiny Shakespeare."""
+    with tempfile.TemporaryDirectory() as folder:
+        script(ROOT, *args, "--dataset=shakespeare_char", f"--out_dir={folder}/out",
+               "--eval_iters=1", "--eval_interval=1000", "--log_interval=1")
+        rows = [json.loads(x) for x in open(f"{folder}/out/log.jsonl")]
+    rows = [r for r in rows if "loss" in r and r["step"] > 2]
+    note(f"{title}, tokens/s", statistics.median(r["tokens_per_second"] for r in rows))
+    note(f"{title}, peak GB", rows[-1]["memory"])
+
+
+def train_on_gpu(cfg: Config) -> dict[str, Any]:
+    """Steps of GPT-2 124M at T 1024, batch 12, by backend; nanoGPT's own bench.py beside it."""
+    out: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        out.setdefault(name, []).append(value)
+        print(f"\r{name}: {value:,.4g}{'':20}", file=sys.stderr)
+
+    shape = ("config/gpt2_small.py", "--batch_size=12", "--gradient_accumulation_steps=1",
+             "--max_iters=40")
+    for _ in range(cfg.repeat):
+        for backend in ("reference", "torch", "auto", "cuda"):
+            for compiled in (0, 1):
+                steps(note, f"124M: --backend={backend} --compile={compiled}", *shape,
+                      f"--backend={backend}", f"--compile={compiled}")
+        if cfg.nanogpt:
+            done = subprocess.run([sys.executable, "bench.py", "--real_data=False"],
+                                  cwd=cfg.nanogpt, text=True, stdout=subprocess.PIPE)
+            ms = float(re.findall(r"time per iteration: ([\d.]+)ms", done.stdout)[-1])
+            note("124M: nanoGPT compiled, tokens/s", 12 * 1024e3 / ms)
+            note("124M: ours / nanoGPT", out["124M: --backend=auto --compile=1, tokens/s"][-1]
+                 / out["124M: nanoGPT compiled, tokens/s"][-1])
+    summary(out)
+    return {"results": out}
+
+
 def train(cfg: Config) -> dict[str, Any]:
-    """Our train.py and, with --nanogpt=DIR, nanoGPT's, on Tiny Shakespeare on this CPU."""
+    """Our train.py and, with --nanogpt=DIR, nanoGPT's, on Tiny Shakespeare on this machine."""
     import torch
     from data import loader
     from model import ModelConfig, Transformer
@@ -199,6 +244,8 @@ def train(cfg: Config) -> dict[str, Any]:
     if theirs and not (theirs / "data/shakespeare_char/train.bin").exists():
         raise UserError(f"{theirs} is no nanoGPT with its data: clone it there and run "
                         "python data/shakespeare_char/prepare.py in it")
+    if torch.cuda.is_available():
+        return train_on_gpu(cfg)
     config = ROOT / "config/nanogpt_shakespeare_char.py"
     out: dict[str, list[float]] = {}
 
@@ -216,10 +263,10 @@ def train(cfg: Config) -> dict[str, Any]:
                               where, *(a.format(4) for a in LARGE))[1]
                 steps = [float(x) for x in re.findall(r"iter [1-9]\d*:.*time ([\d.]+)ms", text)]
                 note("6/6/384: nanoGPT, tokens/s", 64 * 256e3 / statistics.median(steps))
-            script(ROOT, str(config), where, *(a.format(8) for a in LARGE))
-            rows = [json.loads(x) for x in open(f"{folder}/out/log.jsonl")]
-            rates = [r["tokens_per_second"] for r in rows if "loss" in r and r["step"] > 2]
-            note("6/6/384: ours, tokens/s", statistics.median(rates))
+            for title, form, n in (("ours", "auto", 8), ("torch", "torch", 8),
+                                   ("reference", "reference", 4)):
+                steps(note, f"6/6/384: {title}", str(config), "--device=cpu",
+                      f"--max_iters={n}", f"--backend={form}")
             if theirs:
                 seconds, text = script(theirs, "config/train_shakespeare_char.py",
                                        "--compile=False", where, *SMALL)
@@ -243,11 +290,169 @@ def train(cfg: Config) -> dict[str, Any]:
                         "config/shakespeare_char.py: time")):
         if b in out:
             out[f"{name}, ours / nanoGPT"] = [x / y for x, y in zip(out[a], out[b])]
-    print(f"{'':46}{'median':>12}{'min':>12}{'max':>12}")
-    for name, values in out.items():
-        print(f"{name:46}{statistics.median(values):12,.4g}{min(values):12,.4g}"
-              f"{max(values):12,.4g}")
+    summary(out)
     return {"results": out}
+
+
+EXAMPLES = ("llama", "qwen3", "qwen3_moe", "gemma3", "glm4", "minicpm", "glm4_moe")
+
+
+def families(cfg: Config) -> dict[str, Any]:
+    """config/'s one small example of each family, trained as it stands on the default corpus."""
+    out: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in EXAMPLES:
+            seconds, text = script(ROOT, f"config/{name}.py", f"--out_dir={folder}/{name}")
+            rows = [json.loads(x) for x in open(f"{folder}/{name}/log.jsonl")]
+            out[f"{name}: val loss"] = [[r["val_loss"] for r in rows if "val_loss" in r][-1]]
+            out[f"{name}: seconds"] = [seconds]
+            rates = [r["tokens_per_second"] for r in rows if "loss" in r and r["step"] > 2]
+            out[f"{name}: tokens/s"] = [statistics.median(rates)]
+            print(f"\r{name}: {out[f'{name}: val loss'][0]:.4f}, {seconds:.0f} s", file=sys.stderr)
+    summary(out)
+    return {"results": out}
+
+
+# --- generation -----------------------------------------------------------------------------
+
+QUESTIONS = ("What is the capital of France?", "Write a short poem about the sea.",
+             "Explain photosynthesis in simple words.", "What is 17 plus 25?",
+             "Name three animals that live in Africa.", "How do I boil an egg?",
+             "Translate 'good morning' into Spanish.", "Why is the sky blue?",
+             "Write a Python function that adds two numbers.", "Tell me a story about a dragon.")
+NEW = 100                       # tokens a timed sample has
+
+
+def perplexity(model: Any, ids: list[int], width: int = 512) -> float:
+    """exp of the mean loss of ids in rows of `width`, each token with what precedes it there."""
+    import torch
+    import kernels
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for i in range(0, len(ids) - width, width):
+            row = torch.tensor([ids[i:i + width + 1]], device=model.output_weight.device)
+            logits = model(row[:, :-1]).float()
+            total += float(kernels.cross_entropy(logits, row[:, 1:]))
+            count += width
+    return math.exp(total / count)
+
+
+def sample(cfg: Config) -> dict[str, Any]:
+    """Prompt and decode rates of a model in each type, beside transformers on the same weights."""
+    import torch
+    from checkpoint import load_model, load_tokenizer, save_model
+    from model import Transformer
+    from presets import preset
+    from quantize import pack
+    from sample import Sampling, generate
+    out: dict[str, list[float]] = {}
+
+    def note(name: str, value: float) -> None:
+        out.setdefault(name, []).append(value)
+        print(f"\r{name}: {value:,.4g}{'':20}", file=sys.stderr)
+
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(cfg.model or folder)
+        if not cfg.model:
+            save_model(where, Transformer(preset("smollm2-135m")).bfloat16(), None)
+        tok = load_tokenizer(where) if cfg.model else None
+        ours, weights, theirs = {}, {}, {}
+        for name, dtype, quantize in (("float32", "float32", ""), ("bfloat16", "bfloat16", ""),
+                                      ("int8", "bfloat16", "int8"), ("int4", "bfloat16", "int4")):
+            start = time.perf_counter()
+            ours[name] = load_model(where, "auto", dtype)
+            note(f"{name}: loaded, seconds", time.perf_counter() - start)
+            weights[name] = pack(ours[name], quantize)
+            note(f"{name}: loaded and packed, seconds", time.perf_counter() - start)
+        try:
+            from transformers import AutoModelForCausalLM
+            device = ours["float32"].output_weight.device
+            for name in ("float32", "bfloat16"):
+                theirs[name] = AutoModelForCausalLM.from_pretrained(
+                    where, dtype=getattr(torch, name)).to(device).eval()
+        except ImportError:
+            print("transformers is not installed: left out")
+
+    vocab, device = ours["float32"].config.vocab_size, ours["float32"].output_weight.device
+    prompts = torch.randint(0, vocab, (8, 512), generator=torch.Generator().manual_seed(0))
+    contenders = [(f"ours {n}", m) for n, m in ours.items()]
+    contenders += [(f"transformers {n}", m) for n, m in theirs.items()]
+
+    def run(model: Any, rows: int, length: int, new: int, **options) -> float:
+        """Seconds to continue `rows` prompts by `new` tokens."""
+        ids = prompts[:rows, :length]
+        start = time.perf_counter()
+        if isinstance(model, Transformer):
+            steps = list(generate(model, ids.tolist(), new, Sampling(temperature=0), **options))
+            assert len(steps) == new or options
+        else:
+            ids = ids.to(device)
+            with torch.inference_mode():
+                model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                               max_new_tokens=new, min_new_tokens=new, eos_token_id=None,
+                               pad_token_id=0)
+        return time.perf_counter() - start
+
+    for _, model in contenders:
+        run(model, 1, 16, 8)                                # warm caches, compile what there is
+    for _ in range(cfg.repeat):
+        for name, model in contenders:
+            note(f"{name}: prompt of 512, tokens/s", 512 / run(model, 1, 512, 1))
+            short = run(model, 1, 16, 1)
+            seconds = run(model, 1, 16, NEW) - short        # the decode steps alone
+            note(f"{name}: batch 1, tokens/s", (NEW - 1) / seconds)
+            if name.startswith("ours"):
+                note(f"{name}: batch 1, GB/s of weights",
+                     weights[name.split()[1]] * (NEW - 1) / seconds / 1e9)
+            short = run(model, 8, 16, 1)
+            note(f"{name}: batch 8, tokens/s", 8 * (NEW - 1) / (run(model, 8, 16, NEW) - short))
+    facts: dict[str, Any] = {"bytes a step": weights}
+    if tok is not None:
+        import pydoc_data.topics
+        text = "\n".join(pydoc_data.topics.topics.values())        # Python's own manual
+        ids = tok.encode_ordinary(text)[:4097]
+        for name, model in ours.items():
+            note(f"ours {name}: perplexity of Python's manual", perplexity(model, ids))
+        equal = 0
+        for question in QUESTIONS if theirs else ():
+            said = [{"role": "user", "content": question}]
+            asked = tok.render(said, add_generation_prompt=True)[0]
+            made = [s[0] for s in generate(ours["float32"], [asked], 60, Sampling(temperature=0),
+                                           ends=lambda r, t: t in tok.stop_ids)]
+            ids = torch.tensor([asked])
+            with torch.inference_mode():
+                answer = theirs["float32"].generate(
+                    ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60,
+                    eos_token_id=sorted(tok.stop_ids), pad_token_id=0)[0, ids.shape[1]:].tolist()
+            equal += made == answer
+            for name in ("bfloat16", "int8"):               # a text that quotes its prompt
+                start = time.perf_counter()
+                count = len(list(generate(ours[name], [asked], 60, Sampling(temperature=0),
+                                          ends=lambda r, t: t in tok.stop_ids, speculate=4)))
+                note(f"ours {name}: guessing 4, tokens/s with the prompt",
+                     count / (time.perf_counter() - start))
+        if theirs:
+            print(f"{equal} of {len(QUESTIONS)} greedy answers in float32 are transformers', "
+                  "token for token")
+            facts["equal answers"] = equal
+    for kind in ("float32", "bfloat16"):
+        for what in ("prompt of 512", "batch 1", "batch 8"):
+            a, b = (out.get(f"{who} {kind}: {what}, tokens/s") for who in ("ours", "transformers"))
+            if b:
+                out[f"{kind}: {what}, ours / transformers"] = [x / y for x, y in zip(a, b)]
+    for name in ours:
+        rates = [out[f"ours {name}: batch {rows}, tokens/s"] for rows in (8, 1)]
+        out[f"ours {name}: batch 8 / batch 1"] = [x / y for x, y in zip(*rates)]
+    summary(out)
+    return {"results": out, **facts}
+
+
+def summary(out: dict[str, list[float]]) -> None:
+    """A row a measure: median, least and largest."""
+    print(f"{'':52}{'median':>12}{'min':>12}{'max':>12}")
+    for name, values in out.items():
+        print(f"{name:52}{statistics.median(values):12,.4g}{min(values):12,.4g}"
+              f"{max(values):12,.4g}")
 
 
 # --- the table of sections ------------------------------------------------------------------
@@ -256,6 +461,9 @@ def train(cfg: Config) -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "tokenizer": tokenizer,
     "train": train,
+    "sample": sample,
+    "families": families,
+    "kernels": lambda cfg: importlib.import_module("bench_kernels").section(cfg),
 }
 
 

@@ -18,6 +18,8 @@ forgets its oldest exchange instead.
 """
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
 import os
 import stat
@@ -251,7 +253,7 @@ def generate(model: Any, prompts: list[list[int]], max_new_tokens: int,
         for r, prompt in enumerate(prompts):
             seen[r, [i for i in prompt if i < vocab_size]] = True
     live, cache, made = list(contexts), None, 0     # rows that go on; `batch`: rows of the cache
-    lookup = Lookup()
+    lookup, tokens = Lookup(), torch.zeros(0)
     was_training = model.training
     model.eval()
     try:
@@ -442,10 +444,8 @@ def turns(cfg: Config) -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from filter(str.strip, map(str.rstrip, sys.stdin))
         return
-    try:
-        import readline                                 # arrow keys and history
-    except ImportError:                                 # Windows
-        readline = None
+    with contextlib.suppress(ImportError):              # Windows has none
+        importlib.import_module("readline")             # arrow keys and history
     print("your turn; /new forgets all, an empty line or Ctrl-D ends, Ctrl-C stops an answer",
           file=sys.stderr)
     while True:

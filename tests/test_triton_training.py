@@ -1,0 +1,105 @@
+"""Whole training steps with the Triton kernels, in the interpreter: the dispatch, every operation
+of a model at once, the optimizer, and what surrounds them (checkpointing, documents, mixtures)."""
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest                                           # noqa: E402
+import torch                                            # noqa: E402
+
+import kernels                                          # noqa: E402
+from config import UserError                            # noqa: E402
+from model import ModelConfig, Transformer              # noqa: E402
+from optim import Optimizer, clip_grad_norm             # noqa: E402
+from presets import FAMILIES, GPT2, LLAMA               # noqa: E402
+
+V, T = 31, 16
+# small: the interpreter takes a millisecond for what a GPU does in a microsecond
+SHAPE = dict(vocab_size=V, block_size=T, n_layer=1, n_head=2, n_embd=16)
+KINDS = {"gpt2": dict(GPT2, **SHAPE), "llama": dict(LLAMA, **SHAPE, n_kv_head=1),
+         "gemma": dict(FAMILIES["gemma3"], **SHAPE, n_kv_head=1, head_dim=16, sliding_window=5),
+         "mixture": dict(FAMILIES["qwen3_moe"], **SHAPE, n_kv_head=1, head_dim=8, num_experts=3,
+                         num_experts_per_tok=2, moe_intermediate_size=8)}
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    before, threads = kernels.use("auto"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    kernels.use(before)
+    torch.set_num_threads(threads)
+
+
+def train(form: str, kind: str, steps: int, optimizer: str = "adamw", documents: bool = False,
+          **changes) -> list[float]:
+    """The losses of a run that learns a row of random tokens by heart."""
+    kernels.use(form)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(**{**KINDS[kind], **changes})).train()
+    rule = Optimizer(model.named_parameters(), optimizer, 0.01, 0.9, 0.95, weight_decay=0.1,
+                     muon_learning_rate=0.02)
+    ids = torch.randint(0, V, (1, T + 1))
+    doc = (torch.arange(T) // 7).unsqueeze(0) if documents else None
+    losses = []
+    for _ in range(steps):
+        loss = model(ids[:, :-1], doc=doc, head=lambda h, w: kernels.linear_cross_entropy(
+            h, w, ids[:, 1:], z_loss=1e-4, softcap=model.config.final_logit_softcapping))
+        loss.backward()
+        clip_grad_norm(rule.gradients(), 1.0, 1 / ids[:, 1:].numel())
+        rule.step(1.0)
+        rule.zero_grad()
+        losses.append(loss.item() / ids[:, 1:].numel())
+    return losses
+
+
+def apart(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) / abs(y) for x, y in zip(a, b))
+
+
+def test_fifty_steps_are_the_same_in_every_form():
+    """Errors of a kernel that its own test lets pass would add up here."""
+    losses = {form: train(form, "llama", 50) for form in ("reference", "torch", "triton")}
+    assert losses["reference"][-1] < 0.7 * losses["reference"][0]
+    assert apart(losses["torch"], losses["reference"]) < 1e-3
+    assert apart(losses["triton"], losses["reference"]) < 1e-3
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("gpt2", {}), ("gemma", {}), ("mixture", {}), ("llama", dict(documents=True, optimizer="muon")),
+    ("gpt2", dict(activation="relu2")), ("llama", dict(rope_interleaved=True, rope_theta=100.0)),
+    ("llama", dict(n_head=2, n_kv_head=1, head_dim=20, partial_rotary_factor=0.5))], ids=str)
+def test_a_few_steps_of_every_kind_of_model(kind, options):
+    assert apart(train("triton", kind, 2, **options), train("reference", kind, 2, **options)) < 1e-4
+
+
+def test_activation_checkpointing_changes_nothing(monkeypatch):
+    plain = train("triton", "llama", 2)
+    real = Transformer.train
+
+    def checkpointed(self, mode=True):
+        self.checkpointing = True
+        return real(self, mode)
+    monkeypatch.setattr(Transformer, "train", checkpointed)
+    assert apart(train("triton", "llama", 2), plain) < 1e-6
+
+
+def test_every_operation_of_a_step_runs_in_triton(monkeypatch):
+    """A form that is missing falls back in silence: here it may not, linear (cuBLAS) apart."""
+    kernels.ready("triton")
+    for name, operation in kernels.OPERATIONS.items():
+        if "triton" in operation.forms:
+            for other in ("torch", "cpu"):
+                if other in operation.forms:
+                    monkeypatch.setitem(operation.forms, other, None)
+    wanted = """embedding rms_norm layer_norm rope gelu silu relu relu2 glu dropout softmax linear
+    attention cross_entropy linear_cross_entropy linear_kl moe adamw muon clip_grad_norm"""
+    assert {n for n in wanted.split() if "triton" not in kernels.OPERATIONS[n].forms} == set()
+
+
+def test_a_cpu_tensor_without_the_interpreter_is_one_sentence(monkeypatch):
+    import triton_rows
+    kernels.use("triton")
+    monkeypatch.setattr(triton_rows, "INTERPRETED", False)
+    with pytest.raises(UserError, match="need a GPU"):
+        kernels.softmax(torch.zeros(2, 3))
