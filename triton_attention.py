@@ -2,7 +2,7 @@
 
     import kernels, triton_attention            # registers the `triton` form of kernels.attention
     y = kernels.attention(q, k, v, window=128)  # on a GPU; one GPU or many, the call is the same
-    TRITON_INTERPRET=1 python -m pytest tests/test_triton_tiles.py      # on a CPU, interpreted
+    TRITON_INTERPRET=1 pytest tests/test_triton_attention.py     # on a CPU, interpreted
 
 The (T, S) scores are never in memory (Dao 2023). A program owns a tile of queries and walks the
 keys a tile at a time, with a running maximum m and sum l of each row; for the masked scores s,
@@ -17,7 +17,7 @@ weights p = 2^(s - L). With delta = rowsum(do * o):
 
 One pass owns keys and gathers dk and dv, another owns queries and gathers dq: no atomics, so the
 same input gives the same gradient, bit for bit. To expect: relative L2 against float64 autograd at
-most 1e-5 in float32, 1e-3 in float16, 1e-2 in bfloat16 (tests/test_triton_tiles.py).
+most 1e-5 in float32, 1e-3 in float16, 1e-2 in bfloat16 (tests/test_triton_attention.py).
 """
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ from torch import Tensor
 from torch.autograd import Function
 
 import kernels
-from config import UserError
-from triton_rows import check
+from kernels import Unsupported
+from triton_rows import check, expect
 
 MOST_D = 256                                # head_dim: a tile of more does not fit in registers
-MOST_FEW, MOST_SPLITS = 64, 64              # queries over a cache; parts that its keys are cut into
+MOST_FEW, FEW_WIDE = 64, 16                 # rows of queries over a cache; the same in float32
+MOST_SPLITS = 64                            # parts that the keys of a cache are cut into
 LOG2E = math.log2(math.e)                   # exp(x) = exp2(x LOG2E)
 
 
@@ -374,24 +375,31 @@ def attention_queries(q, k, v, do, L, delta, dq, doc, first, positions, seed,
 # ---------------------------------------------------------------------------------- launching
 # (BM, BN, num_warps, num_stages) for head_dims up to 64, 128 and 256: the largest tiles of which
 # nothing spills on sm_80 and sm_90 and that fit in 99 KB of shared memory, which any GPU has.
-# float32 is multiplied without tensor cores, in registers, and its tiles are small
+# Dropout's random numbers take registers from the tiles. float32 is multiplied without tensor
+# cores, in registers, and its tiles are small
 HALF = {64: dict(forward=(128, 64, 8, 3), keys=(32, 64, 4, 2), queries=(128, 64, 8, 2)),
         128: dict(forward=(128, 64, 8, 2), keys=(32, 64, 8, 2), queries=(64, 32, 4, 2)),
         256: dict(forward=(64, 32, 8, 2), keys=(32, 32, 8, 1), queries=(32, 32, 4, 1))}
+DROPPED = {64: dict(forward=(128, 32, 8, 3), keys=(32, 64, 4, 2), queries=(128, 32, 8, 2)),
+           128: dict(forward=(64, 32, 4, 2), keys=(32, 32, 4, 2), queries=(64, 32, 8, 2)),
+           256: dict(forward=(64, 16, 8, 2), keys=(32, 32, 8, 1), queries=(32, 32, 4, 1))}
 FULL = {64: dict(forward=(32, 32, 8, 1), keys=(16, 32, 4, 1), queries=(16, 32, 4, 1)),
         128: dict(forward=(32, 32, 8, 1), keys=(16, 16, 4, 1), queries=(16, 16, 4, 1)),
         256: dict(forward=(16, 16, 8, 1), keys=(16, 16, 8, 1), queries=(16, 16, 8, 1))}
 
 
-def tiles(step: str, block_d: int, wide: bool, flags: dict) -> tuple[int, int, int, int]:
-    """(BM, BN, num_warps, num_stages) of forward, keys, queries or few; wide: float32."""
-    if step == "few":                       # BM is the number of queries; memory is what counts
-        return 0, 32 if wide or block_d > 128 else 64, 4, 1 if wide else 2
-    BM, BN, warps, stages = (FULL if wide else HALF)[max(64, block_d)][step]
-    if step == "forward" and flags["DROP"]:
-        BN = min(BN, 32)                    # random numbers take registers
-    if step == "keys" and not wide and not any(flags[x] for x in ("CAPPED", "DOC", "PLACED", "DROP")):
-        warps = min(warps, 4)
+def tiles(step: str, D: int, wide: bool, flags: dict, few: int = 0) -> tuple[int, int, int, int]:
+    """(BM, BN, num_warps, num_stages) of forward, keys, queries, or of `few` rows; wide: float32,
+    flags: which of SWITCHES are on."""
+    size = max(64, triton.next_power_of_2(D))
+    if step == "few":                       # memory is what counts: tiles of keys, and many
+        if wide:
+            return few, 32 if size < 256 else 16, 4 if size < 256 else 8, 1
+        return few, 64 if size < 256 else 32, 4 if few * size < 64 * 256 else 8, 2
+    table = FULL if wide else DROPPED if flags["DROP"] else HALF
+    BM, BN, warps, stages = table[size][step]
+    if table is HALF and step == "queries" and 64 < D < 128:
+        warps = 8           # masks take registers too: the tile stays, a thread holds half of it
     return BM, BN, warps, stages
 
 
@@ -406,7 +414,7 @@ def strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 def rounding(x: Tensor) -> str:
     """How tl.dot multiplies float32: exactly, unless the user lets tensor cores round."""
-    loose = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    loose = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if loose else "ieee"
 
 
@@ -439,8 +447,7 @@ class Attention(Function):
                                               dropout_p)
         o, L = q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
         if o.numel():
-            BM, BN, warps, stages = tiles("forward", flags["BLOCK_D"], q.dtype == torch.float32,
-                                          flags)
+            BM, BN, warps, stages = tiles("forward", D, q.dtype == torch.float32, flags)
             attention_forward[triton.cdiv(T, BM) * B * H,](
                 q, k, v, o, L, doc, first, positions, seed, *strides(q, k, v), B, H, T, S, S,
                 *numbers, **flags, PACK=1, SPLIT=False, BM=BM, BN=BN, num_warps=warps,
@@ -460,12 +467,12 @@ class Attention(Function):
         if o.numel():
             attention_delta[triton.cdiv(B * T * H, 32),](
                 o, do, delta, H, T, B * T * H, BM=32, D=D, BLOCK_D=block_d)
-            BM, BN, warps, stages = tiles("queries", block_d, wide, ctx.flags)
+            BM, BN, warps, stages = tiles("queries", D, wide, ctx.flags)
             attention_queries[triton.cdiv(T, BM) * B * H,](
                 q, k, v, do, L, delta, dq, doc, first, positions, seed, *strides(q, k, v), *shape,
                 *ctx.numbers, **ctx.flags, BM=BM, BN=BN, num_warps=warps, num_stages=stages)
         if dk.numel():
-            BM, BN, warps, stages = tiles("keys", block_d, wide, ctx.flags)
+            BM, BN, warps, stages = tiles("keys", D, wide, ctx.flags)
             attention_keys[triton.cdiv(S, BN) * B * Hkv,](
                 q, k, v, do, L, delta, dk, dv, doc, first, last, positions, seed,
                 *strides(q, k, v), *shape, *ctx.numbers, **ctx.flags, BM=BM, BN=BN,
@@ -482,7 +489,7 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, doc, positions, scale, window, s
     (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
     flags, numbers, first, _ = prepare(q, k, doc, positions, scale, window, softcap, 0.0)
     BM = max(16, triton.next_power_of_2(T * (H // Hkv)))
-    _, BN, warps, stages = tiles("few", flags["BLOCK_D"], q.dtype == torch.float32, flags)
+    _, BN, warps, stages = tiles("few", D, q.dtype == torch.float32, flags, BM)
     # about 512 programs, each with two tiles of keys or more
     splits = max(1, min(MOST_SPLITS, 512 // (B * Hkv), S // (2 * BN)))
     span = triton.cdiv(triton.cdiv(S, splits), BN) * BN
@@ -508,19 +515,25 @@ def one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 @kernels.attention.triton
 def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
-    check(q, k, v)
-    (B, H, T, D), Hkv = q.shape, k.shape[1]
+    check(q, k, v, doc, positions)
+    (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
+    expect(k.shape == v.shape == (B, Hkv, S, D) and H % max(1, Hkv) == 0 and T <= S
+           and (doc is None or doc.shape == (B, S))
+           and (positions is None or positions.shape == (B, T)), "attention",
+           "q (B, H, T, D); k, v (B, Hkv, S, D), T <= S, H a multiple of Hkv; doc (B, S); "
+           "positions (B, T)")
     scale = D ** -0.5 if scale is None else scale
     if D > MOST_D:
-        raise UserError(f"attention: the Triton kernel takes a head_dim up to {MOST_D}, and this "
+        raise Unsupported(f"attention: the Triton kernel takes a head_dim up to {MOST_D}, and this "
                         f"one is {D}; use --backend=torch")
     if scale <= 0:
-        raise UserError(f"attention: the scale must be positive, and {scale} is not")
+        raise Unsupported(f"attention: the scale must be positive, and {scale} is not")
     q, k, v = (last_dense(x) for x in one_type(q, k, v))
     doc = None if doc is None else doc.long().contiguous()
     positions = None if positions is None else positions.long().contiguous()
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if T * (H // Hkv) <= MOST_FEW and q.numel() and not learns and not dropout_p:
+    few = T * (H // Hkv) <= (FEW_WIDE if q.dtype == torch.float32 else MOST_FEW)
+    if few and q.numel() and not learns and not dropout_p:
         return attend_few(q, k, v, doc, positions, scale, window, softcap)
     # drawn on the device and read there: the backward repeats it, and nothing waits for it
     seed = torch.randint(2 ** 31, (1,), device=q.device) if dropout_p else None
@@ -554,24 +567,26 @@ def ship(function, dtype: str, warps: int, stages: int, constants: dict) -> tupl
 
 
 def shipped() -> Iterator[tuple]:
-    """The tiles of every type and head_dim, plain and with all options: whatever lies between
-    differs in what it leaves out. Head_dims that fill no power of two add masks."""
-    plain = dict.fromkeys(SWITCHES, False)
-    heavy = dict.fromkeys(SWITCHES, True)
+    """The tiles of every type and size of head: plain, with a window, with what walks the keys
+    twice, and with all options. Head_dims that fill no power of two add masks."""
+    options = [(), ("WINDOW",), ("CAPPED", "WINDOW", "DROP"), SWITCHES]
     for dtype, precision in (("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")):
-        for D in (64, 80, 128, 256) if dtype == "bf16" else (64, 128, 256):
-            for flags in (plain, heavy) if precision == "ieee" else (plain,):
-                block_d = triton.next_power_of_2(D)
-                base = dict(flags, GROUPS=4, D=D, BLOCK_D=block_d, PRECISION=precision)
+        half = dtype == "bf16"
+        for D in (64, 80, 128, 192, 256) if half else (64, 128, 256):
+            for on in options if half else (options[0], SWITCHES):
+                flags = {x: x in on for x in SWITCHES}
+                base = dict(flags, GROUPS=4, D=D, BLOCK_D=triton.next_power_of_2(D),
+                            PRECISION=precision)
                 for step, function in (("forward", attention_forward), ("keys", attention_keys),
                                        ("queries", attention_queries)):
-                    BM, BN, *launch = tiles(step, block_d, dtype == "fp32", flags)
+                    BM, BN, *launch = tiles(step, D, not half, flags)
                     yield ship(function, dtype, *launch,
                                dict(base, BM=BM, BN=BN, PACK=1, SPLIT=False))
-                _, BN, *launch = tiles("few", block_d, dtype == "fp32", flags)
-                for BM in (16, MOST_FEW):
-                    yield ship(attention_forward, dtype, *launch,
-                               dict(base, DROP=False, BM=BM, BN=BN, PACK=4, SPLIT=True))
+                if on in ((), SWITCHES):
+                    for few in (16, MOST_FEW) if half else (FEW_WIDE,):
+                        BM, BN, *launch = tiles("few", D, not half, flags, few)
+                        yield ship(attention_forward, dtype, *launch,
+                                   dict(base, DROP=False, BM=BM, BN=BN, PACK=4, SPLIT=True))
     for D in (64, 256):
         sizes = dict(D=D, BLOCK_D=D)
         yield ship(attention_join, "bf16", 4, 3, dict(sizes, SPLITS=MOST_SPLITS))

@@ -24,6 +24,7 @@ from torch.autograd import Function
 
 import kernels
 from config import UserError
+from kernels import Unsupported
 
 # ---------------------------------------------------------------------------- how to launch
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,8 +48,8 @@ def check(*tensors: Tensor | None) -> None:
         if x is None:
             continue
         if x.is_floating_point() and x.dtype not in FLOATS:
-            raise UserError(f"the Triton kernels compute in float32, float16 and bfloat16, not "
-                            f"{x.dtype}: convert the tensor, or use --backend=reference")
+            raise Unsupported(f"the Triton kernels compute in float32, float16 and bfloat16, not "
+                              f"{x.dtype}: convert the tensor, or use --backend=reference")
         if not x.is_cuda and not INTERPRETED:
             raise UserError(f"the Triton kernels need a GPU, and a tensor is on {x.device}: move "
                             "it there, or use --backend=torch")
@@ -209,8 +210,8 @@ class Norm(Function):
     def forward(ctx, x, branch, weight, bias, eps, offset, centre):
         C, flat, add = x.shape[-1], rows_of(x), branch is not None
         if C > NORM_SIZES[-1]:
-            raise UserError(f"the Triton norms hold a row of up to {NORM_SIZES[-1]} features, not "
-                            f"{C}: use --backend=torch")
+            raise Unsupported(f"the Triton norms hold a row of up to {NORM_SIZES[-1]} features, "
+                              f"not {C}: use --backend=torch")
         R, block, warps = tile(C, NORM_SIZES)
         kind = torch.promote_types(x.dtype, branch.dtype) if add else x.dtype
         s = torch.empty(x.shape, dtype=kind, device=x.device) if add else flat
@@ -440,7 +441,7 @@ def _(gate, up, activation="silu"):
     check(gate, up)
     expect(gate.shape == up.shape, "glu", "gate and up of one shape")
     if activation not in KINDS:
-        raise UserError(f"glu has no Triton kernel for {activation!r}: choose {', '.join(KINDS)}")
+        raise Unsupported(f"glu has no Triton kernel for {activation!r}: choose {', '.join(KINDS)}")
     return Glu.apply(gate, up, KINDS[activation])
 
 # ---------------------------------------------------------------------------------- dropout

@@ -33,7 +33,6 @@ from triton_matmul import blocks, choices, even, even_rows, product, ship, sixte
 from triton_rows import FLAT, KINDS, check, expect, online, rows_of, value_and_slope, window
 from triton_step import capped
 
-LESSONS = ("linear",)                   # forms to read and to test, which `auto` does not take
 ROW = dict(R=1, BLOCK=4096, num_warps=8)        # a program of a loss walks one row of logits
 
 # ------------------------------------------------------------------- logits, a chunk at a time
