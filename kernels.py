@@ -80,14 +80,13 @@ def use(backend: str) -> str:
 
 def best(lead: Any) -> str:
     """The form that serves this tensor now (a list of tensors: its first), if it is there."""
-    if _backend not in ("auto", "torch"):
+    if _backend != "auto" and _backend != "torch":
         return _backend
     lead = lead[0] if type(lead) in (list, tuple) and lead else lead
-    device = getattr(lead, "device", None)
-    if device is not None and device.type == "cpu":
+    if getattr(lead, "is_cpu", False):
         # a compiler fuses better than passes counted by hand
-        return "cpu" if not torch.compiler.is_compiling() and ready("cpu") else "torch"
-    if device is not None and device.type == "cuda" and _backend == "auto" and ready("triton"):
+        return "torch" if torch.compiler.is_compiling() or not ready("cpu") else "cpu"
+    if getattr(lead, "is_cuda", False) and _backend == "auto" and ready("triton"):
         return "triton"
     return "torch"
 

@@ -445,8 +445,7 @@ class Transformer(Module):
         self.output: Callable | None = None             # hidden -> logits, by quantize.pack()
         self.checkpointing = False                      # recompute blocks in the backward
         self.tables: dict = {}                          # rope_table by (length, device)
-        if self.model.norm.weight.device.type != "meta":
-            self.init_weights()
+        if not self.model.norm.weight.is_meta: self.init_weights()
 
     def init_weights(self) -> None:
         """GPT-2's: N(0, 0.02), and residual projections divided by sqrt(2 n_layer), so that the
@@ -519,7 +518,8 @@ class Transformer(Module):
             if self.checkpointing and self.training:
                 x, seen = checkpoint(block, x, rope, doc, cache, use_reentrant=False)
             else:
-                x, seen = block(x, rope, doc, cache)
+                # a packed model has no use for the hooks of Module.__call__
+                x, seen = (block.forward if self.output else block)(x, rope, doc, cache)
             if router and seen is not None:
                 routes.append(MoE.statistics(seen, router == "sequence"))
         if cache is not None:
