@@ -196,7 +196,11 @@ class AttentionCPU(Function):
 @kernels.attention.cpu
 def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
-    if positions is not None or T != S or T == 1:       # a few tokens over a cache
+    plain = not window and not softcap and doc is None and not dropout_p
+    # SDPA is as good for a few tokens over a cache, for short prompts, and in float32, whose
+    # products cost so much that the rest matters less
+    if positions is not None or T != S or T == 1 or plain and (
+            q.dtype == torch.float32 or T <= 128 and not torch.is_grad_enabled()):
         return kernels.attention.forms["torch"](
             q, k, v, scale=scale, window=window, softcap=softcap, doc=doc, positions=positions,
             dropout_p=dropout_p)
