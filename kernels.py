@@ -48,6 +48,8 @@ def ready(form: str) -> bool:
     """Read the files of a form, once; False where what they are built on is not installed."""
     if form not in _ready:
         _ready[form] = True             # first: those files import this one
+        # multiply and add in one instruction: what Triton does by default up to 3.9, and warns of
+        os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
         try:
             for name in FILES[form]:
                 importlib.import_module(name)
@@ -380,7 +382,9 @@ class ChunkedLoss(Function):
     known upstream gradient, so dX and dW are made in the forward, while the logits are there;
     a loss per row recomputes them in the backward.
     """
-    LOGITS = 2 ** 23                                  # elements of a chunk: 32 MB in float32
+    # elements of a chunk, 64 MB in float32: with half of it, or less than some 300 rows of a
+    # vocabulary of 50k, a chunk no longer pays for its pass over dW
+    LOGITS = 2 ** 24
 
     @staticmethod
     def of(x, weight, rule, reduction):
@@ -395,7 +399,7 @@ class ChunkedLoss(Function):
         loss = torch.zeros(x.shape[0], dtype=wide, device=x.device)
         if upstream is not None:
             dx, dw = torch.empty_like(x), torch.zeros(weight.shape, dtype=wide, device=x.device)
-        rows = max(1, ChunkedLoss.LOGITS * (16 if x.is_cuda else 1) // weight.shape[0])
+        rows = max(1, ChunkedLoss.LOGITS * (8 if x.is_cuda else 1) // weight.shape[0])
         for i in range(0, x.shape[0], rows):
             part = slice(i, min(i + rows, x.shape[0]))
             loss[part], dz = rule(widen(x[part] @ w.T), part, upstream is not None)
