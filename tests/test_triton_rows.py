@@ -478,7 +478,7 @@ triton.runtime.driver.set_active(types.SimpleNamespace(
     get_current_target=lambda: GPUTarget("cuda", 90, 32)))
 import kernels, triton_rows, triton_step
 triton_rows.check = triton_step.check = lambda *tensors: None
-kernels.use("triton")
+kernels._backend = "triton"          # use() would ask for a GPU
 
 class Done(Exception):
     pass
