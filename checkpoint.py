@@ -52,7 +52,8 @@ IGNORED = re.compile(r"\.rotary_(pos_)?emb\.inv_freq$|\.attn\.(masked_)?bias$|^r
 # The files that saving replaces or, where the new model has none, removes
 OURS = re.compile(r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab"
                   r"|params)\.json|(pytorch_)?model.*\.(safetensors|bin|json)|trainer\.pt"
-                  r"|merges\.txt|chat_template\.\w+|vocab\.bpe|consolidated.*\.(pth|safetensors)")
+                  r"|merges\.txt|chat_template\.\w+|vocab\.bpe|consolidated.*\.(pth|safetensors)"
+                  r"|adapter")                  # lora.py's folder
 # Those of them that are the tokenizer's
 WORDS = re.compile(r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|bpe)"
                    r"|merges\.txt|chat_template\.\w+|encoder\.json")
@@ -89,13 +90,19 @@ def save_checkpoint(path: str | Path, model: Any, tokenizer: Any, trainer: dict 
                     shard_bytes: int = SHARD_BYTES) -> Path:
     """save_model, with `trainer` (tensors and plain values: what resuming needs) as trainer.pt."""
     def fill(directory: Path) -> None:
-        model_, params = raw(model), dict(raw(model).named_parameters())
+        model_ = raw(model)
+        # what a LoRA layer holds as integers is saved as float32
+        dtypes = {n: p.dtype if p.is_floating_point() else torch.float32
+                  for n, p in model_.named_parameters()}
 
         def get(name: str, expert: int | None) -> Tensor:
-            p = params[name].detach()
+            # the attribute, not the parameter: a layer with adapters answers with the merged weight
+            owner, _, kind = name.rpartition(".")
+            p = getattr(model_.get_submodule(owner), kind).detach()
             return (p if expert is None else p[expert]).to("cpu")
-        write_model(directory, model_.config, {n: p.dtype for n, p in params.items()}, get,
-                    tokenizer, shard_bytes)
+        write_model(directory, model_.config, dtypes, get, tokenizer, shard_bytes)
+        # its adapters, beside what they amount to, are files of their own
+        getattr(model_, "save_beside", lambda folder: None)(directory)
         for name, content in (extra or {}).items():
             # a name, not a path: nothing is written outside the new directory
             data = content.encode() if isinstance(content, str) else content
@@ -242,7 +249,7 @@ def other_files(path: Path) -> list[Path]:
     if not path.exists():
         return []
     entries = list(path.iterdir()) if path.is_dir() else [path]
-    folders = [entry.name for entry in entries if entry.is_dir()]
+    folders = [e.name for e in entries if e.is_dir() and not OURS.fullmatch(e.name)]
     if folders or entries and not is_checkpoint(path):
         what = f"holds the folder {folders[0]}" if folders else "is not a checkpoint"
         raise UserError(f"{path} {what}, and saving would replace all of it: choose another folder")

@@ -393,12 +393,14 @@ class ChunkedLoss(Function):
         return ChunkedLoss.apply(*both, rule, reduction)
 
     @staticmethod
-    def walk(x, weight, rule, upstream):
-        """(loss (N,), dx, dweight); gradients are scaled by upstream (N,); None asks for none."""
+    def walk(x, weight, rule, upstream, frozen=False):
+        """(loss (N,), dx, dweight); gradients are scaled by upstream (N,); None asks for none.
+        frozen: the weight gets none, which is a third of the work (LoRA)."""
         w, wide, dx, dw = weight.to(x.dtype), widen(x[:0]).dtype, None, None
         loss = torch.zeros(x.shape[0], dtype=wide, device=x.device)
         if upstream is not None:
-            dx, dw = torch.empty_like(x), torch.zeros(weight.shape, dtype=wide, device=x.device)
+            dx = torch.empty_like(x)
+            dw = None if frozen else torch.zeros(weight.shape, dtype=wide, device=x.device)
         rows = max(1, ChunkedLoss.LOGITS * (8 if x.is_cuda else 1) // weight.shape[0])
         for i in range(0, x.shape[0], rows):
             part = slice(i, min(i + rows, x.shape[0]))
@@ -406,16 +408,17 @@ class ChunkedLoss(Function):
             if upstream is not None:
                 dz = dz.mul_(upstream[part].unsqueeze(-1)).to(x.dtype)
                 dx[part] = dz @ w
-                dw += dz.T @ x[part]
+                if not frozen:
+                    dw += dz.T @ x[part]
         return loss, dx, dw
 
     @staticmethod
     def forward(ctx, x, weight, rule, reduction):
         summed = reduction == "sum"
-        learn = summed and any(ctx.needs_input_grad[:2])
+        learn, frozen = summed and any(ctx.needs_input_grad[:2]), not ctx.needs_input_grad[1]
         loss, dx, dw = ChunkedLoss.walk(
-            x, weight, rule, torch.ones(x.shape[0], device=x.device) if learn else None)
-        ctx.rule, ctx.summed = rule, summed
+            x, weight, rule, torch.ones(x.shape[0], device=x.device) if learn else None, frozen)
+        ctx.rule, ctx.summed, ctx.frozen = rule, summed, frozen
         if any(ctx.needs_input_grad[:2]):
             ctx.save_for_backward(*((dx, dw) if summed else (x, weight)))
         return loss.sum() if summed else loss
@@ -423,9 +426,9 @@ class ChunkedLoss(Function):
     @staticmethod
     def backward(ctx, grad):
         if ctx.summed:
-            dx, dw = (d * grad.to(d.dtype) for d in ctx.saved_tensors)
+            dx, dw = (None if d is None else d * grad.to(d.dtype) for d in ctx.saved_tensors)
         else:
-            _, dx, dw = ChunkedLoss.walk(*ctx.saved_tensors, ctx.rule, grad)
+            _, dx, dw = ChunkedLoss.walk(*ctx.saved_tensors, ctx.rule, grad, ctx.frozen)
         return dx, dw, None, None
 
 @linear_cross_entropy.torch

@@ -400,7 +400,8 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
                 journal.say(f"--- sample at step {state.step}\n{on_sample()}\n---")
             if leaving:
                 journal.say(f"stopped after step {state.step} and saved to {cfg.out_dir}; go on "
-                            f"with: python train.py --init_from=resume --out_dir={cfg.out_dir}")
+                            f"with: python {Path(sys.argv[0]).name} --init_from=resume "
+                            f"--out_dir={cfg.out_dir}")
                 break
     if machine.world > 1:
         dist.barrier()
@@ -408,8 +409,12 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
 
 # ------------------------------------------------------------------------------ pretraining
 
-def next_token_loss(cfg: Config) -> Loss:
-    """The loss of pretraining: cross entropy of each next token, summed, with its token count."""
+def next_token_loss(cfg: Config, masked: bool = False) -> Loss:
+    """The loss of pretraining: cross entropy of each next token, summed, with its token count.
+
+    masked: many targets are -100. Only the hidden states of the others then meet the vocabulary,
+    whose matrix is most of a small model's work; the sum is the same.
+    """
     def loss(model, batch: Batch) -> tuple[Tensor, Tensor, dict]:
         targets, learn = batch["targets"], torch.is_grad_enabled()
         config = checkpoint.raw(model).config
@@ -417,9 +422,18 @@ def next_token_loss(cfg: Config) -> Loss:
         options["softcap"] = config.final_logit_softcapping
         routed = ("sequence" if cfg.router_sequence_wise else "batch") if (
             learn and config.num_experts) else ""
-        total = model(batch["ids"], doc=batch.get("doc"), router=routed, head=lambda h, w:
-                      kernels.linear_cross_entropy(h, w, targets, **options))
-        count, metrics = (targets >= 0).sum(), {}
+        count, metrics, live = (targets >= 0).sum(), {}, None
+        if masked:
+            live = (targets.flatten() >= 0).nonzero()[:, 0]
+            live = live if len(live) else live.new_zeros(1)     # no kernel likes an empty tensor
+
+        def head(h: Tensor, w: Tensor) -> Tensor:
+            y = targets
+            if masked:
+                h, y = h.flatten(0, 1).index_select(0, live), y.flatten()[live]
+            return kernels.linear_cross_entropy(h, w, y, **options)
+
+        total = model(batch["ids"], doc=batch.get("doc"), router=routed, head=head)
         if routed:
             # both are sums over all tokens: scaled to the tokens that count in the other sum
             total, seen = total
@@ -478,23 +492,32 @@ def prepare_out_dir(cfg: Config) -> None:
         raise UserError(f"cannot write to out_dir {out}: {e.strerror}; choose another with "
                         "--out_dir") from e
 
-def main(cfg: Config) -> State:
-    if cfg.init_from == "resume":
-        cfg = inherit(cfg)
-    kernels.use(cfg.backend)
+def check(cfg: Config) -> None:
+    """UserError for a setting that no run can have."""
     if cfg.schedule not in ("cosine", "linear", "constant", "wsd"):
         raise UserError(f"schedule={cfg.schedule!r} does not exist: cosine, linear, constant, wsd")
     for name in ("batch_size", "gradient_accumulation_steps", "block_size", "max_iters",
                  "eval_interval", "log_interval", "n_layer", "n_head", "n_embd", "keep"):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} is {getattr(cfg, name)}: it must be at least 1")
-    machine = find_machine(cfg)
-    dataset = loader.Dataset(loader.find(cfg.dataset))
-    tokenizer = tokenizers.load(loader.find(cfg.dataset))
+
+def rows_of_step(cfg: Config, machine: Machine) -> int:
+    """Rows of a global batch; UserError if there are more ranks."""
     rows = cfg.batch_size * cfg.gradient_accumulation_steps
     if rows < machine.world:
         raise UserError(f"a step has {rows} rows for {machine.world} ranks: raise batch_size or "
                         f"gradient_accumulation_steps to give each at least one")
+    return rows
+
+def main(cfg: Config) -> State:
+    if cfg.init_from == "resume":
+        cfg = inherit(cfg)
+    kernels.use(cfg.backend)
+    check(cfg)
+    machine = find_machine(cfg)
+    dataset = loader.Dataset(loader.find(cfg.dataset))
+    tokenizer = tokenizers.load(loader.find(cfg.dataset))
+    rows = rows_of_step(cfg, machine)
     batches = loader.Batches(dataset.tokens("train"), rows, cfg.block_size, seed=cfg.seed,
                              eot=dataset.eot, documents=cfg.document_mask)
     held_out = loader.eval_batches(dataset.tokens("val"), cfg.batch_size, cfg.block_size,

@@ -127,12 +127,16 @@ def read_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
 
 
 def field_comments(cls: type) -> tuple[dict[str, str], dict[str, str]]:
-    """(field -> its trailing comment, field -> the `# --- heading` above it), read from source."""
+    """(field -> its trailing comment, field -> the `# --- heading` above it), read from source;
+    those of the classes that it inherits from as well."""
     comments, headings, last, heading = {}, {}, None, None
+    for base in cls.__bases__:
+        if dataclasses.is_dataclass(base):
+            comments, headings = (a | b for a, b in zip((comments, headings), field_comments(base)))
     try:
         source = inspect.getsource(cls)
     except (OSError, TypeError):
-        return {}, {}
+        return comments, headings
     names = {f.name for f in dataclasses.fields(cls)}
     for tok in tokenize.generate_tokens(StringIO(inspect.cleandoc("\n" + source)).readline):
         first = tok.line.split(":")[0].strip()

@@ -94,7 +94,7 @@ GUTENBERG = "https://www.gutenberg.org/cache/epub/{0}/pg{0}.txt"
 BOOKS = (11, 35, 36, 74, 76, 84, 98, 120, 135, 145, 158, 161, 174, 345, 768, 996, 1184, 1232,
          1260, 1342, 1400, 1497, 1661, 2554, 2591, 2600, 2701, 4300, 5200, 28054)
 NAMES = {
-    "stdlib": Named(),
+    "stdlib": Named(), "skills": Named(), "stdlib_chat": Named(),   # the last two: skills.py
     "shakespeare_char": Named((SHAKESPEARE,), tokenizer="char", val_fraction=0.1),
     "shakespeare": Named((SHAKESPEARE,), tokenizer="gpt2", val_fraction=0.1),
     "tinystories": Named((STORIES.format("train"),), (STORIES.format("valid"),), "bpe",
@@ -536,6 +536,9 @@ def check(cfg: Config, named: Named | None) -> None:
 
 
 def main(cfg: Config) -> None:
+    if " ".join(cfg.source) in ("skills", "stdlib_chat"):   # conversations, not tokens
+        from data import skills         # not above: it builds on this file
+        return skills.main(skills.inherit(cfg))
     cfg = replace(cfg, source=cfg.source or Config().source)
     named = NAMES.get(" ".join(cfg.source))
     usual = named or Named()            # what was not asked for is as usual for this dataset

@@ -487,7 +487,9 @@ def test_nanogpts_command_line_runs_unchanged():
     assert all(str(getattr(cfg, k)) == str(v) for k, v in flags.items())
 
 
-SHIPPED = sorted(p.name for p in (ROOT / "config").glob("*.py") if p.name != "__init__.py")
+# those of pretraining; tests/test_sft.py holds those of sft.py
+SHIPPED = sorted(p.name for p in (ROOT / "config").glob("[a-z]*.py")
+                 if not p.name.startswith("sft_"))
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -520,7 +522,8 @@ VOCABULARY = {"shakespeare_char": 65, "nanogpt_shakespeare_char": 65} | dict.fro
     ("demo", "llama", "qwen3", "qwen3_moe", "gemma3", "glm4", "minicpm", "glm4_moe"), 16384)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[a-z]*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [ROOT / "config" / name for name in SHIPPED],
+                         ids=lambda p: p.stem)
 def test_the_cost_at_the_head_of_a_config_is_what_it_costs(path):
     """Parameters x tokens -> TFLOPs, and the minutes on H100s, follow from the settings."""
     import torch
@@ -540,3 +543,15 @@ def test_the_cost_at_the_head_of_a_config_is_what_it_costs(path):
         minutes = tera / (0.4 * train.PEAK_TFLOPS["H100"]) / 60
         assert int(one.replace(",", "")) == round(minutes)
         assert int(eight.replace(",", "")) == round(minutes / 8)
+
+
+@dataclass
+class Child(Config):
+    extra: int = 1      # only the child's
+
+
+def test_help_knows_the_comments_of_inherited_fields():
+    """A stage's Config builds on train.Config: its --help is that of both."""
+    from config import field_comments
+    mine, theirs = field_comments(Child)[0], field_comments(Config)[0]
+    assert theirs and mine == theirs | {"extra": "only the child's"}

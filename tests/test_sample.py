@@ -422,7 +422,8 @@ def test_a_missing_model_is_status_2_and_a_reader_that_leaves_is_no_error(saved,
 WINDOWS = dict(KINDS["llama"], sliding_window=4, block_size=200)
 
 
-@pytest.mark.parametrize("settings", [GREEDY, Sampling(0.7, 5), Sampling(0, repetition_penalty=1.1)],
+@pytest.mark.parametrize("settings", [GREEDY, Sampling(0.7, 5),
+                                      Sampling(0, repetition_penalty=1.1)],
                          ids=["greedy", "sampled", "penalty"])
 @pytest.mark.parametrize("count", [1, 3, 63])
 @pytest.mark.parametrize("kind", ["gpt2", "windows"])

@@ -84,6 +84,32 @@ def test_activation_checkpointing_changes_nothing(monkeypatch):
     assert apart(train("triton", "llama", 2), plain) < 1e-6
 
 
+def one_rank(rank: int, folder: str) -> None:
+    """A backward of half of the rows under DDP; rank 0 saves the mean gradient."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    grads = gradients(slice(rank, rank + 1), torch.nn.parallel.DistributedDataParallel)
+    if rank == 0:
+        torch.save(grads, f"{folder}/grads.pt")
+    torch.distributed.destroy_process_group()
+
+
+def gradients(rows: slice, wrap=lambda model: model) -> list[torch.Tensor]:
+    kernels.use("triton")
+    torch.manual_seed(0)
+    model = wrap(Transformer(ModelConfig(**KINDS["llama"])).train())
+    ids = torch.randint(0, V, (2, T + 1))[rows]
+    model(ids[:, :-1], head=lambda h, w: kernels.linear_cross_entropy(h, w, ids[:, 1:])).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def test_two_ranks_have_the_gradient_of_one(tmp_path):
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    shared = torch.load(tmp_path / "grads.pt", weights_only=True)
+    for a, b in zip(shared, gradients(slice(0, 2))):
+        torch.testing.assert_close(2 * a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_every_operation_of_a_step_runs_in_triton(monkeypatch):
     """A form that is missing falls back in silence: here it may not, linear (cuBLAS) apart."""
     kernels.ready("triton")

@@ -1,0 +1,462 @@
+"""Conversations in any layout -> rendered, masked, packed batches: the data of every later stage.
+
+    from data import chats
+    train, held_out = chats.find("skills")                  # files of a dataset, or one file
+    records = chats.read_chats(train)                       # {"messages": [{"role", "content"}…]}
+    rendered = chats.render_all(tokenizer, records, "chatml", max_length=257)
+    batches = chats.Packed(rendered, batch_size=8, block_size=256)
+    batches(0)["targets"]                                   # (8, 256), -100 where not trained on
+
+Nothing to run, and the same on every device: sft.py and the stages after it call this. What to
+expect of the packing: rows over 90% full where conversations are shorter than half a row (tested,
+and printed by the stages), where one conversation a row would mostly be padding.
+
+Three traps that other repositories' users fell into, and what keeps them shut here. A conversation
+longer than a row stops some packers for ever: it is cut when it is rendered. One without any token
+to train on makes a loss 0 / 0: it is skipped, and counted. And ids whose mask takes another way
+through the program lose it: here they are one object until they are targets.
+"""
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
+import chat as templates  # noqa: E402  (found only once the root is on the path)
+from config import UserError  # noqa: E402
+from data import loader  # noqa: E402
+
+HELD_OUT = 20           # of a file without a validation file every 20th record validates
+
+# --- layouts -----------------------------------------------------------------------------------
+# Roles as other projects call them (ShareGPT, Gemma, OpenAI, Llama 3), and as chat.py does
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+         "function": "tool", "observation": "tool", "ipython": "tool", "developer": "system"}
+CONVERSATION = ("messages", "conversations", "conversation")    # keys of a list of turns
+QUESTION = ("instruction", "prompt", "question")                # keys of what is asked, a text
+ANSWER = ("output", "completion", "response", "answer")         # and of what is answered
+KINDS = ("sft", "preference", "prompts", "labels")
+Messages = list[dict[str, str]]
+
+
+def text_of(value: Any, what: str) -> str:
+    """A content: a text, OpenAI's list of text parts, or nothing."""
+    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str)
+                                       for part in value):
+        return "".join(part["text"] for part in value)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{what} is a {type(value).__name__} where a text should be")
+    return value or ""
+
+
+def turns(value: Any, what: str) -> Messages:
+    """A list of turns, {"role", "content"} or ShareGPT's {"from", "value"}, with our roles."""
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{what} is {'empty' if value == [] else type(value).__name__}: it should "
+                        "be a list of messages")
+    out = []
+    for k, message in enumerate(value, 1):
+        if not isinstance(message, dict):
+            raise UserError(f"message {k} of {what} is a {type(message).__name__}, not an object")
+        role = message.get("role", message.get("from"))
+        role = ROLES.get(role, role) if isinstance(role, str) else role
+        if role not in templates.ROLES:
+            raise UserError(f"message {k} of {what} has the role {role!r}, which is none of "
+                            f"{', '.join(templates.ROLES)}")
+        content = text_of(message.get("content", message.get("value")),
+                          f"the content of message {k} of {what}")
+        if message.get("tool_calls") and not content:
+            raise UserError(f"message {k} of {what} calls a tool, for which the chat templates "
+                            "have no words")
+        out.append({"role": role, "content": content})
+    return out
+
+
+def asked(record: dict[str, Any]) -> Messages:
+    """What is asked in a record that spells it in keys of its own: Alpaca's, or a prompt."""
+    key = next((k for k in QUESTION if k in record), None)
+    if key is None:
+        raise UserError(f"its keys are {', '.join(map(repr, record)) or 'none'}; a conversation "
+                        f"has {' or '.join(CONVERSATION[:2])}, or one of {', '.join(QUESTION)} "
+                        f"and one of {', '.join(ANSWER)}")
+    if isinstance(record[key], list):
+        return turns(record[key], key)
+    before = [{"role": "system", "content": text_of(record["system"], "system")}] if (
+        record.get("system")) else []
+    history = record.get("history") or []           # Alpaca with turns: [[question, answer], …]
+    if not isinstance(history, list) or any(
+            not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in history):
+        raise UserError("history is not a list of [question, answer]")
+    for question, answer in history:
+        before += [{"role": "user", "content": text_of(question, "a question in history")},
+                   {"role": "assistant", "content": text_of(answer, "an answer in history")}]
+    given = text_of(record[key], key)
+    more = text_of(record.get("input"), "input") if key == "instruction" else ""
+    return before + [{"role": "user", "content": f"{given}\n\n{more}" if more else given}]
+
+
+def answered(messages: Messages) -> Messages:
+    """The conversation up to the first empty answer: training on one would teach silence."""
+    for k, message in enumerate(messages):
+        if message["role"] == "assistant" and not message["content"].strip():
+            return messages[:k]
+    return messages
+
+
+def conversation(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of any layout for fine-tuning -> {"messages"}."""
+    if "chosen" in record and "rejected" in record:
+        raise UserError("it is a preference record (chosen, rejected), not a conversation")
+    if key := next((k for k in CONVERSATION if k in record), None):
+        return {"messages": answered(turns(record[key], key))}
+    messages = asked(record)
+    key = next((k for k in ANSWER if k in record), None)
+    if key is None:
+        raise UserError(f"it has a question and none of {', '.join(ANSWER)}")
+    if isinstance(record[key], list):               # trl's prompt and completion, both turns
+        return {"messages": answered(messages + turns(record[key], key))}
+    answer = {"role": "assistant", "content": text_of(record[key], key)}
+    return {"messages": answered(messages + [answer])}
+
+
+def preference(record: dict[str, Any]) -> dict[str, Any]:
+    """Two answers to one prompt -> {"chosen", "rejected"}, both whole conversations."""
+    if missing := [k for k in ("chosen", "rejected") if not record.get(k)]:
+        raise UserError(f"a preference needs chosen and rejected; {missing[0]} is not there")
+    if key := next((k for k in CONVERSATION if k in record), None):
+        before = turns(record[key], key)
+    else:
+        before = asked(record) if any(k in record for k in QUESTION) else []
+    out = {}
+    for key in ("chosen", "rejected"):
+        if isinstance(record[key], str):
+            if not before:
+                raise UserError(f"{key} is an answer, and its prompt is not there")
+            out[key] = [*before, {"role": "assistant", "content": record[key]}]
+            continue
+        out[key] = turns(record[key], key)
+        # trl's explicit prompt stands apart; most files repeat it in both
+        if before and out[key][:len(before)] != before:
+            out[key] = before + out[key]
+        if out[key][-1]["role"] != "assistant":
+            raise UserError(f"{key} does not end with an answer of the assistant")
+    if out["chosen"] == out["rejected"]:
+        raise UserError("chosen and rejected are the same")
+    return out
+
+
+def prompt(record: dict[str, Any]) -> dict[str, Any]:
+    """What a model has to answer -> {"prompt"[, "answer"]}; an assistant's last turn is the key."""
+    key = next((k for k in CONVERSATION if k in record), None)
+    messages = turns(record[key], key) if key else asked(record)
+    out: dict[str, Any] = {}
+    if messages[-1]["role"] == "assistant":
+        last = messages.pop()["content"]
+        out = {"answer": last} if last.strip() else {}
+    if key := next((k for k in reversed(ANSWER) if isinstance(record.get(k), (str, int, float))),
+                   None):
+        out["answer"] = str(record[key])
+    if not messages:
+        raise UserError("there is no turn before the assistant's")
+    return {"prompt": messages, **out}
+
+
+def labelled(record: dict[str, Any]) -> dict[str, Any]:
+    """A text and its class -> {"text", "label"}; a label may be a word or a number."""
+    text, label = record.get("text"), record.get("label")
+    if not isinstance(text, str) or not isinstance(label, (str, int)) or label == "":
+        raise UserError("a record to classify needs a text and a label; its keys are "
+                        f"{', '.join(map(repr, record)) or 'none'}")
+    return {"text": text, "label": str(label)}
+
+
+ADAPTERS: dict[str, Callable] = dict(zip(KINDS, (conversation, preference, prompt, labelled)))
+
+
+def read_chats(path: str | Path, kind: str = "sft", skip_bad: bool = False,
+               reader: loader.Reader | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl, .json or .csv file (.gz or not) in one layout a kind.
+
+    sft {"messages"}, preference {"chosen", "rejected"}, prompts {"prompt", "answer"}, labels
+    {"text", "label"}; "task" and "answer" of a record are kept. A bad record is a UserError with
+    file, line and reason; with skip_bad it is left out and counted, in the `bad` of the reader
+    that was given.
+    """
+    if kind not in ADAPTERS:
+        raise UserError(f"kind={kind!r} does not exist: {', '.join(KINDS)}")
+    reader = reader or loader.Reader(skip_bad)
+    for where, record in reader.records(Path(path)):
+        try:
+            found = ADAPTERS[kind](record)
+        except UserError as e:
+            reader.fault(f"{where}: {e}")
+            continue
+        kept = {k: str(record[k]) for k in ("task", "answer")
+                if isinstance(record.get(k), (str, int, float))}
+        yield {**kept, **found}
+
+
+def find(dataset: str) -> tuple[Path, Path | None]:
+    """(training file, validation file or None) of a name under data/, a folder, or a file."""
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        return path, None
+    folder = loader.find(dataset)
+    named = folder.parent == loader.ROOT / "data"
+    # meta.json is written last: a folder of ours without it is half of a dataset
+    found = [next((f for end in (".jsonl", ".json", ".csv", ".jsonl.gz")
+                   if (f := folder / f"{split}{end}").is_file()), None) for split in
+             ("train", "val")]
+    if found[0] is None and (folder / "meta.json").is_file():
+        raise UserError(f"{folder} holds text, not conversations: give a chat dataset, such as "
+                        "skills, or a file of conversations")
+    if found[0] is None or named and not (folder / "meta.json").is_file():
+        raise UserError(f"{folder} is not prepared: run `python data/prepare.py {folder.name}`, or "
+                        "give a file of conversations or a folder with train.jsonl")
+    return found[0], found[1]
+
+
+def splits(dataset: str, kind: str = "sft", skip_bad: bool = False
+           ) -> tuple[list[dict], list[dict], int]:
+    """(training records, validation records, bad ones that were skipped) of a dataset."""
+    train, val = find(dataset)
+    reader = loader.Reader(skip_bad)
+    records = list(read_chats(train, kind, skip_bad, reader))
+    if val is None:
+        held = records[HELD_OUT - 1::HELD_OUT]
+        del records[HELD_OUT - 1::HELD_OUT]
+    else:
+        held = list(read_chats(val, kind, skip_bad, reader))
+    return records, held, reader.bad
+
+# --- records -> ids and masks ------------------------------------------------------------------
+
+
+class Rendered(list):
+    """(ids int32, mask bool) of each conversation, arrays of one length; and what was left out."""
+    skipped = 0             # conversations without a token to train on
+    cut = 0                 # longer than a row
+
+
+def render_all(tokenizer: Any, records: Iterable[dict[str, Any]], template: str | None,
+               max_length: int) -> Rendered:
+    """Render the messages of every record, cut to max_length tokens.
+
+    The mask is true on what the assistants say and on the token that ends it. A conversation
+    whose cut leaves none of that (no answer, or a prompt that fills the row) is skipped.
+    """
+    out = Rendered()
+    for record in records:
+        if not record["messages"]:                  # an empty answer was all there was
+            out.skipped += 1
+            continue
+        ids, mask = tokenizer.render(record["messages"], template)
+        # the first token has nothing before it that could predict it
+        live = np.array(mask[:max_length], dtype=bool)
+        live[:1] = False
+        if not live.any():
+            out.skipped += 1
+            continue
+        out.cut += len(ids) > max_length
+        out.append((np.array(ids[:max_length], dtype=np.int32), live))
+    return out
+
+# --- ids and masks -> rows -> batches ----------------------------------------------------------
+
+
+def shuffled(n: int, seed: int, number: int) -> np.ndarray:
+    """Permutation `number` of a seed, (n,) int64: raw words of PCG64 are the same for ever."""
+    words = np.random.PCG64([seed % 2**64, number]).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+def first_fit(lengths: Sequence[int], width: int) -> list[int]:
+    """Put each length, in order, into the first row of `width` that has room: a row for each.
+
+    >>> first_fit([3, 3, 2, 1, 2], 5)
+    [0, 1, 0, 1, 2]
+
+    A tree holds, for every stretch of rows, the most room in it: finding takes log n, not n.
+    """
+    size = 1 << max(0, len(lengths) - 1).bit_length()
+    room = [width] * (2 * size)                     # node i has the children 2i and 2i + 1
+    places = []
+    for length in lengths:
+        if not 0 < length <= width:
+            raise ValueError(f"a length of {length} does not fit a row of {width}")
+        i = 1
+        while i < size:
+            i = 2 * i if room[2 * i] >= length else 2 * i + 1
+        places.append(i - size)
+        room[i] -= length
+        while i > 1:
+            i //= 2
+            room[i] = max(room[2 * i], room[2 * i + 1])
+    return places
+
+
+class Packed:
+    """Conversations side by side in rows, and batches of rows as a function of (seed, step).
+
+    A row of T inputs and T targets is T + 1 tokens. Conversations share it without seeing each
+    other: `doc` numbers them, and attention stays within a number. RoPE knows distances only, so
+    positions need not start anew with each; a learned position is its place in the row, so models
+    with those get one conversation a row (together=False). Which conversations share a row is
+    drawn once, from the seed; an epoch is a permutation of the rows, without replacement.
+    """
+
+    def __init__(self, rendered: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int,
+                 block_size: int, seed: int = 1337, pad: int = 0, together: bool = True,
+                 name: str = "the dataset"):
+        if not rendered:
+            raise UserError(f"{name} has no conversation with an answer within {block_size + 1} "
+                            "tokens: raise --block_size, or look at it with --show=5")
+        if batch_size < 1 or block_size < 1:
+            raise UserError(f"batch_size is {batch_size} and block_size {block_size}; both must be "
+                            "at least 1")
+        self.conversations, self.batch_size, self.block_size = rendered, batch_size, block_size
+        self.seed, self.pad = seed, pad
+        # the order of a file is often by subject or length: rows take from all of it
+        order = shuffled(len(rendered), seed, 0).tolist()
+        places = first_fit([len(rendered[i][0]) for i in order],
+                           block_size + 1) if together else range(len(order))
+        self.rows: list[list[int]] = [[] for _ in range(max(places) + 1)]
+        for i, place in zip(order, places):
+            self.rows[place].append(i)
+        self.tokens = sum(len(ids) for ids, _ in rendered)
+        self.trained = sum(int(mask.sum()) for _, mask in rendered)
+        self.epochs: dict[int, np.ndarray] = {}     # epoch -> rows in the order they are seen
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fill(self) -> float:
+        """Share of the rows' tokens that are not padding."""
+        return self.tokens / (len(self.rows) * (self.block_size + 1))
+
+    def summary(self) -> str:
+        c = self.conversations
+        left = f" ({getattr(c, 'skipped', 0):,} without an answer skipped, " \
+               f"{getattr(c, 'cut', 0):,} cut to {self.block_size + 1} tokens)"
+        return (f"{len(c):,} conversations{left} in {len(self):,} rows, {self.fill:.1%} full; "
+                f"{self.trained:,} of {self.tokens:,} tokens are trained on")
+
+    def gather(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Rows by number -> {"ids", "targets" (B, T) int64, "doc" (B, T) int32}."""
+        B, T = len(rows), self.block_size
+        ids = np.full((B, T + 1), self.pad, dtype=np.int64)
+        live = np.zeros((B, T + 1), dtype=bool)
+        doc = np.zeros((B, T + 1), dtype=np.int32)
+        for b, row in enumerate(rows):
+            at = 0
+            for k, i in enumerate(self.rows[row]):
+                tokens, mask = self.conversations[i]
+                end = at + len(tokens)
+                ids[b, at:end], doc[b, at:end] = tokens, k
+                # what precedes a first token is another conversation's last one
+                live[b, at + 1:end] = mask[1:]
+                at = end
+            doc[b, at:] = len(self.rows[row])       # the padding keeps to itself
+        targets = np.where(live, ids, -100)[:, 1:]
+        return {"ids": torch.from_numpy(ids[:, :-1].copy()),
+                "targets": torch.from_numpy(targets.copy()),
+                "doc": torch.from_numpy(doc[:, :-1].copy())}
+
+    def epoch(self, number: int) -> np.ndarray:
+        """The rows of an epoch in the order they are seen."""
+        if number not in self.epochs:
+            self.epochs[number] = shuffled(len(self.rows), self.seed, number + 1)
+            while len(self.epochs) > 2:             # a batch may straddle two
+                self.epochs.pop(next(iter(self.epochs)))
+        return self.epochs[number]
+
+    def __call__(self, step: int) -> dict[str, torch.Tensor]:
+        """The global batch of a step, of batch_size rows."""
+        samples = range(step * self.batch_size, (step + 1) * self.batch_size)
+        places = [divmod(sample, len(self.rows)) for sample in samples]
+        return self.gather([int(self.epoch(number)[place]) for number, place in places])
+
+    def fixed(self, batch_size: int, count: int) -> "Fixed":
+        """Up to `count` batches, the same in every run: evenly spaced rows, none twice."""
+        rows = min(len(self), batch_size * count)
+        numbers = [k * len(self) // rows for k in range(rows)]
+        return Fixed(self, [numbers[i:i + batch_size] for i in range(0, rows, batch_size)])
+
+
+class Fixed(Sequence):
+    """Given rows as a sequence of batches, gathered when they are asked for."""
+
+    def __init__(self, packed: Packed, rows: list[list[int]]):
+        self.packed, self.rows = packed, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return self.packed.gather(self.rows[i])
+
+# --- to look at --------------------------------------------------------------------------------
+TRAINED, CONTEXT, PLAIN = "\x1b[30;102m", "\x1b[2m", "\x1b[0m"
+
+
+def show(tokenizer: Any, batch: dict[str, torch.Tensor], color: bool | None = None) -> str:
+    """The rows of a batch as text: what is trained on is green, or between ⟦ and ⟧.
+
+    Made from ids and targets, which are all that the model gets: what is seen here is trained on.
+    color None: on a terminal, unless NO_COLOR is set.
+    """
+    if color is None:
+        color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    lines = []
+    for b, (ids, targets, doc) in enumerate(zip(*(batch[k].tolist() for k in
+                                                  ("ids", "targets", "doc")))):
+        # token t is predicted at t - 1; the last one is no input, and there only as a target
+        live = [False] + [t >= 0 for t in targets]
+        ids, doc = ids + [max(targets[-1], 0)], doc + [doc[-1]]
+        size = len(ids) if live[-1] else len(ids) - 1
+        for number in dict.fromkeys(doc):
+            span = [t for t in range(size) if doc[t] == number]
+            trained = sum(live[t] for t in span)
+            if not trained:                         # every conversation has an answer
+                lines.append(f"--- row {b}: {len(span)} tokens of padding")
+                continue
+            lines.append(f"--- row {b}, conversation {number}: {len(span)} tokens, {trained} of "
+                         "them trained on")
+            lines.append("".join(
+                paint(readable(tokenizer.decode([ids[t] for t in run])), live[run[0]], color)
+                for run in runs(span, live)))
+    return "\n".join(lines)
+
+
+def runs(span: list[int], live: list[bool]) -> Iterator[list[int]]:
+    """The places of a span in stretches of equal `live`."""
+    run: list[int] = []
+    for t in span:
+        if run and live[t] != live[run[0]]:
+            yield run
+            run = []
+        run.append(t)
+    if run:
+        yield run
+
+
+def readable(text: str) -> str:
+    """Without the characters that a terminal would obey."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda m: repr(m.group())[1:-1], text)
+
+
+def paint(text: str, trained: bool, color: bool) -> str:
+    if not color:
+        return f"⟦{text}⟧" if trained else text
+    mark = TRAINED if trained else CONTEXT
+    # a background that is on at a newline would run to the edge of the terminal
+    return mark + text.replace("\n", f"⏎{PLAIN}\n{mark}" if trained else "\n") + PLAIN

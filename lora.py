@@ -1,0 +1,600 @@
+"""LoRA: fine-tuning with a few thin matrices beside frozen weights (Hu 2021, arXiv:2106.09685).
+
+    python lora.py --init_from=DIR --dataset=skills         # sft.py's data and loss, any machine
+    torchrun --nproc_per_node=8 lora.py --init_from=DIR     # one node with eight GPUs
+    python lora.py merge ADAPTER OUT                        # an adapter -> a plain checkpoint
+
+    import lora
+    lora.add_lora(model, rank=8, alpha=16)                  # only the adapters train from here
+    with lora.disabled(model): ...                          # the base, as DPO's reference
+    lora.save_adapter("mine", model); lora.load_adapter("mine", model, "mine")
+    lora.activate(model, "mine")                            # several adapters, chosen by name
+    lora.merge(model)                                       # a plain Transformer again
+
+A linear layer y = W x + b becomes y = W x + b + s B A x, with A (r, K), B (N, r) and s = alpha / r.
+W stays as it is; B starts at zero, so that the first step starts from the model that was there.
+
+    rslora  s = alpha / sqrt(r): steps keep their size at high ranks (Kalajdzievski 2023)
+    dora    W + s B A is scaled row by row to a length that is trained (Liu 2024)
+    int8    the frozen W in a quarter of float32's memory, as in QLoRA (Dettmers 2023)
+
+Adapters lie on disk as PEFT writes them (adapter_config.json, adapter_model.safetensors), so that
+peft opens ours and theirs open here. What to expect: merged weights answer as the adapter does, to
+1e-5 in float32, and gradients are peft's (tests/test_lora.py).
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import reprlib
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+import kernels
+import quantize
+from checkpoint import load_model, load_tokenizer, raw, resolve, save_model, sync, write_json
+from config import UserError, run
+from families import FAMILIES, Family
+from model import Linear, Transformer
+from translate import Slot, disk_form, family_of, layout, padding
+from weights import DTYPES, Stored, read, read_header, read_json, write_safetensors
+
+PREFIX = "base_model.model."        # PEFT's wrappers, which stand in front of every name
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FOLDER = "adapter"      # in a checkpoint: beside the merged weights transformers would add it twice
+KINDS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
+
+@dataclass
+class Settings:
+    """What any stage may be asked to do with adapters; its Config inherits them."""
+    lora_rank: int = 0          # of LoRA adapters, which train instead of the model; 0: none
+    lora_alpha: float = 0.0     # their changes are scaled by alpha / rank; 0: twice the rank
+    lora_dropout: float = 0.0   # before A
+    targets: str = ""           # linears by commas, as q_proj,v_proj; empty: all
+    rslora: bool = False        # scale by alpha / sqrt(rank)
+    dora: bool = False          # train the length of each row of W as well
+    lora_int8: bool = False     # hold the frozen weights beside the adapters in int8
+
+# ------------------------------------------------------------------------------ the layers
+
+class Adapter(Module):
+    """The trained part beside one W (N, K): A (r, K), B (N, r) and, of DoRA, magnitude (N,)."""
+
+    def __init__(self, base: Tensor, A: Tensor, B: Tensor, magnitude: Tensor | None, alpha: float,
+                 dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        # where W is, and never in half precision, which would lose small steps
+        kind = dict(device=base.device, dtype=torch.promote_types(base.dtype, torch.float32))
+        self.A, self.B, self.magnitude = (None if t is None else Parameter(t.to(**kind, copy=True))
+                                          for t in (A, B, magnitude))
+        self.alpha, self.dropout, self.rslora = alpha, dropout, rslora
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / len(self.A) ** (0.5 if self.rslora else 1)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """s A x: (..., K) -> (..., r). Dropout falls on this branch alone, in training alone."""
+        if self.dropout and self.training:
+            x = kernels.dropout(x, self.dropout)
+        # the scale here, where the activations are thin
+        return kernels.linear(x, self.A) * self.scale
+
+    def stretch(self, base: Tensor) -> Tensor:
+        """DoRA's magnitude / |W + s B A| of each row, (N,). The length counts as a constant in the
+        backward, which saves memory and costs no accuracy (Liu 2024, section 4.3)."""
+        with torch.no_grad():
+            length = (base + self.scale * (self.B @ self.A)).norm(dim=1)
+        return self.magnitude / length
+
+    def change(self, base: Tensor) -> Tensor:
+        """What the adapter adds to W, (N, K)."""
+        delta = self.scale * (self.B @ self.A)
+        if self.magnitude is None:
+            return delta
+        stretch = self.stretch(base).unsqueeze(1)
+        return (stretch - 1) * base + stretch * delta
+
+class FromInt8(torch.autograd.Function):
+    """y = x W^T with W = q s unpacked at every use: a plain product would keep the unpacked W of
+    every layer until the backward. x (..., K), q (N, K) int8, s (N,) -> (..., N)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, q: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(q, s)
+        return kernels.linear(x, unpack(q, s, x.dtype))
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return g @ unpack(*ctx.saved_tensors, g.dtype), None, None
+
+def unpack(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    return q.to(dtype) * s.to(dtype).unsqueeze(1)
+
+class LoraLinear(Linear):
+    """A Linear with adapters by name, of which the `active` ones count; W itself is frozen.
+
+    convert() makes one of a Linear in its place. The parameter "weight" is the base, under the
+    name that it always had; the attribute `weight` is what the layer amounts to with its active
+    adapters. So whoever reads a layer's weight, quantize.pack() say, gets the merged one.
+    """
+
+    @classmethod
+    def convert(cls, layer: Linear, int8: bool = False) -> LoraLinear:
+        if type(layer) is Linear:
+            layer.__class__ = cls
+            layer.adapters, layer.active, layer.int8_scale = Module(), (), None
+        if int8 and layer.int8_scale is None:
+            packed = quantize.Int8(layer.base.detach(), None)
+            layer._parameters["weight"] = Parameter(packed.weight, requires_grad=False)
+            del layer.int8_scale
+            layer.register_buffer("int8_scale", packed.scale)       # moves with the model
+        return layer
+
+    @property
+    def base(self) -> Tensor:
+        """W (N, K) as it is, or unpacked."""
+        W = self._parameters["weight"]
+        return W if self.int8_scale is None else unpack(W, self.int8_scale, torch.float32)
+
+    @property
+    def weight(self) -> Tensor:
+        base = self.base
+        if not self.active:
+            return base
+        # in float32: bfloat16 would round each adapter's share away by itself
+        wide = kernels.widen(base)
+        return (wide + sum(a.change(wide) for a in self.chosen())).to(base.dtype)
+
+    def chosen(self) -> list[Adapter]:
+        return [getattr(self.adapters, name) for name in self.active]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N)."""
+        shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        W, bias, used = self._parameters["weight"], self.bias, self.chosen()
+        if self.int8_scale is None:
+            y = kernels.linear(x, W, bias)
+        else:
+            y = FromInt8.apply(x, W, self.int8_scale)
+            y = y if bias is None else y + bias.to(x.dtype)
+        if any(a.magnitude is not None for a in used):     # DoRA stretches W x, and not the bias
+            plain = y if bias is None else y - bias.to(x.dtype)
+        for a in used:
+            B = a.B.to(x.dtype)
+            if a.magnitude is None:
+                # added where the first product lies: no second pass over (..., N)
+                add = y.addmm_ if len(used) == 1 else y.addmm
+                y = add(a.narrow(x), B.T)
+            else:
+                stretch = a.stretch(self.base).to(x.dtype)
+                y = y + (stretch - 1) * plain + stretch * kernels.linear(a.narrow(x), B)
+        return y.view(*shape, -1)
+
+# ---------------------------------------------------------------------------- on a model
+
+def layers(model: Any) -> dict[str, LoraLinear]:
+    """Name -> layer, of the layers of a model that have adapters."""
+    return {n: m for n, m in raw(model).named_modules() if isinstance(m, LoraLinear)}
+
+def linears(model: Any) -> dict[str, Linear]:
+    """Name -> layer, of those that can have adapters: the linears of attention and MLP. Routed
+    experts are no layers but stacks of matrices, and the output matrix is a head's affair."""
+    return {n: m for n, m in raw(model).named_modules()
+            if isinstance(m, Linear) and n.startswith("model.layers.")}
+
+def names(model: Any) -> list[str]:
+    """The adapters of a model, in the order in which they came."""
+    return list(dict.fromkeys(n for la in layers(model).values() for n, _ in
+                              la.adapters.named_children()))
+
+def matches(name: str, *targets: str) -> bool:
+    """Whether a target means a layer: its name or the end of it, as in PEFT. "q_proj" is that of
+    every layer, "layers.0.self_attn.q_proj" that of the first."""
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+def select(model: Any, targets: str | Sequence[str]) -> dict[str, Linear]:
+    """The layers that targets name, all for ""; UserError with what there is if one names none."""
+    known = linears(model)
+    targets = (targets if isinstance(targets, str) else ",".join(targets)).replace(" ", "")
+    targets = [t for t in targets.split(",") if t]
+    wrong = [t for t in targets if not any(matches(n, t) for n in known)]
+    if wrong:
+        raise UserError(f"--targets={reprlib.repr(','.join(wrong))} names no linear layer of this "
+                        "model: choose from "
+                        + ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in known)))
+    return {n: m for n, m in known.items() if not targets or matches(n, *targets)}
+
+def check_model(model: Any, name: str) -> Transformer:
+    """The bare model, if it can take an adapter of that name."""
+    model = raw(model)
+    if not isinstance(model, Transformer) or isinstance(model, quantize.Packed):
+        raise UserError("adapters are for a Transformer that is not packed: load it again without "
+                        "--quantize")
+    # the name becomes an attribute and a part of parameter names
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(Module(), name):
+        raise UserError(f"{reprlib.repr(name)} cannot be an adapter's name: use other letters, "
+                        "digits, - and _")
+    if name in names(model):
+        raise UserError(f"the model has an adapter {name!r} already: choose another name")
+    return model
+
+def attach(model: Transformer, made: dict[str, Adapter], name: str) -> dict[str, LoraLinear]:
+    """Put adapters on the layers that they are named after, freeze the rest, and activate them."""
+    model.requires_grad_(False)
+    found = {part: layer for part, layer in layers(model).items() if part in made}
+    for part, layer in found.items():
+        layer.adapters.add_module(name, made[part].train(layer.training))
+    activate(model, name)
+    return found
+
+def add_lora(model: Any, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
+             targets: str | Sequence[str] = "", rslora: bool = False, dora: bool = False,
+             name: str = "default", int8: bool = False) -> dict[str, LoraLinear]:
+    """Freeze the model and give its linears a new adapter, which is active and changes nothing
+    yet; returns the adapted layers by name (describe() says them in a line).
+
+    targets: names by commas, "" for all linears of attention and MLP. int8: their frozen weights
+    are rounded as quantize.Int8 does. Other adapters stay, frozen and off. UserError for a target
+    that does not exist, a rank below 1, an alpha not above 0, a dropout outside [0, 1).
+    """
+    model = check_model(model, name)
+    if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
+        raise UserError(f"rank {rank}, alpha {alpha}, dropout {dropout} cannot be LoRA's: rank "
+                        "is at least 1, alpha above 0, dropout from 0 up to 1")
+    made = {}
+    for part, layer in select(model, targets).items():
+        base = LoraLinear.convert(layer, int8).base.detach()
+        N, K = base.shape
+        # uniform in +-1 / sqrt(K), as nn.Linear starts, and PEFT's A; B = 0: no change at first
+        A = torch.empty(rank, K, device=base.device).uniform_(-K ** -0.5, K ** -0.5)
+        length = kernels.widen(base).norm(dim=1) if dora else None
+        made[part] = Adapter(base, A, A.new_zeros(N, rank), length, alpha, dropout, rslora)
+    return attach(model, made, name)
+
+def adapters(model: Any, name: str = "default") -> dict[str, Adapter]:
+    """Name of a layer -> its part of one adapter."""
+    return {n: getattr(la.adapters, name) for n, la in layers(model).items()
+            if hasattr(la.adapters, name)}
+
+def parameters(model: Any, name: str = "default") -> dict[str, Parameter]:
+    """The parameters of one adapter by their full names."""
+    return {f"{n}.adapters.{name}.{k}": p for n, a in adapters(model, name).items()
+            for k, p in a.named_parameters()}
+
+def describe(model: Any, name: str = "default") -> str:
+    """One line: which layers an adapter has, and its share of the parameters."""
+    found = adapters(model, name)
+    counts = Counter(n.rpartition(".")[2] for n in found)
+    size = sum(p.numel() for p in parameters(model, name).values())
+    base = sum(p.numel() for n, p in raw(model).named_parameters() if ".adapters." not in n)
+    return (f"LoRA {name!r} on {len(found)} linears "
+            f"({', '.join(f'{n} x {k}' for k, n in counts.items())}): {size:,} of "
+            f"{base + size:,} parameters, {size / (base + size):.2%}")
+
+def activate(model: Any, *chosen: str) -> None:
+    """Use these adapters from here on, the sum of their changes; none: the base alone. Those that
+    are off are frozen: DDP would wait for gradients that do not come."""
+    known = names(model)
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"there is no adapter {reprlib.repr(name)}: "
+                            f"the model has {', '.join(known) or 'none'}")
+    for layer in layers(model).values():
+        layer.active = tuple(n for n in chosen if hasattr(layer.adapters, n))
+        for name, adapter in layer.adapters.named_children():
+            adapter.requires_grad_(name in chosen)
+
+@contextlib.contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Inside, the model is the base that it was before its adapters."""
+    before = {layer: layer.active for layer in layers(model).values()}
+    for layer in before:
+        layer.active = ()
+    try:
+        yield
+    finally:
+        for layer, active in before.items():
+            layer.active = active
+
+def merge(model: Any) -> Transformer:
+    """Make the model, in place, the plain Transformer that it amounts to with its active adapters:
+    no adapters, all weights to be trained or saved. An int8 base comes back in float32."""
+    model = raw(model)
+    for layer in layers(model).values():
+        weight = layer.weight.detach()
+        del layer.adapters, layer.active, layer.int8_scale
+        layer.__class__ = Linear
+        layer.weight = Parameter(weight)
+    for name, p in model.named_parameters():        # which moves without gradients, in balance()
+        p.requires_grad_(not name.endswith("e_score_correction_bias"))
+    return model
+
+# -------------------------------------------------------------------------- PEFT's files
+
+def places(model: Transformer, family: Family) -> dict[str, Slot]:
+    """Name of each linear in the family's words -> our layers of which it is made."""
+    known, found = linears(model).keys(), {}
+    for name, slot in layout(disk_form(model.config, family), family).items():
+        parts = tuple(p.removesuffix(".weight") for p in slot.parts)
+        if name.endswith(".weight") and slot.expert is None and known >= set(parts):
+            # A and B are never transposed, as a weight of GPT-2's is
+            found[name.removesuffix(".weight")] = slot._replace(parts=parts, transpose=False)
+    return found
+
+def shortest(name: str, others: set[str]) -> str:
+    """The shortest end of a module's name that means none of the others."""
+    words = name.split(".")
+    ends = (".".join(words[i:]) for i in range(len(words) - 1, -1, -1))
+    return next(end for end in ends if not any(matches(other, end) for other in others))
+
+def join(slot: Slot, parts: list[Adapter | None], model: Transformer) -> tuple:
+    """(A, B, magnitude, alpha) of one linear on disk from the adapters of its parts here.
+
+    Where q, k and v are one matrix there (GPT-2's c_attn; GLM's gate_up_proj), PEFT has one A for
+    all. If ours are alike they are that A; otherwise they stand one above the other, with B in
+    blocks on the diagonal: the same change, with n times the rank. A part without is zeros.
+    """
+    first = next(a for a in parts if a is not None)
+    same = all(a is not None and torch.equal(a.A, first.A) for a in parts)
+    rank, n = len(first.A), 1 if same else len(parts)
+    A = first.A if same else torch.cat([
+        torch.zeros_like(first.A) if a is None else a.A for a in parts])
+    Bs = [first.B.new_zeros(shape[0], len(A)) for shape in slot.shapes]
+    for i, (a, B) in enumerate(zip(parts, Bs)):
+        if a is not None:
+            B[:, rank * (i % n):rank * (i % n + 1)] = a.B
+    lengths = None
+    if first.magnitude is not None:             # without an adapter a row is as long as it is
+        with disabled(model):
+            lengths = slot.to_disk([
+                kernels.widen(linears(model)[part].weight).norm(dim=1) if a is None else a.magnitude
+                for part, a in zip(slot.parts, parts)])
+    # s = alpha / rank is to stay what it was
+    alpha = first.alpha * (math.sqrt(n) if first.rslora else n)
+    return A, slot.to_disk(Bs), lengths, alpha
+
+@torch.no_grad()
+def save_adapter(path: str | Path, model: Any, name: str = "default", base: str = "") -> Path:
+    """Write an adapter as the folder `path`, in PEFT's layout and the words of the family that
+    save_model() would choose. base: where the frozen model lies, for who opens it.
+
+    Both files are complete elsewhere before either takes its name. Of a mixture PEFT (0.21) opens
+    adapters of attention alone: it takes a name such as mlp.up_proj for all of its experts."""
+    model, path, mine = raw(model), Path(path), adapters(model, name)
+    if not mine:
+        raise UserError(f"there is no adapter {reprlib.repr(name)} to save: add_lora() makes one")
+    family, tensors, ranks, alphas = family_of(model.config), {}, {}, {}
+    known, one = places(model, family), next(iter(mine.values()))
+    for key, slot in known.items():
+        own = [mine.get(part) for part in slot.parts]
+        if any(own):
+            *three, alphas[key] = join(slot, own, model)
+            tensors.update({f"{PREFIX}{key}.{word}": t for word, t in zip(KINDS, three)
+                            if t is not None})
+            ranks[key] = len(three[0])
+    # those that are one with others on disk are exceptions by name
+    rank, alpha = len(one.A), one.alpha
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base or None,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": one.dropout, "use_rslora": one.rslora,
+        "use_dora": one.magnitude is not None, "bias": "none", "inference_mode": True,
+        "init_lora_weights": True, "fan_in_fan_out": family.model_type == "gpt2",
+        "target_modules": sorted({shortest(k, known.keys() - ranks.keys()) for k in ranks}),
+        "rank_pattern": {k: r for k, r in ranks.items() if r != rank},
+        "alpha_pattern": {k: a for k, a in alphas.items() if a != alpha}}
+    specs = [(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path) as aside:
+            new = Path(aside)
+            write_safetensors(new / WEIGHTS, specs, tensors.__getitem__)
+            write_json(new / CONFIG, settings)
+            for step in (sync, lambda file: os.replace(file, path / file.name)):
+                for file in (new / WEIGHTS, new / CONFIG):
+                    step(file)
+    except OSError as e:
+        raise UserError(f"cannot save the adapter {path}: {e.strerror}; free some space or choose "
+                        "another folder") from e
+    return path
+
+# Settings of PEFT's that change the maths in a way that is not here: what they may be
+PLAIN = {"peft_type": ("LORA",), "bias": ("none",), **dict.fromkeys((
+    "modules_to_save", "lora_bias", "layer_replication", "use_qalora", "alora_invocation_tokens",
+    "target_parameters", "trainable_token_indices", "megatron_config", "use_bdlora",
+    "arrow_config", "kasa_config", "monteclora_config", "velora_config"), ()),
+    # PiSSA, OLoRA and others move the base as well when they start
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva")}
+
+def read_adapter_config(file: Path) -> dict[str, Any]:
+    """PEFT's settings, each one that is used checked; UserError for what is not supported."""
+    said, settings = read_json(file), {}
+    for key, allowed in PLAIN.items():          # False, null, [] and {} all mean no
+        value = said.get(key)
+        if value not in allowed and (value or key == "peft_type"):
+            raise UserError(f"{file}: {key} = {reprlib.repr(value)} is not supported here, only "
+                            f"{' or '.join(map(repr, allowed or (None,)))}")
+
+    def number(low: float, high: float, *kinds: type) -> Callable[[Any], bool]:
+        return lambda v: type(v) in kinds and low <= v < high
+
+    def by_name(good: Callable[[Any], bool]) -> Callable[[Any], bool]:
+        # PEFT reads the keys as regular expressions: only plain names are taken here
+        return lambda v: isinstance(v, dict) and all(
+            re.fullmatch(r"\^?[\w.-]+", key) and good(value) for key, value in v.items())
+
+    rank, alpha, flag = number(1, 2 ** 20, int), number(1e-9, 1e9, int, float), number(0, 2, bool)
+    # what PEFT takes where nothing is said, and what it may be
+    table = {"r": (8, rank), "lora_alpha": (8, alpha), "use_rslora": (False, flag),
+             "use_dora": (False, flag), "lora_dropout": (0.0, number(0, 1, int, float)),
+             "rank_pattern": ({}, by_name(rank)), "alpha_pattern": ({}, by_name(alpha))}
+    for key, (silent, good) in table.items():
+        settings[key] = silent if said.get(key) is None else said[key]
+        if not good(settings[key]):
+            raise UserError(f"{file}: {reprlib.repr(settings[key])} cannot be an adapter's {key}")
+    # to see whether a whole layer is missing, where that is said by name and without exceptions
+    targets = said.get("target_modules")
+    plain = isinstance(targets, list) and not any(
+        said.get(key) not in (None, []) for key in ("layers_to_transform", "exclude_modules"))
+    settings["targets"] = [t for t in targets if isinstance(t, str)] if plain else []
+    settings["base"] = said.get("base_model_name_or_path")
+    return settings
+
+def pattern(found: dict[str, Any], name: str, otherwise: Any) -> Any:
+    """The value of the first key that means the module `name`."""
+    return next((v for k, v in found.items() if k == "^" + name or matches(name, k)), otherwise)
+
+def sort_tensors(stored: dict[str, Stored], file: Path) -> dict[str, dict[str, Stored]]:
+    """Name of a linear on disk -> {"A", "B", "magnitude"} -> where it lies."""
+    modules: dict[str, dict[str, Stored]] = {}
+    for key, s in stored.items():
+        kind = next((k for k in KINDS if key.endswith("." + k)), None)
+        if kind is None or not key.startswith(PREFIX):
+            raise UserError(f"{file}: tensor {reprlib.repr(key)} is not one of a LoRA adapter's "
+                            f"{', '.join(KINDS)}: it was made by another method")
+        stem = key.removeprefix(PREFIX).removesuffix("." + kind)
+        modules.setdefault(stem, {})[KINDS[kind]] = s
+    if not modules:
+        raise UserError(f"{file} has no adapter in it: copy or save it again")
+    return modules
+
+def find_places(model: Transformer, modules: Iterable[str], file: Path) -> dict[str, Slot]:
+    """places() in the words of the family that has all of `modules`: the one that save_model()
+    would choose, or another that the model fits, as ChatGLM's."""
+    own = family_of(model.config)
+    for family in [own, *(f for f in FAMILIES.values() if padding(model.config, f) is not None)]:
+        known = places(model, family)
+        if set(modules) <= known.keys():
+            return known
+    known = places(model, own)
+    odd = next(m for m in modules if m not in known)
+    raise UserError(f"{file}: {reprlib.repr(odd)} is none of the linears of this model's blocks, "
+                    f"as {next(iter(known))}: the adapter belongs to another model")
+
+def check_tensors(modules: dict, known: dict[str, Slot], settings: dict, file: Path) -> None:
+    """UserError where tensors, settings and model do not agree."""
+    named = {n for n in known if matches(n, *settings["targets"])}
+    for name in sorted(named | modules.keys()):
+        found, (outputs, inputs) = modules.get(name, {}), known[name].shape
+        rank = pattern(settings["rank_pattern"], name, settings["r"])
+        shapes = {"A": (rank, inputs), "B": (outputs, rank)}
+        shapes.update({"magnitude": (outputs,)} if settings["use_dora"] else {})
+        for word, kind in KINDS.items():
+            s, shape = found.get(kind), shapes.get(kind)
+            if s is None and shape:
+                raise UserError(f"{file} lacks tensor '{PREFIX}{name}.{word}', which {CONFIG} asks "
+                                "for: copy or save it again")
+            if s and (s.shape != shape or s.dtype not in DTYPES):
+                raise UserError(f"{file}: {word} of {name} is {s.dtype} {s.shape}; by {CONFIG} "
+                                f"(rank {rank}) and the model it is {shape}: they belong to "
+                                "different adapters or models")
+
+@torch.no_grad()
+def load_adapter(path: str | Path, model: Any, name: str = "default",
+                 int8: bool = False) -> dict[str, LoraLinear]:
+    """Put the adapter in the folder `path`, ours or PEFT's, on a model as `name` and make it the
+    active one; returns its layers. Everything is checked before the model is touched."""
+    model, path = check_model(model, name), Path(path)
+    for file in (path / CONFIG, path / WEIGHTS):
+        if not file.is_file():
+            raise UserError(f"no adapter at {path}, which has no {file.name}: give the folder that "
+                            "save_adapter() or PEFT wrote (in safetensors)")
+    settings = read_adapter_config(path / CONFIG)
+    modules = sort_tensors(read_header(file), file)
+    known = find_places(model, modules, file)
+    check_tensors(modules, known, settings, file)
+    mine, made = linears(model), {}
+    for key, stored in modules.items():
+        tensors, slot = {kind: read(s) for kind, s in stored.items()}, known[key]
+        A, Bs, n = tensors["A"], slot.from_disk(tensors["B"]), len(slot.parts)
+        lengths = slot.from_disk(tensors["magnitude"]) if "magnitude" in tensors else [None] * n
+        alpha, As = pattern(settings["alpha_pattern"], key, settings["lora_alpha"]), [A] * n
+        own = blocks(Bs) if n > 1 and len(A) == n * settings["r"] else None
+        if own:         # what join() put one above the other: the same scale at the part's rank
+            As, Bs = A.chunk(n), own
+            alpha = round(alpha / (math.sqrt(n) if settings["use_rslora"] else n), 9)
+        for part, A, B, length in zip(slot.parts, As, Bs, lengths):
+            if own is None or A.any() or B.any():       # zeros: a part that has no adapter
+                made[part] = Adapter(LoraLinear.convert(mine[part], int8).base, A, B, length, alpha,
+                                     settings["lora_dropout"], settings["use_rslora"])
+    return attach(model, made, name)
+
+def blocks(Bs: Sequence[Tensor]) -> list[Tensor] | None:
+    """The n blocks on the diagonal of B (N, n r), which is cut by rows; None if it has more."""
+    cut = [B.chunk(len(Bs), 1) for B in Bs]
+    more = any(c.any() for i, row in enumerate(cut) for k, c in enumerate(row) if i != k)
+    return None if more else [row[i] for i, row in enumerate(cut)]
+
+# --------------------------------------------------------------------- as part of a stage
+
+def start_from(cfg: Any) -> Any:
+    """The settings to build a stage's model by: on resume with adapters it is the base again."""
+    if cfg.init_from == "resume" and cfg.lora_rank:
+        settings = read_adapter_config(resolve(cfg.out_dir, "last") / FOLDER / CONFIG)
+        cfg = replace(cfg, init_from=str(settings["base"]))
+    return cfg
+
+def begin(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False) -> str:
+    """What a stage does with its model before fit(), if cfg.lora_rank: new adapters, or on resume
+    those of the last checkpoint, which holds the merged weights and has them as a folder.
+
+    grown: the model is no longer what lies at cfg.init_from, it has rows for new tokens, say: then
+    it is saved as out_dir/base. Returns describe()."""
+    if cfg.init_from == "resume":
+        last = resolve(cfg.out_dir, "last") / FOLDER
+        base = read_adapter_config(last / CONFIG)["base"]
+        load_adapter(last, model, int8=cfg.lora_int8)
+    else:
+        base = os.path.abspath(Path(cfg.out_dir) / "base" if grown else resolve(cfg.init_from))
+        if grown and os.environ.get("RANK", "0") == "0":
+            save_model(base, model, tokenizer)
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2.0 * cfg.lora_rank, cfg.lora_dropout,
+                 cfg.targets, cfg.rslora, cfg.dora, int8=cfg.lora_int8)
+    # called by save_checkpoint(), which itself saves what the layers amount to
+    model.save_beside = lambda checkpoint: save_adapter(checkpoint / FOLDER, model, base=base)
+    return describe(model)
+
+# ---------------------------------------------------------------------------- the script
+
+@dataclass
+class Merge:
+    words: list[str] = field(default_factory=list)      # merge ADAPTER OUT
+    base: str = ""              # the frozen model; empty: where the adapter says that it lies
+    dtype: str = "auto"         # float32, bfloat16, float16; auto: the base's
+
+def merge_files(cfg: Merge) -> None:
+    """python lora.py merge ADAPTER OUT"""
+    if len(cfg.words) != 3:
+        raise UserError("merge needs two folders: python lora.py merge ADAPTER OUT")
+    _, source, target = cfg.words
+    base = cfg.base or read_adapter_config(Path(source) / CONFIG)["base"]
+    if not isinstance(base, str) or not Path(base).is_dir():
+        raise UserError(f"the base of {source} is {reprlib.repr(base)}, which is no folder here: "
+                        "say where it lies with --base=DIR")
+    model = load_model(base, "cpu", cfg.dtype)
+    load_adapter(source, model)
+    print(describe(model), file=sys.stderr)
+    print(f"wrote {save_model(target, merge(model), load_tokenizer(base))}", file=sys.stderr)
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["merge"]:
+        run(merge_files, Merge, positional=("words",))
+    else:
+        import sft                  # which is built on this file: known here only to the script
+
+        @dataclass
+        class Config(sft.Config):
+            lora_rank: int = 8              # of the adapters
+            learning_rate: float = 2e-3     # of a small model; 2e-4 suits one of billions
+            out_dir: str = "out/lora"
+        run(sft.main, Config)
