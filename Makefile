@@ -1,5 +1,5 @@
 # make demo: text on this machine -> tokenizer -> model -> samples, about three minutes on two cores
-# make test: every test, about ten minutes on two cores
+# make test: every test, about nine minutes on two cores
 # make bench: the tables of RESULTS.md
 
 # An active virtual environment is used as it is; otherwise .venv is made and used.
