@@ -21,8 +21,12 @@ import torch
 
 import kernels
 from bench import machine
+from config import UserError
 from machine import keep_freed_memory
 
+DTYPES = ("float32", "bfloat16", "float16")
+CASES = ("rms_norm", "layer_norm", "rope", "gelu", "glu", "softmax", "dropout", "cross_entropy",
+         "attention", "linear", "linear_cross_entropy", "moe")
 
 def seconds_of(work: Callable[[], Any], device: str) -> float:
     """Seconds of one call; on a GPU by events, with nothing of it left in the L2 cache."""
@@ -130,6 +134,11 @@ def contenders(name: str, device: str) -> dict[str, tuple[str, Callable]]:
 
 def section(cfg: Any) -> dict[str, Any]:
     """Every operation in each form: forward, both ways, peak memory, share of the roof."""
+    wanted = set(filter(None, cfg.only.split("+")))
+    if cfg.dtype not in DTYPES:
+        raise UserError(f"--dtype={cfg.dtype} does not exist: choose {', '.join(DTYPES)}")
+    if unknown := sorted(wanted - set(CASES)):
+        raise UserError(f"--only: there is no {unknown[0]}; choose {', '.join(CASES)}, joined by +")
     keep_freed_memory()                         # as train.py does: or page faults are timed
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, cfg.dtype)
@@ -141,7 +150,7 @@ def section(cfg: Any) -> dict[str, Any]:
           f"{'of roof':>9}{'backward':>9}")
     out: dict[str, Any] = {"device": title, "copy_gbs": copy / 1e9, "tflops": product / 1e12}
     for name, (inputs, call, unit, ahead, back) in kernel_cases(device, dtype).items():
-        if cfg.only and name not in cfg.only.split("+"):
+        if wanted and name not in wanted:
             continue
         forms, times, memory = contenders(name, device), {}, {}
         for k in range(-1, cfg.repeat):                     # the first round warms up

@@ -8,7 +8,7 @@
     python sft.py --init_from=resume --out_dir=out/sft          # go on where a run stopped
     python sample.py --out_dir=out/sft --chat                   # talk to the result
 
-What to expect is at the head of config/sft_skills.py. Block size, tokenizer and chat template are
+What it costs is at the head of config/sft_skills.py. Block size, tokenizer and chat template are
 the checkpoint's; a model that has no template gets one, and rows for its control tokens.
 
 The loss is that of pretraining, on fewer tokens: what the assistant says and the token that ends

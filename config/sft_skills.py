@@ -5,7 +5,7 @@
     python sample.py --out_dir=out/sft_skills --chat
 
 cost: three times the corpus, whose rows and tokens sft.py prints; the vocabulary's matrix, most of
-the demo's work, meets the answers alone. Minutes and accuracy: see RESULTS.md.
+the demo's work, meets the answers alone. Minutes and accuracy of a whole run: not measured yet.
 """
 init_from = "out/demo"
 dataset = "skills"

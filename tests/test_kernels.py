@@ -216,6 +216,13 @@ def test_every_operation_of_the_design_is_there_in_both_forms():
     assert by_hand == {"rms_norm", "layer_norm", "rope", "dropout", "attention"}
 
 
+def test_mistakes_in_bench_kernels_are_one_sentence():
+    import bench
+    for settings, message in ((dict(dtype="float3"), "bfloat16"), (dict(only="glu+foo"), "no foo")):
+        with pytest.raises(UserError, match=message):
+            bench.main(bench.Config("kernels", **settings))
+
+
 # ------------------------------------------------------------------ linear and embedding
 
 SHAPES = [(5, 123, 123), (1, 7), (1, 1, 80), (2, 130, 64), (0, 16)]

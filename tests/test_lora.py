@@ -374,6 +374,13 @@ def test_peft_opens_ours(tmp_path, name, targets):
     assert (layer.dropout, layer.alpha, layer.rslora) == (0.1, 6, bool(targets))
 
 
+def same_files(folder):
+    """What we wrote of peft's adapter is, tensor for tensor, what peft wrote."""
+    files = [safetensors.torch.load_file(folder / who / lora.WEIGHTS) for who in ("theirs", "ours")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(t, files[1][n]) for n, t in files[0].items())
+
+
 @pytest.mark.parametrize("options", [
     dict(r=4, lora_alpha=10, target_modules="all-linear"),
     dict(r=4, lora_alpha=10, use_dora=True, use_rslora=True, target_modules=["q_proj", "up_proj"]),
@@ -395,10 +402,7 @@ def test_pefts_open_here(tmp_path, options):
     with torch.no_grad():
         assert away(model.logits(ids), theirs(ids).logits) < 1e-5
     lora.save_adapter(tmp_path / "ours", model)
-    files = [safetensors.torch.load_file(tmp_path / who / lora.WEIGHTS) for who in
-             ("theirs", "ours")]
-    assert files[0].keys() == files[1].keys()
-    assert all(torch.equal(t, files[1][n]) for n, t in files[0].items())
+    same_files(tmp_path)
     back = peft.PeftModel.from_pretrained(
         T.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "ours").eval()
     with torch.no_grad():
@@ -423,10 +427,7 @@ def test_pefts_of_gpt2_open_here(tmp_path, dora):
     with torch.no_grad():
         assert away(model.logits(ids), theirs(ids).logits) < 1e-5
     lora.save_adapter(tmp_path / "ours", model)
-    files = [safetensors.torch.load_file(tmp_path / who / lora.WEIGHTS) for who in
-             ("theirs", "ours")]
-    assert files[0].keys() == files[1].keys()
-    assert all(torch.equal(t, files[1][n]) for n, t in files[0].items())
+    same_files(tmp_path)
     settings = json.loads((tmp_path / "ours" / lora.CONFIG).read_text())
     assert settings["target_modules"] == ["c_attn", "mlp.c_proj"]
 

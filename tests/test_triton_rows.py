@@ -39,7 +39,7 @@ SHAPES = [(5, 123), (1, 7), (1, 1, 80), (2, 3, 130), (0, 16)]
 
 
 def agree(call, *shapes_or_tensors, dtypes=tuple(GATES)):
-    """The gate of this file, for the Triton form in every type."""
+    """The gate of the Triton tests: that form in every type, here and in test_triton_tiles.py."""
     wide = [t if isinstance(t, torch.Tensor) else torch.randn(t, dtype=f64)
             for t in shapes_or_tensors]
     for dtype in dtypes:

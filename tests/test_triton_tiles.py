@@ -23,26 +23,12 @@ import triton_tiles
 from config import UserError
 from test_kernels import (GATES, backend, close, distance, f64, forward_backward, fresh,
                           one_thread, strided)
+from test_triton_rows import agree
 
 bf16_interpreter.install()
 # lanes outside a row compute -inf - -inf and the like before they are masked away
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 single = [torch.float32]
-
-
-def agree(call, *shapes_or_tensors, dtypes=tuple(GATES)):
-    """The gate of this file, for the Triton form in every type."""
-    wide = [t if isinstance(t, torch.Tensor) else torch.randn(t, dtype=f64)
-            for t in shapes_or_tensors]
-    for dtype in dtypes:
-        narrow = [t.to(dtype) for t in wide]        # rounding an input is not the kernel's error
-        expected = forward_backward("reference", call, [t.to(f64) for t in narrow])
-        got = forward_backward("triton", call, narrow)
-        for i, (a, b) in enumerate(zip(got, expected)):
-            what = "output" if i == 0 else f"gradient {i - 1}"
-            assert a.isfinite().all(), f"{dtype} {what} is not finite"
-            gap = distance(a, b)
-            assert gap <= GATES[dtype], f"{dtype} {what}: {gap:.2e}"
 
 
 class Largest(TorchDispatchMode):
