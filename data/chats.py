@@ -204,7 +204,10 @@ def read_chats(path: str | Path, kind: str = "sft", skip_bad: bool = False,
         yield {**kept, **found}
 
 
-def find(dataset: str) -> tuple[Path, Path | None]:
+PREFIX = {"preference": "pref_", "prompts": "rl_"}     # of a kind's files, where a folder has more
+
+
+def find(dataset: str, kind: str = "sft") -> tuple[Path, Path | None]:
     """(training file, validation file or None) of a name under data/, a folder, or a file."""
     path = Path(dataset).expanduser()
     if path.is_file():
@@ -212,9 +215,11 @@ def find(dataset: str) -> tuple[Path, Path | None]:
     folder = loader.find(dataset)
     named = folder.parent == loader.ROOT / "data"
     # meta.json is written last: a folder of ours without it is half of a dataset
-    found = [next((f for end in (".jsonl", ".json", ".csv", ".jsonl.gz")
-                   if (f := folder / f"{split}{end}").is_file()), None) for split in
-             ("train", "val")]
+    ends, first = (".jsonl", ".json", ".csv", ".jsonl.gz"), PREFIX.get(kind, "")
+    # a folder with preferences may hold nothing else, and then calls them train and val
+    first = first if any((folder / f"{first}train{end}").is_file() for end in ends) else ""
+    found = [next((f for end in ends if (f := folder / f"{first}{split}{end}").is_file()), None)
+             for split in ("train", "val")]
     if found[0] is None and (folder / "meta.json").is_file():
         raise UserError(f"{folder} holds text, not conversations: give a chat dataset, such as "
                         "skills, or a file of conversations")
@@ -227,7 +232,7 @@ def find(dataset: str) -> tuple[Path, Path | None]:
 def splits(dataset: str, kind: str = "sft", skip_bad: bool = False
            ) -> tuple[list[dict], list[dict], int]:
     """(training records, validation records, bad ones that were skipped) of a dataset."""
-    train, val = find(dataset)
+    train, val = find(dataset, kind)
     reader = loader.Reader(skip_bad)
     records = list(read_chats(train, kind, skip_bad, reader))
     if val is None:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import sft
+import stage
 import tokenizer as tokenizers
 import train
 from config import UserError, configure
@@ -135,9 +136,9 @@ def prepared(base_dir, talk, block_size=64, batch_size=4, seed=3):
     cfg = sft.Config(init_from=str(base_dir), block_size=block_size, device="cpu")
     tokenizer, shape = checkpoint.load_tokenizer(base_dir), checkpoint.read_config(base_dir)
     known = tokenizer.vocab_size
-    sft.inherit(cfg, shape, tokenizer)
+    stage.inherit(cfg, shape, tokenizer)
     model = train.build_model(cfg, 0, Machine(torch.device("cpu"), torch.float32))
-    sft.grow(model, tokenizer.vocab_size, known)
+    stage.grow(model, tokenizer.vocab_size, known)
     records = chats.read_chats(talk / "train.jsonl")
     rendered = chats.render_all(tokenizer, records, None, block_size + 1)
     return model, tokenizer, chats.Packed(rendered, batch_size, block_size, seed=seed,
@@ -348,7 +349,7 @@ def test_rows_that_pad_the_matrix_are_used():
     torch.manual_seed(0)
     model = Transformer(family("llama", n_layer=1, n_head=2, n_embd=32, vocab_size=320))
     before = model.model.embed_tokens.weight.clone()
-    sft.grow(model, 292, 290)
+    stage.grow(model, 292, 290)
     after = model.model.embed_tokens.weight
     assert model.config.vocab_size == 320 == len(after)
     changed = (after != before).any(1).nonzero()[:, 0].tolist()

@@ -1,0 +1,239 @@
+"""What the stages after pretraining do alike: sft, lora, dpo and distill are built on this file.
+
+    import stage
+    done = stage.go(cfg, read, losses)      # a checkpoint, a stage's data and its loss -> fit()
+
+Nothing to run, and the same on every device: a stage is its data and its loss, and hands both to
+go(). What to expect of go(): the checkpoint's block size, tokenizer and template are inherited,
+which is said; control tokens that the template lacks get rows in the matrices; on resume every
+setting that is not given is the saved run's; adapters, ranks, --show and --eval_only work alike.
+"""
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Callable, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn import Parameter
+
+import chat as templates
+import checkpoint
+import kernels
+import lora
+import train
+from config import UserError, show
+from data import chats
+from machine import Machine, find_machine
+from model import ModelConfig, Transformer
+from translate import family_of
+
+CONTEXT = 1024          # a row is no longer by default, though many a model could read more
+
+
+@dataclass
+class Config(train.Config, lora.Settings):
+    # --- data
+    dataset: str = "skills"             # a name under data/, a folder, or a file of conversations
+    skip_bad: bool = False              # drop bad records, and count them
+    template: str = ""                  # of chat.py; empty: the checkpoint's, or chatml
+    show: int = 0                       # print so many rows as they are trained on, and stop
+    batch_size: int = 8                 # rows of a micro-batch
+    gradient_accumulation_steps: int = 1    # micro-batches of a step, over all ranks together
+    block_size: int = 0                 # tokens of a row; 0: the checkpoint's, at most 1024
+    document_mask: bool = True          # conversations of a row never see each other
+    # --- model
+    init_from: str = "out/demo"         # a folder: a run of train.py, any checkpoint; or resume
+    # --- optimizer: rates for a model of some million parameters; 2e-5 suits one of billions
+    learning_rate: float = 5e-4
+    max_iters: int = 0                  # steps; 0: as many as the epochs have
+    epochs: float = 2.0                 # times that every row is seen
+    weight_decay: float = 0.0
+    warmup_iters: int = -1              # -1: a twentieth of the steps
+    schedule: str = "linear"
+    min_lr: float = 0.0
+    # --- evaluation, logs, checkpoints
+    out_dir: str = "out/sft"
+    eval_interval: int = 200
+    eval_iters: int = 50                # batches of the validation set
+    log_interval: int = 10
+
+
+class Data(NamedTuple):
+    """What a stage trains on."""
+    batches: Any                        # (step) -> Batch; len() rows; gather(rows), epoch(n)
+    held_out: Any = None                # the same for validation, or None
+    records: list[dict] = []            # some that samples may be made from
+
+
+class Done(NamedTuple):
+    """What go() leaves, for a stage that has more to say."""
+    state: train.State
+    model: Transformer
+    tokenizer: Any
+    machine: Machine
+    data: Data
+
+# ------------------------------------------------------------------- what a checkpoint knows
+
+
+def inherit(cfg: Config, shape: ModelConfig, tokenizer: Any, chat: bool = True) -> list[str]:
+    """Settle what the command line leaves open with what the checkpoint knows, in place.
+
+    Returns what was inherited or is new, to be told; the tokenizer has the template from here on.
+    chat: whether the stage's data are conversations, which need one.
+    """
+    said = []
+    if cfg.block_size <= 0:
+        cfg.block_size = min(shape.block_size, CONTEXT)
+        whole = "" if cfg.block_size == shape.block_size else f" of its {shape.block_size:,}"
+        said.append(f"block size {cfg.block_size}{whole}")
+    elif cfg.block_size > shape.block_size:
+        raise UserError(f"block_size {cfg.block_size} is more than the {shape.block_size} tokens "
+                        "that the checkpoint was made for: use at most that")
+    said.append(f"a tokenizer of {tokenizer.vocab_size:,} ids")
+    done = bool(tokenizer.template) and cfg.template in ("", tokenizer.template)
+    if done:
+        said.append(f"template {tokenizer.template}")
+    # what the saved settings say of the model shall be true of it
+    for name in asdict(cfg).keys() & asdict(shape).keys() - {"block_size", "dropout", "init_std"}:
+        setattr(cfg, name, getattr(shape, name))
+    cfg.family = family_of(shape).model_type
+    said = ["inherited from the checkpoint: " + ", ".join(said)]
+    if done or not chat:
+        return said
+    # a template of somebody else's that nobody here knows: the user has to say which to use
+    row = templates.find(cfg.template or (None if tokenizer.jinja else "chatml"),
+                         foreign=bool(tokenizer.jinja))
+    control = row.control(tokenizer.eot_token or "<|endoftext|>")
+    names = [name for name in control if name not in tokenizer.special]
+    tokenizer.add_special_tokens(names)
+    instead = f" instead of {tokenizer.template}" if tokenizer.template else ""
+    tokenizer.template = row.name
+    said.append(f"template {row.name}{instead}" + (
+        f", whose tokens {' '.join(names)} are new: a vocabulary of {tokenizer.vocab_size:,} ids"
+        if names else ", whose tokens the tokenizer has"))
+    return said
+
+
+@torch.no_grad()
+def grow(model: Transformer, vocab_size: int, known: int) -> None:
+    """Give ids known .. vocab_size - 1 rows in the embedding and the output matrix.
+
+    Each is drawn around the mean of the old ones, with their spread: a token about which nothing
+    is known (Hewitt 2021). The trap: all at the mean itself, the end of a turn and its beginning
+    would be one token to a model whose matrices are frozen (LoRA). Padding rows are used first.
+    """
+    if vocab_size == known:
+        return
+    matrices = [model.model.embed_tokens]
+    if not model.config.tie_word_embeddings:
+        matrices.append(model.lm_head)
+    for m in matrices:
+        old, rows = m.weight[:known], max(vocab_size, len(m.weight))
+        # drawn on the CPU, so that every device and every rank has the same
+        noise = torch.randn(vocab_size - known, old.shape[1],
+                            generator=torch.Generator().manual_seed(known)).to(old)
+        weight = m.weight.new_empty(rows, old.shape[1])
+        weight[:len(m.weight)] = m.weight
+        weight[known:vocab_size] = old.mean(0) + old.std(0) * noise
+        m.weight = Parameter(weight)
+    model.config.vocab_size = max(vocab_size, model.config.vocab_size)
+
+
+def start_from(cfg: Config) -> tuple[ModelConfig, Any]:
+    """(shape, tokenizer) of the checkpoint that training starts from."""
+    resume = cfg.init_from == "resume"
+    source, which = (cfg.out_dir, "last") if resume else (cfg.init_from, "best")
+    try:
+        directory = checkpoint.resolve(source, which)
+    except UserError as e:
+        if resume or "init_from" in getattr(cfg, "given", ()):
+            raise
+        raise UserError(f"there is no trained model at {source}, where this stage starts: make "
+                        "one with `python train.py config/demo.py`, or name another with "
+                        "--init_from=DIR") from e
+    return checkpoint.read_config(directory), checkpoint.load_tokenizer(directory)
+
+
+def check(cfg: Config) -> None:
+    """UserError for a setting that no run can have; what is still to be found counts as good."""
+    train.check(replace(cfg, max_iters=cfg.max_iters or 1))
+    if not cfg.document_mask:
+        raise UserError("--document_mask=0 would let a conversation read the one before it: leave "
+                        "it out")
+
+
+def answer(model: Transformer, tokenizer: Any, messages: list[dict], seed: int) -> str:
+    """The first question of a conversation and what the model says to it, with control tokens."""
+    import sample                       # a stage: known here only where one is asked for
+    first = next((k for k, m in enumerate(messages) if m["role"] == "assistant"), None)
+    ids, stops = tokenizer.render(messages[:first], None, True)[0], set(tokenizer.stop_ids)
+    new = sample.generate(model, [ids], 100, sample.Sampling(temperature=0), seed,
+                          tokenizer.vocab_size, lambda _, token: token in stops)
+    return tokenizer.decode(ids + [row[0] for row in new])
+
+# ----------------------------------------------------------------------------- the way it goes
+
+
+def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start_from,
+       verify: Callable = check, chat: bool = True) -> Done | None:
+    """A stage from its settings to its last checkpoint; None where rows were only shown.
+
+    start(cfg) -> (shape, tokenizer) of the model that training starts from.
+    verify(cfg) raises UserError for what cannot be, once the checkpoint's part is known.
+    read(cfg, shape, tokenizer, rows, notes) -> Data: reads and packs for a global batch of `rows`
+    rows, adds what is to be said to notes, and to the tokenizer what it has to know.
+    losses(cfg, model, data, tokenizer, machine) -> train.Loss: called when the model is complete,
+    so that it may freeze weights or look at the data with the model before it moves.
+    """
+    if cfg.init_from == "resume":
+        cfg = train.inherit(cfg)
+        if "epochs" in cfg.given and "max_iters" not in cfg.given:
+            cfg.max_iters = 0
+    kernels.use(cfg.backend)
+    shape, tokenizer = start(cfg)
+    known = tokenizer.vocab_size
+    notes = inherit(cfg, shape, tokenizer, chat)
+    verify(cfg)
+    machine = find_machine(cfg)
+    try:
+        rows = train.rows_of_step(cfg, machine)
+        data = read(cfg, shape, tokenizer, rows, notes)
+        # how many steps follows from the size of the data
+        cfg.max_iters = cfg.max_iters or max(1, round(cfg.epochs * len(data.batches) / rows))
+        if cfg.warmup_iters < 0:
+            cfg.warmup_iters = cfg.max_iters // 20
+        if machine.main:
+            print("\n".join(notes), file=sys.stderr)
+        if cfg.show:
+            if machine.main:
+                numbers = data.batches.epoch(0)[:max(1, cfg.show)].tolist()
+                print(chats.show(tokenizer, data.batches.gather(numbers)))
+            return None
+        # ------ the model, with rows for new tokens, and what of it trains
+        adapters = cfg.lora_rank > 0 and not cfg.eval_only      # to evaluate, they are merged
+        model = train.build_model(lora.start_from(cfg) if adapters else cfg,
+                                  tokenizer.vocab_size if cfg.init_from == "scratch" else 0,
+                                  machine)
+        grow(model, tokenizer.vocab_size, known)
+        if machine.main and not cfg.eval_only:
+            train.prepare_out_dir(cfg)
+        if adapters:
+            notes = [lora.begin(cfg, model, tokenizer, grown=tokenizer.vocab_size > known)]
+        if machine.main:
+            print(show(cfg), *notes[:adapters], f"{model.parameter_count():,} parameters | "
+                  f"{rows * cfg.block_size:,} tokens a step | {machine.device} x {machine.world}, "
+                  f"{str(machine.dtype).split('.')[-1]}", sep="\n", file=sys.stderr)
+        # ------ train it
+        loss = losses(cfg, model, data, tokenizer, machine)
+        held = data.held_out.fixed(cfg.batch_size, cfg.eval_iters) if data.held_out else ()
+        sample = (lambda: answer(model, tokenizer, data.records[0]["messages"], cfg.seed)) if (
+            chat and data.records) else None
+        state = train.fit(cfg, model, data.batches, loss, machine, tokenizer=tokenizer,
+                          eval_batches=held, on_sample=sample)
+        return Done(state, model, tokenizer, machine, data)
+    finally:
+        if machine.world > 1:
+            dist.destroy_process_group()
