@@ -1,4 +1,5 @@
 # make demo: text on this machine -> tokenizer -> model -> samples, about three minutes on two cores
+# make lifecycle: text -> model -> chat -> preferences -> student, under twenty minutes
 # make test: every test, about nine minutes on two cores
 # make bench: the tables of RESULTS.md
 
@@ -7,12 +8,15 @@ VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 PYTHON := $(VENV)/bin/python
 BASE := $(or $(shell command -v python3),python)
 
-.PHONY: demo test bench clean
+.PHONY: demo lifecycle test bench clean
 
 demo: $(VENV)/.handmade-run
 	$(PYTHON) data/prepare.py
 	$(PYTHON) train.py config/demo.py
 	$(PYTHON) sample.py --out_dir=out/demo --num_samples=3 --max_new_tokens=150
+
+lifecycle: $(VENV)/.handmade-run
+	$(PYTHON) lifecycle.py
 
 test: $(VENV)/.handmade-test
 	$(PYTHON) -m pytest tests -q

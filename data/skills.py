@@ -9,8 +9,8 @@ No GPU is used, and one core; expect two seconds for skills, ten for stdlib_chat
 sorting, comparing, spelling, tables, what cannot be answered, and a second question about any of
 these. A model of a few million parameters learns it in minutes on a CPU, so that every stage after
 pretraining has a number to show. Digits and letters are written apart ("3 4", "t a l p"), since BPE
-glues "34" and "talp" into tokens whose parts the model never sees; sums have no carry below level
-3; and an answer is nothing but the answer, so that exact match says all.
+glues "34" and "talp" into tokens whose parts the model never sees; level 1 adds and takes away one
+digit and compares numbers whose first digit tells; below level 3 nothing carries.
 
 A split is drawn by a hash of what a task is about (the numbers, the word, the table), never of its
 wording: "3 4 + 2 5?" in train rules out "Add 2 5 and 3 4." in test. Written are conversations,
@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 from config import UserError, run  # noqa: E402  (ours; found only once the root is on the path)
 from data import loader, prepare  # noqa: E402
 
-VERSION = 1                             # of what is generated: a change builds it again
+VERSION = 2                             # of what is generated: a change builds it again
 CHATS, SPLITS = ("skills", "stdlib_chat"), ("train", "val", "test")  # corpora; files of each
 REFUSAL = "That cannot be answered."        # one sentence, so that it can be checked
 
@@ -53,7 +53,7 @@ class Config:
     seed: int = 1337                    # another seed: other tasks, in other splits
     force: bool = False                 # build again what is already there
     # --- skills alone
-    level: int = 1                      # 2: longer words, lists, tables; 3: and sums with carries
+    level: int = 1                      # 2: longer words, lists, tables, sums; 3: sums that carry
     train: int = 24_000                 # conversations to train on
     val: int = 1_000                    # conversations to validate on
     test: int = 1_000                   # conversations to test on
@@ -62,12 +62,12 @@ class Config:
 
 
 # --- the material ------------------------------------------------------------------------------
-# Words that are common in source code: one token each for a tokenizer trained on it.
+# Words common in source code: one token each for a tokenizer trained on it, first or within a line.
 WORDS = ("list name file line value class index table code data path test type byte hash item user "
          "word text time date node tree root host port lock task step page view menu font edit "
          "save open read send call loop flag mask key map").split()
-NAMES = "adam anna bill carl dave emma fred jack jane john kate lisa mark mary nick paul".split()
-COLOURS = "red blue green black white grey pink gold".split()
+KEYS = "main user root base last next self left open read port node".split()    # of a table
+ENTRIES = "true none float dict list max min sum set str int bool".split()
 ORDINALS = "first second third fourth fifth sixth seventh".split()
 CONSONANTS, VOWELS = "bdfgklmnprst", "aeiou"
 
@@ -100,13 +100,15 @@ ASK = {
     "position": ("What is the {nth} letter of {word}?", "Name the {nth} letter in {word}.",
                  "In {word}, which letter is {nth}?", "Which letter comes {nth} in {word}?",
                  "Give me letter {n} of {word}."),
-    "lookup": ("{table}. What does {name} have?", "Table: {table}. Look up {name}.",
-               "Given {table}, what is the entry of {name}?", "{table}. And {name}?",
-               "Read this: {table}. Which entry has {name}?"),
+    "lookup": ("{table}. What is the row of {name}?", "Table: {table}. Look up {name}.",
+               "Given {table}, what is there of {name}?", "{table}. And {name}?",
+               "Read this: {table}. Which row has {name}?"),
     "impossible": (),                   # asks what another task asks, or one of these
     "follow_up": (),                    # asks what another task asks, and goes on
 }
 TASKS = tuple(ASK)
+LENGTH = ("How many letters has {word}?", "Count the letters of {word}.", "How long is {word}?",
+          "In {word}, how many letters are there?", "What is the number of letters in {word}?")
 DIVIDE = ("What is {a} divided by 0?", "Divide {a} by 0.", "Compute {a} / 0.", "{a} / 0 = ?")
 STRANGE = ("Which is {more}, {a} or {word}?", "Of {word} and {a}, which is {more}?",
            "Name the {more} number: {a}, {word}.", "{word} or {a}: which is {more}?")
@@ -176,9 +178,9 @@ def ask(rng: random.Random, wordings: tuple[str, ...], **about: Any) -> str:
 
 
 def two(rng: random.Random, level: int) -> tuple[int, int]:
-    """Two numbers of two digits; below level 3 no column of theirs adds up to more than 9."""
+    """Two numbers, the second of one digit at level 1; below level 3 no column goes beyond 9."""
     while True:
-        a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+        a, b = rng.randrange(10, 100), rng.randrange(*((10, 100) if level > 1 else (1, 10)))
         if level > 2 or a % 10 + b % 10 < 10 and a // 10 + b // 10 < 10:
             return a, b
 
@@ -201,16 +203,12 @@ def subtract(rng: random.Random, level: int) -> Problem:
 def count(rng: random.Random, level: int) -> Problem:
     # of two or three letters, so that some are there more than once
     letters = rng.sample(CONSONANTS + VOWELS, rng.randint(2, 3))
-    word = "".join(rng.choices(letters, k=rng.randint(3, 3 + level)))
-
-    def turn(asked: str, x: str) -> Turn:
-        n = word.count(x)
-        return Turn(asked, str(n), tuple(str(m) for m in (n - 1, n + 1, n + 2) if m >= 0))
-
-    x, y = rng.sample(letters, 2)
-    more = rng.choice(("And the letter {}?", "How many {}?", "What about {}?")).format(y)
-    return Problem("count", both_ways(word), turn(ask(rng, ASK["count"], x=x, word=apart(word)), x),
-                   (turn(more, y),))
+    word, x = "".join(rng.choices(letters, k=rng.randint(3, 6))), rng.choice(letters)
+    # one letter among others takes a small model long to learn: at level 1 all of them count
+    n = len(word) if level == 1 else word.count(x)
+    asked = ask(rng, LENGTH if level == 1 else ASK["count"], x=x, word=apart(word))
+    near = tuple(str(m) for m in (n - 1, n + 1, n + 2) if m >= 0)
+    return Problem("count", both_ways(word), Turn(asked, str(n), near))
 
 
 def reverse(rng: random.Random, level: int) -> Problem:
@@ -245,6 +243,8 @@ def sort(rng: random.Random, level: int) -> Problem:
 
 def compare(rng: random.Random, level: int) -> Problem:
     a, b = rng.sample(range(10, 100), 2)
+    if level == 1 and a // 10 == b // 10:       # there the first digit says which
+        return compare(rng, level)
     more = rng.choice(("larger", "smaller"))
     right, other = (max(a, b), min(a, b)) if more == "larger" else (min(a, b), max(a, b))
     wrong = (apart(other), apart(right + 1), apart(str(right)[::-1]), f"{apart(a)} {apart(b)}")
@@ -283,37 +283,39 @@ def position(rng: random.Random, level: int) -> Problem:
     return Problem("position", both_ways(word), start, more)
 
 
-def table_of(rng: random.Random, level: int) -> tuple[dict[str, str], str, str]:
-    """(name -> entry, the table in words, the key of the table)."""
-    names = rng.sample(NAMES, rng.randint(2, 1 + level))
-    entries = rng.sample([*COLOURS] if rng.random() < 0.5 else [*"123456789"], len(names))
+def table_of(rng: random.Random, level: int) -> tuple[dict[str, str], str]:
+    """(name -> its row of the table as it is written, the key of the table)."""
+    names = rng.sample(KEYS, rng.randint(2, 1 + level))
+    entries = rng.sample(ENTRIES if rng.random() < 0.5 else [*"123456789"], len(names))
     has, mark = dict(zip(names, entries)), rng.choice((" has ", ": ", " = ", " - "))
-    return (has, ", ".join(name + mark + entry for name, entry in has.items()),
+    return ({name: name + mark + entry for name, entry in has.items()},
             "table " + " ".join(f"{n} {has[n]}" for n in sorted(has)))
 
 
 def lookup(rng: random.Random, level: int) -> Problem:
-    has, table, key = table_of(rng, level)
+    has, key = table_of(rng, level)
     names = rng.sample(list(has), len(has))
-    missing = rng.choice([n for n in NAMES if n not in has])    # to ask for what is not there
+    missing = rng.choice([n for n in KEYS if n not in has])    # to ask for what is not there
 
-    def answer(name: str) -> tuple[str, tuple[str, ...]]:
+    def turn(asked: str, name: str) -> Turn:
         right = has.get(name, REFUSAL)
-        return right, tuple(x for x in (*has.values(), REFUSAL) if x != right)
+        # other rows, and theirs under this name
+        wrong = {*has.values(), REFUSAL, *(has[n].replace(n, name) for n in has)} - {right}
+        return Turn(asked, right, tuple(sorted(wrong)))
 
-    turn = Turn(ask(rng, ASK["lookup"], table=table, name=names[0]), *answer(names[0]))
+    asked = ask(rng, ASK["lookup"], table=", ".join(has.values()), name=names[0])
     then = [names[1], missing] if rng.random() < 0.3 else names[1:]
-    more = tuple(Turn(rng.choice(("And {}?", "What about {}?", "Now {}.")).format(name),
-                      *answer(name)) for name in then)
-    return Problem("lookup", key, turn, more)
+    more = tuple(turn(rng.choice(("And {}?", "What about {}?", "Now {}.")).format(name), name)
+                 for name in then)
+    return Problem("lookup", key, turn(asked, names[0]), more)
 
 
 def impossible(rng: random.Random, level: int) -> Problem:
     """A question without an answer, as like as possible to those that have one."""
     kind, n = rng.choice(("table", "letter", "divide", "strange")), rng.randrange(10, 100)
     if kind == "table":                 # a name that is not in it
-        has, table, key = table_of(rng, level)
-        name = rng.choice([n for n in NAMES if n not in has])
+        has, key = table_of(rng, level)
+        name, table = rng.choice([n for n in KEYS if n not in has]), ", ".join(has.values())
         asked, wrong = ask(rng, ASK["lookup"], table=table, name=name), tuple(has.values())
     elif kind == "letter":              # beyond the end
         word = word_of(rng, level)
@@ -433,8 +435,7 @@ def generate(seed: int, level: int = 1, train: int = Config.train, val: int = Co
     def take(n: int, split: str, stream: str = "") -> list[Problem]:
         return list(islice(problems(seed, split, level, stream), n))
 
-    out = {split: [record(p) for p in take(n, split)]
-           for split, n in zip(SPLITS, (train, val, test))}
+    out = {s: [record(p) for p in take(n, s)] for s, n in zip(SPLITS, (train, val, test))}
     for split, share in (("train", 1), ("val", 10)):
         rng = random.Random(f"{seed} {split} spoil")   # its own: pairs do not move problems
         out[f"pref_{split}"] = [record(p, rng) for p in take(pref // share, split, "pref")]
@@ -559,8 +560,7 @@ def report(out: Path) -> None:
 
 def inherit(cfg: Any) -> Config:
     """prepare.py's settings -> ours; one that means nothing here is a mistake, not ignored."""
-    ours = ("source", "out", "seed", "force")
-    if wrong := sorted(getattr(cfg, "given", frozenset()) - {*ours}):
+    if wrong := sorted(getattr(cfg, "given", frozenset()) - {"source", "out", "seed", "force"}):
         raise UserError(f"--{wrong[0]} is for text, {cfg.source[0]} is made of chats; "
                         "`python data/skills.py --help` shows its settings")
     return Config(cfg.source[0], cfg.out, cfg.seed, cfg.force)
