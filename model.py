@@ -298,10 +298,9 @@ class Attention(Module):
         positions = None
         if cache is not None:
             k, v, positions = cache.put(self.layer, k, v)
-        drop = c.dropout if self.training else 0.0
         y = kernels.attention(q, k, v, scale=c.attention_multiplier, window=self.window,
                               softcap=c.attn_logit_softcapping, doc=doc, positions=positions,
-                              dropout_p=drop)
+                              dropout_p=c.dropout * self.training)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -417,9 +416,8 @@ class Block(Module):
         x = self.add(x, y)
         if placement != "parallel":                 # in parallel the MLP reads what attention read
             h = x if placement == "post" else self.post_attention_layernorm(x)
-        y, seen = self.mlp(h), None
-        if isinstance(y, tuple):
-            y, seen = y
+        y = self.mlp(h)
+        y, seen = y if isinstance(y, tuple) else (y, None)
         if placement in ("post", "sandwich"):
             y = self.post_mlp_layernorm(y)
         return self.add(x, y), seen
@@ -485,7 +483,7 @@ class Transformer(Module):
                 head: Callable[[Tensor, Tensor], Tensor] | None = None, router: str = ""):
         """ids (B, T) int64 -> head(hidden (B, T, C), weight (V, C)), or logits (B, T, V).
 
-        doc (B, T) keeps attention inside a document. With a cache, ids go on where it ends.
+        doc (B, T): each document is as it were alone. With a cache, ids go on where it ends.
         router "batch" or "sequence": returns (that, MoE.statistics of each such layer (L, E + 2)).
         """
         c, T = self.config, ids.shape[1]
@@ -502,8 +500,11 @@ class Transformer(Module):
             if start + T > c.block_size:
                 raise UserError(f"{start + T} tokens are more than the {c.block_size} learned "
                                 "positions of this model: lower block_size or crop the text")
-            where = torch.arange(start, start + T, device=ids.device)
-            where = where if positions is None else positions
+            where = positions
+            if where is None:
+                where = torch.arange(start, start + T, device=ids.device)
+                if doc is not None and cache is None:       # each document begins at position 0
+                    where = where - torch.where(doc != doc.roll(1, 1), where, 0).cummax(1)[0]
             x = x + kernels.embedding(where, self.model.embed_positions.weight)
         elif c.position == "rope":
             rope = self.rope(positions, start, T, ids.device, self.compute_dtype or x.dtype)
@@ -591,9 +592,7 @@ class Config:
 def main(cfg: Config) -> None:
     import presets                  # which is built on this file: known here only to the script
     rows = presets.costs(presets.preset(cfg.show), cfg.block_size)
-    print(cfg.show)
-    for name, value in rows.items():
-        print(f"  {name:42s}{value:>20s}")
+    print(cfg.show, *(f"  {name:42s}{value:>20s}" for name, value in rows.items()), sep="\n")
 
 
 if __name__ == "__main__":

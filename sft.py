@@ -150,9 +150,7 @@ def read(cfg: Config, shape: ModelConfig, tokenizer: Any, rows: int, notes: list
         notes.append(add_labels(tokenizer, records, held))
     made = [texts(tokenizer, part, length) if classify else
             chats.render_all(tokenizer, part, None, length) for part in (records, held)]
-    # a learned position is a place in the row: those models get a row for each conversation
-    how = dict(block_size=cfg.block_size, seed=cfg.seed, pad=tokenizer.eot or 0,
-               together=shape.position != "learned", name=cfg.dataset)
+    how = dict(block_size=cfg.block_size, seed=cfg.seed, pad=tokenizer.eot or 0, name=cfg.dataset)
     batches = chats.Packed(made[0], rows, **how)
     held_out = chats.Packed(made[1], cfg.batch_size, **how) if made[1] else None
     notes.append(f"{cfg.dataset}: {batches.summary()}; {len(made[1]):,} to validate"

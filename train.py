@@ -196,20 +196,27 @@ def clock(seconds: float) -> str:
 def evaluate(model: Transformer, batches: Iterable[Batch], loss: Loss, machine: Machine,
              token_bytes: Tensor | None = None) -> dict[str, float]:
     """Mean loss in nats a token over fixed batches, reduced over the ranks: val_loss, val_ppl and,
-    where token_bytes (V,) says how long each token is, val_bpb (bits per byte of text)."""
+    where token_bytes (V,) says how long each token is, val_bpb (bits per byte of text). A loss
+    that reports something is another one than that of text: val_loss, and what it reports."""
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)                # nats, tokens, bytes
+    reports: dict[str, float] = {}
     for batch in batches:
         part = machine.rows(batch)
-        if not len(part["ids"]):
-            continue                                          # more ranks than rows
-        value, count, _ = loss(model, part)
+        real = len(part["ids"]) > 0                           # or there are more ranks than rows,
+        if not real:                                          # and only the reports' names count
+            part = {k: v[:1].to(machine.device) for k, v in batch.items()}
+        value, count, metrics = loss(model, part)
+        reports = {k: v.item() * real + reports.get(k, 0.0) for k, v in metrics.items()}
         live = part["targets"][part["targets"] >= 0]
         size = 0 if token_bytes is None else token_bytes[live].sum().item()
-        sums += torch.tensor([value.item(), count.item(), size])
+        sums += torch.tensor([value.item(), count.item(), size]) * real
     model.train()
-    total, weight, size = machine.sum(*sums)
+    total, weight, size, *values = machine.sum(*sums, *reports.values())
     mean = total / max(1.0, weight)
+    if reports:
+        return {"val_loss": mean, **{f"val_{k}": v / max(1.0, weight)
+                                     for k, v in zip(reports, values)}}
     result = {"val_loss": mean, "val_ppl": math.exp(min(mean, 700.0))}
     if size:
         result["val_bpb"] = total / math.log(2) / size

@@ -3,7 +3,7 @@
     from data import chats
     train, held_out = chats.find("skills")                  # files of a dataset, or one file
     records = chats.read_chats(train)                       # {"messages": [{"role", "content"}…]}
-    rendered = chats.render_all(tokenizer, records, "chatml", max_length=257)
+    rendered = chats.render_all(tokenizer, records, "chatml", max_length=257)   # or render_pairs
     batches = chats.Packed(rendered, batch_size=8, block_size=256)
     batches(0)["targets"]                                   # (8, 256), -100 where not trained on
 
@@ -274,6 +274,43 @@ def render_all(tokenizer: Any, records: Iterable[dict[str, Any]], template: str 
         out.append((np.array(ids[:max_length], dtype=np.int32), live))
     return out
 
+
+def completion(tokenizer: Any, messages: Messages, before: Messages, template: str | None
+               ) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, mask) of a conversation, the mask true on what assistants say after `before` alone."""
+    ids, mask = tokenizer.render(messages, template)
+    live = np.array(mask, dtype=bool)
+    live[:1] = False
+    # counted by turns, not by tokens: how a prompt is cut into some may depend on what follows
+    turn = np.cumsum(live & ~np.roll(live, 1))              # 1 from the first answer on, 2 from …
+    return np.array(ids, dtype=np.int32), live & (
+        turn > sum(m["role"] == "assistant" for m in before))
+
+
+def render_pairs(tokenizer: Any, records: Iterable[dict[str, Any]], template: str | None,
+                 max_length: int) -> Rendered:
+    """Render chosen and rejected of every record, one after the other, cut so that both fit into
+    max_length tokens: each has half of them, and what the other leaves.
+
+    The mask is true on what the assistants say after the turns that both have in common. A pair is
+    skipped whose cut leaves a side without any of that, or both sides the same.
+    """
+    out = Rendered()
+    for record in records:
+        a, b = record["chosen"], record["rejected"]
+        common = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+        sides = [completion(tokenizer, messages, a[:common], template) for messages in (a, b)]
+        sizes, half = [len(ids) for ids, _ in sides], max_length // 2
+        room = [min(size, max(half, max_length - other))
+                for size, other in zip(sizes, reversed(sizes))]
+        cut = [(ids[:n], mask[:n]) for (ids, mask), n in zip(sides, room)]
+        if not all(mask.any() for _, mask in cut) or np.array_equal(cut[0][0], cut[1][0]):
+            out.skipped += 1
+            continue
+        out.cut += room != sizes
+        out += cut
+    return out
+
 # --- ids and masks -> rows -> batches ----------------------------------------------------------
 
 
@@ -312,30 +349,37 @@ class Packed:
     """Conversations side by side in rows, and batches of rows as a function of (seed, step).
 
     A row of T inputs and T targets is T + 1 tokens. Conversations share it without seeing each
-    other: `doc` numbers them, and attention stays within a number. RoPE knows distances only, so
-    positions need not start anew with each; a learned position is its place in the row, so models
-    with those get one conversation a row (together=False). Which conversations share a row is
-    drawn once, from the seed; an epoch is a permutation of the rows, without replacement.
+    other: `doc` numbers them, and attention stays within a number, where positions start anew.
+    Which conversations share a row is drawn once, from the seed; an epoch is a permutation of the
+    rows, without replacement.
+
+    unit: so many conversations on end stay together, chosen and rejected, say: any slice of the
+    rows, of a rank or a micro-batch, then has whole pairs. columns: numbers that a conversation
+    has, as a reference's log-probability, (conversations,); gather() gives them as (B, D).
     """
 
     def __init__(self, rendered: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int,
-                 block_size: int, seed: int = 1337, pad: int = 0, together: bool = True,
-                 name: str = "the dataset"):
+                 block_size: int, seed: int = 1337, pad: int = 0, name: str = "the dataset",
+                 unit: int = 1):
+        self.kind = "conversation" if unit == 1 else "pair"
         if not rendered:
-            raise UserError(f"{name} has no conversation with an answer within {block_size + 1} "
+            raise UserError(f"{name} has no {self.kind} with an answer within {block_size + 1} "
                             "tokens: raise --block_size, or look at it with --show=5")
         if batch_size < 1 or block_size < 1:
             raise UserError(f"batch_size is {batch_size} and block_size {block_size}; both must be "
                             "at least 1")
         self.conversations, self.batch_size, self.block_size = rendered, batch_size, block_size
-        self.seed, self.pad = seed, pad
+        self.seed, self.pad, self.unit = seed, pad, unit
         # the order of a file is often by subject or length: rows take from all of it
-        order = shuffled(len(rendered), seed, 0).tolist()
-        places = first_fit([len(rendered[i][0]) for i in order],
-                           block_size + 1) if together else range(len(order))
+        order = shuffled(len(rendered) // unit, seed, 0).tolist()
+        members = [range(i * unit, (i + 1) * unit) for i in order]
+        places = first_fit([sum(len(rendered[i][0]) for i in m) for m in members],
+                           block_size + 1)
         self.rows: list[list[int]] = [[] for _ in range(max(places) + 1)]
-        for i, place in zip(order, places):
-            self.rows[place].append(i)
+        for m, place in zip(members, places):
+            self.rows[place] += m
+        self.columns: dict[str, np.ndarray] = {}
+        self.documents = max(map(len, self.rows))
         self.tokens = sum(len(ids) for ids, _ in rendered)
         self.trained = sum(int(mask.sum()) for _, mask in rendered)
         self.epochs: dict[int, np.ndarray] = {}     # epoch -> rows in the order they are seen
@@ -352,11 +396,13 @@ class Packed:
         c = self.conversations
         left = f" ({getattr(c, 'skipped', 0):,} without an answer skipped, " \
                f"{getattr(c, 'cut', 0):,} cut to {self.block_size + 1} tokens)"
-        return (f"{len(c):,} conversations{left} in {len(self):,} rows, {self.fill:.1%} full; "
+        return (f"{len(c) // self.unit:,} {self.kind}s{left} in {len(self):,} rows, "
+                f"{self.fill:.1%} full; "
                 f"{self.trained:,} of {self.tokens:,} tokens are trained on")
 
     def gather(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Rows by number -> {"ids", "targets" (B, T) int64, "doc" (B, T) int32}."""
+        """Rows by number -> {"ids", "targets" (B, T) int64, "doc" (B, T) int32}, and the columns
+        (B, D) by document, D the most that a row has; 0 where there is none."""
         B, T = len(rows), self.block_size
         ids = np.full((B, T + 1), self.pad, dtype=np.int64)
         live = np.zeros((B, T + 1), dtype=bool)
@@ -372,9 +418,15 @@ class Packed:
                 at = end
             doc[b, at:] = len(self.rows[row])       # the padding keeps to itself
         targets = np.where(live, ids, -100)[:, 1:]
+        more = {name: np.zeros((B, self.documents), column.dtype)
+                for name, column in self.columns.items()}
+        for name, column in self.columns.items():
+            for b, row in enumerate(rows):
+                more[name][b, :len(self.rows[row])] = column[self.rows[row]]
         return {"ids": torch.from_numpy(ids[:, :-1].copy()),
                 "targets": torch.from_numpy(targets.copy()),
-                "doc": torch.from_numpy(doc[:, :-1].copy())}
+                "doc": torch.from_numpy(doc[:, :-1].copy()),
+                **{name: torch.from_numpy(column) for name, column in more.items()}}
 
     def epoch(self, number: int) -> np.ndarray:
         """The rows of an epoch in the order they are seen."""
@@ -434,8 +486,9 @@ def show(tokenizer: Any, batch: dict[str, torch.Tensor], color: bool | None = No
             if not trained:                         # every conversation has an answer
                 lines.append(f"--- row {b}: {len(span)} tokens of padding")
                 continue
-            lines.append(f"--- row {b}, conversation {number}: {len(span)} tokens, {trained} of "
-                         "them trained on")
+            name = f"conversation {number}" if "reference" not in batch else (
+                f"pair {number // 2}, {('chosen', 'rejected')[number % 2]}")
+            lines.append(f"--- row {b}, {name}: {len(span)} tokens, {trained} of them trained on")
             lines.append("".join(
                 paint(readable(tokenizer.decode([ids[t] for t in run])), live[run[0]], color)
                 for run in runs(span, live)))

@@ -338,8 +338,6 @@ def test_every_conversation_is_in_one_row_once(packed):
     assert sorted(i for row in packed.rows for i in row) == list(range(200))
     assert packed.fill > 0.9
     assert f"{packed.fill:.1%} full" in packed.summary()
-    alone = chats.Packed(packed.conversations, 8, 128, together=False)
-    assert len(alone) == 200 and alone.fill < 0.7
 
 
 def test_rows_hold_whole_conversations_side_by_side(packed):
@@ -399,6 +397,99 @@ def test_fixed_batches_are_rows_without_repetition(packed):
     assert len(set(map(tuple, rows.tolist()))) == 16
     assert same(fixed[0], packed.fixed(8, 2)[0])
 
+
+
+# ---------------------------------------------------------------------------------- pairs
+
+def preferences(n, seed=0):
+    """Two answers to each conversation's last question, of different length."""
+    rng, out = random.Random(seed), []
+    for record in corpus(n, seed, longest=8):
+        *before, last = record["messages"]
+        worse = {**last, "content": "y" + " cat" * rng.randrange(1, 12)}
+        out.append({"chosen": [*before, last], "rejected": [*before, worse]})
+    return out
+
+
+@pytest.mark.parametrize("name", [n for n in templates.TEMPLATES])
+def test_supervised_ids_of_pairs_are_the_answers_that_differ(tokenizer, name):
+    """In every template, read off the batches: of chosen and rejected the turns after what both
+    have in common, with the token that ends them; earlier answers are part of the prompt."""
+    import copy
+    t = copy.deepcopy(tokenizer)
+    row = templates.find(name)
+    t.add_special_tokens(row.control(t.eot_token))
+    records = preferences(25)
+    records.append({"chosen": said(U, "a", A, "b", U, "c", A, "d", U, "e", A, "f"),
+                    "rejected": said(U, "a", A, "b", U, "c", A, "g")})
+    for r in records:
+        for key in ("chosen", "rejected"):
+            r[key] = [{**m, "content": m["content"].strip()} for m in r[key] if m["role"] != "tool"]
+    packed = chats.Packed(chats.render_pairs(t, records, name, 900), 3, 899, unit=2)
+    found = []
+    for batch, rows in zip(packed.fixed(3, 10 ** 6), packed.fixed(3, 10 ** 6).rows):
+        for targets, doc, number in zip(batch["targets"], batch["doc"], rows):
+            for k, i in enumerate(packed.rows[number]):
+                live = targets[(doc == k) & (targets >= 0)]
+                found.append((i, t.decode(live.tolist())))
+    end = re.match(r"\s*(\S*)", row.after(A, t.eot_token))[1] if not row.closing else "<|user|>"
+    space = " " if row.after(A, "").startswith(" ") else ""
+    want = []
+    for r in records[:-1]:
+        want += [f"{row.lead}{r[key][-1]['content']}{space}{end}" for key in ("chosen", "rejected")]
+    want += ["".join(f"{row.lead}{c}{space}{end}" for c in words) for words in ("df", "g")]
+    assert [text for _, text in sorted(found)] == want
+
+
+def test_both_sides_of_a_pair_are_cut_to_what_leaves_room(tokenizer):
+    """Half a row each, and what the other side leaves; skipped without an answer, or without a
+    difference."""
+    long, longer = " ".join(["cat"] * 60), " ".join(["cat"] * 61)
+    records = [{"chosen": said(*a), "rejected": said(*b)} for a, b in (
+        ((U, "Hi", A, "Hello"), (U, "Hi", A, "cat")),
+        ((U, "Hi", A, long), (U, "Hi", A, "cat")),          # one is cut
+        ((U, "Hi", A, "cat"), (U, "Hi", A, long)),
+        ((U, "Hi", A, long), (U, "Hi", A, "a" + longer)),   # both are
+        ((U, "Hi", A, long), (U, "Hi", A, longer)),         # and then they are the same
+        ((U, long, A, "Hi"), (U, long, A, "cat")),          # the prompt fills half a row
+        ((U, "Hi"), (U, "Hi", A, "cat")))]
+    whole = chats.render_pairs(tokenizer, records, None, 10 ** 6)
+    assert (len(whole), whole.skipped, whole.cut) == (12, 1, 0)
+    rendered = chats.render_pairs(tokenizer, records, None, 60)
+    assert (len(rendered), rendered.skipped, rendered.cut) == (8, 3, 3)
+    sizes, short = [len(ids) for ids, _ in rendered], len(whole[1][0])
+    assert sizes[1] == sizes[3] == sizes[4] == short
+    assert sizes[2] == sizes[5] == 60 - short and sizes[6:] == [30, 30]
+    for (ids, mask), (all_ids, all_mask) in zip(rendered, whole):
+        assert np.array_equal(ids, all_ids[:len(ids)]) and mask.any()
+        assert np.array_equal(mask, all_mask[:len(ids)])
+    for step in range(9):
+        assert (chats.Packed(rendered, 2, 59, unit=2)(step)["targets"] >= 0).any(1).all()
+    with pytest.raises(UserError, match="no pair with an answer within 9 tokens"):
+        chats.Packed(chats.render_pairs(tokenizer, records, None, 9), 2, 8, unit=2)
+
+
+def test_a_row_holds_whole_pairs_and_columns_go_along(tokenizer):
+    """Any slice of rows, of a rank or a micro-batch: 2i and 2i + 1 side by side, in that order;
+    numbers that a conversation has stand at its document."""
+    rendered = chats.render_pairs(tokenizer, preferences(120), None, 257)
+    packed = chats.Packed(rendered, 8, 256, seed=5, unit=2)
+    assert sorted(i for row in packed.rows for i in row) == list(range(len(rendered)))
+    assert packed.fill > 0.9 and packed.summary().startswith(f"{len(rendered) // 2} pairs (")
+    packed.columns["score"] = np.arange(len(rendered), dtype=np.float32) + 1
+    batch = packed(3)
+    numbers = packed.epoch(0)
+    assert batch["score"].shape == (8, max(map(len, packed.rows)))
+    for b in range(8):
+        row = packed.rows[numbers[(24 + b) % len(numbers)]] if 24 + b < len(numbers) else None
+        if row is None:
+            continue
+        assert row[1::2] == [i + 1 for i in row[::2]] and all(i % 2 == 0 for i in row[::2])
+        assert batch["score"][b].tolist()[:len(row)] == [i + 1 for i in row]
+        assert not batch["score"][b, len(row):].any()
+        for k, i in enumerate(row):
+            ids = batch["ids"][b][batch["doc"][b] == k].tolist()
+            assert rendered[i][0].tolist()[:len(ids)] == ids
 
 # -------------------------------------------------------------------------------- to look at
 

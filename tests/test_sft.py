@@ -141,8 +141,7 @@ def prepared(base_dir, talk, block_size=64, batch_size=4, seed=3):
     stage.grow(model, tokenizer.vocab_size, known)
     records = chats.read_chats(talk / "train.jsonl")
     rendered = chats.render_all(tokenizer, records, None, block_size + 1)
-    return model, tokenizer, chats.Packed(rendered, batch_size, block_size, seed=seed,
-                                          together=shape.position != "learned")
+    return model, tokenizer, chats.Packed(rendered, batch_size, block_size, seed=seed)
 
 # ----------------------------------------------------------- packed rows are conversations alone
 
@@ -163,8 +162,7 @@ def test_packed_logits_are_those_of_each_conversation_alone(base, talk, name, sh
             alone = model.logits(ids)[0, :len(place)]
             assert (together[b, place] - alone).abs().max() < 2e-5
             several += k > 0
-    # a position learned for a row would be another one: GPT-2 gets a row each
-    assert (several == 0) == (name == "gpt2")
+    assert several
 
 
 def oracle(base_dir, model, tokenizer, tmp_path):

@@ -1,0 +1,25 @@
+"""The demo's chat model learns which answers are preferred: DPO of out/sft_skills on skills' pairs.
+
+    python sft.py config/sft_skills.py                          # the chat model, once
+    python dpo.py config/dpo_skills.py
+    python dpo.py --init_from=resume --out_dir=out/dpo_skills --eval_only=1
+
+cost: the pairs once, of whose rows and tokens dpo.py prints how many there are, and one forward
+over them for the reference. Minutes and accuracy of a whole run: not measured yet.
+"""
+init_from = "out/sft_skills"
+dataset = "skills"
+out_dir = "out/dpo_skills"
+epochs = 1.0
+batch_size = 8
+gradient_accumulation_steps = 1
+
+loss = "sigmoid"
+beta = 0.1
+learning_rate = 1e-4
+schedule = "linear"
+min_lr = 0.0
+
+eval_interval = 100
+eval_iters = 50
+log_interval = 20

@@ -1,0 +1,400 @@
+"""Preferences: DPO and its relatives on pairs of a better and a worse answer (Rafailov 2023).
+
+    python data/prepare.py skills                               # once: pairs, no download
+    python dpo.py                                               # of out/sft_skills, anywhere
+    python dpo.py --init_from=DIR --dataset=pairs.jsonl         # any checkpoint, any layout
+    python dpo.py --show=3                                      # what is trained on, in colour
+    torchrun --nproc_per_node=8 dpo.py --init_from=DIR --learning_rate=1e-6
+    python dpo.py --init_from=DIR --lora_rank=16                # its base is the reference
+    python dpo.py --init_from=resume --out_dir=out/dpo          # go on where a run stopped
+    python dpo.py --init_from=resume --out_dir=out/dpo --eval_only=1    # accuracy on unseen pairs
+
+What it costs is at the head of config/dpo_skills.py. The rates here suit a model of some million
+parameters; one of billions wants --learning_rate=5e-7 to 5e-6 and one epoch. What to expect: the
+accuracy, the share of unseen pairs whose better answer has the higher reward, rises from chance.
+
+With r = log pi(answer) - log ref(answer), summed over the answer's tokens, and e label_smoothing:
+
+    sigmoid  -(1-e) log s(b (r+ - r-)) - e log s(-b (r+ - r-))      DPO; e > 0: cDPO
+    robust   ((1-e) -log s(..) + e log s(-..)) / (1-2e)             unbiased noise, Chowdhury 2024
+    hinge    max(0, 1 - b (r+ - r-))                                SLiC, Zhao 2023
+    ipo      (r+ - r- - 1/(2b))^2, r a mean over tokens             Azar 2023; trl
+    kto      1 - s(b (r+ - z)) and 1 - s(b (z - r-)), weighted      Ethayarajh 2024
+    simpo    -log s(b (m+ - m-) - gamma), m the mean of log pi      Meng 2024; wants b = 2, gamma 1
+    orpo     -m+ - b log s(log odds(m+) - log odds(m-))             Hong 2024
+
+KTO's z is max(0, mean r) of the batch's prompts, each with the answer to another one.
+
+The reference is the model as training starts. Its log-probabilities are computed once, before it
+moves, and lie in out_dir from then on: no second model is held while training. (--reference=DIR
+and a resumed run whose file is lost load one, before there are gradients, and free it.)
+"""
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import checkpoint
+import kernels
+import lora
+import stage
+import train
+from config import UserError, run
+from data import chats
+from machine import Machine
+from model import ModelConfig, Transformer
+
+LOSSES = ("sigmoid", "hinge", "ipo", "robust", "simpo", "orpo", "kto")
+ALONE = ("simpo", "orpo")               # have no reference
+NOISY = ("sigmoid", "robust", "simpo")  # know of labels that are wrong
+
+
+@dataclass
+class Config(stage.Config):
+    loss: str = "sigmoid"               # sigmoid, hinge, ipo, robust, simpo, orpo, kto
+    beta: float = 0.1                   # how dear it is to leave the reference; simpo wants 2
+    label_smoothing: float = 0.0        # share of wrong labels: sigmoid, robust and simpo
+    average: bool | None = None         # means over tokens, not sums; None: ipo, simpo and orpo
+    gamma: float = 0.5                  # simpo: margin that the better answer shall have
+    sft_weight: float = 0.0             # of the better answer's mean -log p, added (RPO's alpha)
+    desirable_weight: float = 1.0       # kto: of the better answers
+    undesirable_weight: float = 1.0     # kto: of the worse ones
+    reference: str = ""                 # a folder; empty: the model that training starts from
+    reference_free: bool = False        # as if the reference found all answers equally likely
+    origin: str = ""                    # kept by a run: digest and folder of its reference
+    init_from: str = "out/sft_skills"   # a folder: a run of sft.py, any checkpoint; or resume
+    out_dir: str = "out/dpo"
+    learning_rate: float = 1e-4         # of a small model; 5e-7 to 5e-6 suits one of billions
+    epochs: float = 1.0
+
+# ------------------------------------------------------------------------- log-probabilities
+
+
+def log_probs(model: Any, batch: train.Batch, D: int) -> tuple[Tensor, Tensor]:
+    """(sum of log p over the targets of each document, their number), each (B, D) float32.
+
+    A row has up to D documents; one that is not there has 0 and 0. Only places with a target meet
+    the vocabulary.
+    """
+    targets, doc = batch["targets"].flatten(), batch["doc"].flatten()
+    live = (targets >= 0).nonzero()[:, 0]
+    live = live if len(live) else live.new_zeros(1)         # no kernel likes an empty tensor
+    right, softcap = targets[live], checkpoint.raw(model).config.final_logit_softcapping
+
+    def head(h: Tensor, w: Tensor) -> Tensor:
+        return kernels.linear_cross_entropy(h.flatten(0, 1).index_select(0, live), w, right,
+                                            softcap=softcap, reduction="none")
+    nll = model(batch["ids"], doc=batch["doc"], head=head)                  # (targets,)
+    B, T = batch["ids"].shape
+    place = live // T * D + doc[live]
+    zeros = nll.new_zeros(B * D)
+    size = zeros.index_add(0, place, (right >= 0).to(nll.dtype))
+    return zeros.index_add(0, place, -nll).view(B, D), size.view(B, D)
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """log 1 / (1 + exp(-x)), which neither over- nor underflows."""
+    return -torch.logaddexp(torch.zeros_like(x), -x)
+
+
+def log_odds(x: Tensor) -> Tensor:
+    """log p / (1 - p) of x = log p; p a hair below 1 at most."""
+    return x - torch.log(-torch.expm1(x.clamp(max=-1e-7)))
+
+
+def preference_loss(cfg: Config, policy: Tensor, reference: Tensor, sizes: Tensor,
+                    z: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """(loss of each pair (N,), rewards (N, 2) without gradient).
+
+    policy, reference: summed log-probabilities (N, 2) of the better and the worse answer; sizes
+    (N, 2) their tokens. z: KTO's estimate of the KL divergence. Rewards are beta times the log
+    ratio, as trl reports them; without a reference, beta times the mean log-probability.
+    """
+    b, e, alone = cfg.beta, cfg.label_smoothing, cfg.loss in ALONE
+    average = cfg.loss in ("ipo", *ALONE) if cfg.average is None else cfg.average
+    ratio = policy - (0.0 if alone or cfg.reference_free else reference)
+    score = ratio / sizes if average else ratio
+    better, worse = score.unbind(-1)
+    gap = b * (better - worse)
+
+    def noisy(x: Tensor) -> Tensor:
+        return -(1 - e) * log_sigmoid(x) - e * log_sigmoid(-x)
+    if cfg.loss == "sigmoid":
+        loss = noisy(gap)
+    elif cfg.loss == "robust":
+        loss = (e * log_sigmoid(-gap) - (1 - e) * log_sigmoid(gap)) / (1 - 2 * e)
+    elif cfg.loss == "hinge":
+        loss = (1 - gap).clamp(min=0)
+    elif cfg.loss == "ipo":
+        loss = (gap / b - 1 / (2 * b)) ** 2
+    elif cfg.loss == "simpo":
+        loss = noisy(gap - cfg.gamma)
+    elif cfg.loss == "orpo":
+        loss = -better - b * log_sigmoid(log_odds(better) - log_odds(worse))
+    else:                                       # kto: two examples, whose mean is a pair's loss
+        loss = (cfg.desirable_weight * torch.sigmoid(b * (z - better))
+                + cfg.undesirable_weight * torch.sigmoid(b * (worse - z))) / 2
+    if cfg.sft_weight:
+        loss = loss - cfg.sft_weight * policy[:, 0] / sizes[:, 0]
+    return loss, b * (score if alone else ratio).detach()
+
+
+def pair_loss(cfg: Config) -> train.Loss:
+    """The loss of a batch of packed pairs: a sum over pairs, and their number. Of a mixture the
+    routers learn by it too, without the balance losses of pretraining."""
+    def loss(model: Any, batch: train.Batch) -> tuple[Tensor, Tensor, dict]:
+        reference = batch["reference"]                      # (B, D), two of D to a pair
+        policy, sizes = (x.view(len(x), -1, 2)
+                         for x in log_probs(model, batch, reference.shape[1]))
+        there = (sizes > 0).all(-1)                         # (B, pairs of a row)
+        z = batch["z"][0] if cfg.loss == "kto" else 0.0
+        value, rewards = preference_loss(
+            cfg, policy[there], reference.view_as(policy)[there], sizes[there], z)
+        better, worse = rewards.unbind(-1)
+        metrics = {"rewards/chosen": better.sum(), "rewards/rejected": worse.sum(),
+                   "margin": (better - worse).sum(), "accuracy": (better > worse).float().sum()}
+        if cfg.loss == "kto":
+            metrics["kl"] = z * there.sum()
+        # all of policy, so that a batch without a pair has a gradient as well, of zeros
+        return value.sum() + 0.0 * policy.sum(), there.sum(), metrics
+    return loss
+
+# ------------------------------------------------------------------------------- the data
+
+
+class Pairs(chats.Packed):
+    """Packed pairs: conversations 2i and 2i + 1 are the better and the worse answer of pair i."""
+    strangers: chats.Packed         # kto: each prompt with the answer to another one
+    baseline: Any = None            # kto: (numbers of conversations) -> z, once there is a model
+
+    def __init__(self, rendered: chats.Rendered, *args, **kwargs):
+        super().__init__(rendered, *args, unit=2, **kwargs)
+        self.columns["reference"] = np.zeros(len(rendered), np.float32)
+
+    def gather(self, rows: Sequence[int]) -> train.Batch:
+        batch = super().gather(rows)
+        if self.baseline:
+            z = self.baseline([i for row in rows for i in self.rows[row]])
+            batch["z"] = torch.full((len(rows),), z)
+        return batch
+
+
+def strangers_of(pairs: Pairs) -> chats.Packed:
+    """Each prompt with the answer of the same side to the pair before, one by one."""
+    out, known = chats.Rendered(), pairs.conversations
+    for i, (ids, mask) in enumerate(known):
+        other, its = known[i - 2]
+        start, begin = int(mask.argmax()), int(its.argmax())
+        out.append(tuple(np.concatenate((a[:start], b[begin:]))[:pairs.block_size + 1]
+                         for a, b in ((ids, other), (mask, its))))
+    packed = chats.Packed(out, pairs.batch_size, pairs.block_size, pad=pairs.pad)
+    packed.columns["reference"] = np.zeros(len(out), np.float32)
+    return packed
+
+
+def divergence(cfg: Config, model: Transformer, pairs: Pairs, machine: Machine) -> Callable:
+    """KTO's z of a global batch: the mean of log pi - log ref over its prompts with answers to
+    others, at least 0. It counts as a constant, and is the same however the batch is split."""
+    strangers = pairs.strangers
+
+    def z(numbers: list[int]) -> float:
+        some = chats.Packed([strangers.conversations[i] for i in numbers], cfg.batch_size,
+                            pairs.block_size, pad=pairs.pad)
+        gap = of_conversations(model, some, cfg.batch_size, machine) - (
+            strangers.columns["reference"][numbers])
+        return max(0.0, float(gap.mean(dtype=np.float64)))
+    return z
+
+
+def read(cfg: Config, shape: ModelConfig, tokenizer: Any, rows: int, notes: list[str]
+         ) -> stage.Data:
+    """The pairs of cfg.dataset, packed."""
+    records, held, bad = chats.splits(cfg.dataset, "preference", cfg.skip_bad)
+    made = [chats.render_pairs(tokenizer, part, None, cfg.block_size + 1)
+            for part in (records, held)]
+    how = dict(block_size=cfg.block_size, seed=cfg.seed, pad=tokenizer.eot or 0, name=cfg.dataset)
+    batches = Pairs(made[0], rows, **how)
+    held_out = Pairs(made[1], cfg.batch_size, **how) if made[1] else None
+    notes.append(f"{cfg.dataset}: {batches.summary()}; {len(made[1]) // 2:,} to validate"
+                 + (f"; {bad:,} bad records skipped" if bad else ""))
+    return stage.Data(batches, held_out, [{"messages": r["chosen"]} for r in held or records])
+
+# -------------------------------------------------------------------- the reference, once
+
+
+@torch.no_grad()
+def of_conversations(model: Transformer, packed: chats.Packed, batch_size: int, machine: Machine,
+                     what: str = "") -> np.ndarray:
+    """Log-probability of every conversation of `packed`, (conversations,) float32, on every rank.
+
+    Each rank computes some of the batches; nothing depends on how many there are. what: a name
+    for the progress on stderr.
+    """
+    found = torch.zeros(len(packed.conversations), dtype=torch.float64)
+    batches, began, told = packed.fixed(batch_size, len(packed)), time.perf_counter(), 0.0
+    was = model.training
+    model.eval()
+    for i in range(machine.rank, len(batches), machine.world):
+        batch = {k: v.to(machine.device) for k, v in batches[i].items()}
+        sums = log_probs(model, batch, packed.documents)[0].double().cpu()
+        for row, values in zip(batches.rows[i], sums):
+            numbers = packed.rows[row]
+            found[numbers] = values[:len(numbers)]
+        spent = time.perf_counter() - began
+        if what and machine.main and spent - told > 5:
+            told = spent
+            print(f"{what}: {i + 1} of {len(batches)} batches, "
+                  f"{train.clock(spent / (i + 1) * (len(batches) - i - 1))} left", file=sys.stderr)
+    model.train(was)
+    return machine.add(found.to(machine.device, torch.float32)).cpu().numpy()
+
+
+def digest(folder: Path) -> str:
+    """What the weights in a folder are: equal for equal files."""
+    found = hashlib.blake2b(digest_size=8)
+    for file in sorted(f for f in folder.iterdir()
+                       if f.name == "config.json" or f.suffix in (".safetensors", ".bin", ".pth")):
+        with file.open("rb") as f:
+            while block := f.read(1 << 24):
+                found.update(block)
+    return found.hexdigest()
+
+
+def cache_name(cfg: Config, parts: list[chats.Rendered], machine: Machine) -> str:
+    """File of the reference's log-probabilities, by all that they depend on."""
+    found = hashlib.blake2b(digest_size=8)
+    int8 = bool(cfg.lora_int8 and cfg.lora_rank and not cfg.reference)
+    found.update(repr((cfg.origin.split()[0], str(machine.dtype), int8)).encode())
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little"))
+        for ids, mask in part:
+            found.update(len(ids).to_bytes(8, "little") + ids.tobytes() + mask.tobytes())
+    return f"reference_{found.hexdigest()}.npy"
+
+
+def read_cache(file: Path, count: int) -> np.ndarray | None:
+    """The log-probabilities (count,) in a file of out_dir, or None."""
+    out = file.parent
+    # an earlier run may have been moved aside when this one began
+    for folder in (out, *sorted(out.parent.glob(f"{glob.escape(out.name)}.old*"))):
+        try:
+            values = np.load(folder / file.name, allow_pickle=False)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, EOFError):
+            values = None
+        if isinstance(values, np.ndarray) and values.dtype == np.float32 and (
+                values.shape == (count,) and np.isfinite(values).all()):
+            return values
+        print(f"{folder / file.name} is damaged: it is computed again", file=sys.stderr)
+    return None
+
+
+def origin(cfg: Config) -> str:
+    """Digest and folder of the reference; a resumed run's own weights have long moved on."""
+    if cfg.init_from == "resume" and cfg.origin and "reference" not in getattr(cfg, "given", ()):
+        return cfg.origin
+    folder = checkpoint.resolve(cfg.reference or cfg.init_from)
+    return f"{digest(folder)} {os.path.abspath(folder)}"
+
+
+def load_reference(cfg: Config, tokenizer: Any, data: stage.Data, machine: Machine) -> Transformer:
+    """The reference's own weights, for as long as they are needed."""
+    known, _, folder = cfg.origin.partition(" ")
+    if not Path(folder).is_dir() or digest(Path(folder)) != known:
+        raise UserError(f"the reference at {folder} is gone or has changed, and so has the file of "
+                        f"its log-probabilities in {cfg.out_dir}: put one of them back, or name "
+                        "another with --reference=DIR")
+    theirs = checkpoint.load_tokenizer(folder)
+    text = data.records[0]["messages"][0]["content"]
+    if theirs.vocab_size > tokenizer.vocab_size or (
+            theirs.encode_ordinary(text) != tokenizer.encode_ordinary(text)):
+        raise UserError(f"the reference at {folder} has another tokenizer than {cfg.init_from}: "
+                        "take one that was trained from the same base")
+    model = checkpoint.load_model(folder, machine.device, "float32")
+    stage.grow(model, tokenizer.vocab_size, theirs.vocab_size)
+    model.compute_dtype = machine.dtype
+    return model
+
+
+def add_reference(cfg: Config, model: Transformer, packs: list[chats.Packed], data: stage.Data,
+                  tokenizer: Any, machine: Machine) -> None:
+    """Give all conversations what the reference thinks of them, from out_dir or computed and kept.
+    """
+    sizes, cfg.origin = [len(p.conversations) for p in packs], origin(cfg)
+    file = Path(cfg.out_dir) / cache_name(cfg, [p.conversations for p in packs], machine)
+    # one rank reads, so that all agree whether there is something to compute
+    values = read_cache(file, sum(sizes)) if machine.main else None
+    if known := machine.sum(float(values is not None))[0] > 0:
+        values = np.zeros(sum(sizes), np.float32) if values is None else values
+        values = machine.add(torch.from_numpy(values).to(machine.device)).cpu().numpy()
+    else:
+        here = not cfg.reference and (cfg.init_from != "resume" or bool(cfg.lora_rank)
+                                      and not cfg.eval_only)
+        judge = model if here else load_reference(cfg, tokenizer, data, machine)
+        with lora.disabled(judge):
+            values = np.concatenate([of_conversations(judge, p, cfg.batch_size, machine,
+                                                      "reference") for p in packs])
+    if machine.main and not cfg.eval_only and not (known and file.exists()):
+        aside = file.with_suffix(".tmp")
+        with aside.open("wb") as f:
+            np.save(f, values)
+        os.replace(aside, file)
+    for p, own in zip(packs, np.split(values, np.cumsum(sizes)[:-1])):
+        p.columns["reference"] = own
+
+
+def losses(cfg: Config, model: Transformer, data: stage.Data, tokenizer: Any, machine: Machine
+           ) -> train.Loss:
+    model.compute_dtype = machine.dtype
+    packs = sets = [p for p in (data.batches, data.held_out) if p]
+    if cfg.loss == "kto":
+        for p in sets:
+            p.strangers = strangers_of(p)
+        packs = sets + [p.strangers for p in sets]
+    if not (cfg.loss in ALONE or cfg.reference_free):
+        add_reference(cfg, model, packs, data, tokenizer, machine)
+    if cfg.loss == "kto":
+        for p in sets:
+            p.baseline = divergence(cfg, model, p, machine)
+    return pair_loss(cfg)
+
+# ----------------------------------------------------------------------------- the script
+
+
+def check(cfg: Config) -> None:
+    """UserError for a setting that no run can have."""
+    stage.check(cfg)
+    if cfg.loss not in LOSSES:
+        raise UserError(f"loss={cfg.loss!r} does not exist: {', '.join(LOSSES)}")
+    if cfg.beta <= 0:
+        raise UserError(f"beta is {cfg.beta}: it must be above 0, 0.1 say")
+    if not 0 <= cfg.label_smoothing < 0.5 or cfg.label_smoothing and cfg.loss not in NOISY:
+        raise UserError(f"label_smoothing={cfg.label_smoothing} is the share of wrong labels, "
+                        f"below 0.5, and only {', '.join(NOISY)} know it: leave it out")
+    if cfg.eval_only and cfg.init_from != "resume" and not (
+            cfg.reference or cfg.reference_free or cfg.loss in ALONE):
+        raise UserError("to evaluate a model against itself says nothing: evaluate a run with "
+                        "--init_from=resume --out_dir=RUN, or name its reference, --reference=DIR")
+    if cfg.reference and (cfg.reference_free or cfg.loss in ALONE):
+        raise UserError(f"--reference={cfg.reference} is of no use to "
+                        f"{cfg.loss if cfg.loss in ALONE else '--reference_free'}: leave one out")
+
+
+def main(cfg: Config) -> train.State | None:
+    done = stage.go(cfg, read, losses, verify=check)
+    return done.state if done else None
+
+
+if __name__ == "__main__":
+    run(main, Config)
