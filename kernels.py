@@ -453,39 +453,122 @@ def _(x, weight, targets, *, reduction="sum", **options):
     loss = ChunkedLoss.of(flat, weight, rule, reduction)
     return loss if reduction == "sum" else loss.view(targets.shape)
 
+DIVERGENCES = ("forward", "reverse", "js")
+
+def capped(z: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+def buckets(z: Tensor, kept: Tensor) -> Tensor:
+    """Logits (N, V) -> those of the kept tokens (N, k) and of all others as one, (N, k + 1)."""
+    others = z.scatter(-1, kept, -math.inf)
+    return torch.cat((z.gather(-1, kept), torch.logsumexp(others, -1, keepdim=True)), -1)
+
 @operation
 def linear_kl(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, *,
-              temperature: float = 1.0, live: Tensor | None = None) -> Tensor:
-    """Sum over rows of T^2 KL(teacher || student), both softened by T (Hinton 2015). Nats.
+              temperature: float = 1.0, live: Tensor | None = None, divergence: str = "forward",
+              beta: float = 0.5, softcap: float = 0.0, teacher_softcap: float = 0.0, cut: int = 0,
+              targets: Tensor | None = None, alpha: float = 0.0):
+    """Sum over rows of T^2 D(p, q), teacher p and student q both softened by T (Hinton 2015). Nats.
 
-    x (..., C), weight (V, C); teacher_x (..., Ct), teacher_weight (>= V, Ct) is cut to V; live
-    (...) marks the rows that count. Gradients reach the student alone.
+    forward KL(p || q); reverse KL(q || p); js: b KL(p || m) + (1 - b) KL(q || m) with
+    m = b p + (1 - b) q, the generalised Jensen-Shannon of GKD (Agarwal 2023, arXiv:2306.13649).
+    x (..., C), weight (V, C); teacher_x (..., Ct), teacher_weight (Vt, Ct): both vocabularies are
+    cut to their first `cut` tokens, by default to the smaller. Or what was kept of a teacher:
+    teacher_x (..., k + 1), at T the log-probs of k tokens and of all others together, and
+    teacher_weight (..., k) their ids, int64: the student's other tokens are one bucket then too.
+    live (...) marks the rows that count. Gradients reach the student alone.
+    With targets (...) int64: (sum of alpha CE + (1 - alpha) T^2 D, sum of CE, sum of T^2 D), the
+    last two without gradients; the cross entropy is that of all of the student's logits.
     """
-    def log_softmax(h, w):
-        z = widen(linear.reference(h, w)) / temperature
-        z = z - z.amax(-1, keepdim=True).detach()
-        return z - torch.log(torch.exp(z).sum(-1, keepdim=True))
-    student = log_softmax(x, weight)
-    teacher = log_softmax(teacher_x, teacher_weight[:weight.shape[0]]).detach()
-    rows = (torch.exp(teacher) * (teacher - student)).sum(-1) * temperature ** 2
-    return (rows if live is None else torch.where(live, rows, 0.0)).sum()
+    z, T = capped(widen(linear.reference(x, weight)), softcap), temperature
+    if teacher_weight.is_floating_point():
+        cut = cut or min(len(weight), len(teacher_weight))
+        known = widen(linear.reference(teacher_x.detach(), teacher_weight[:cut].detach()))
+        log_p, log_q = log_normal(capped(known, teacher_softcap) / T), log_normal(z[..., :cut] / T)
+    else:
+        log_q, log_p = log_normal(buckets(z[..., :cut or None] / T, teacher_weight)), teacher_x
+        if teacher_weight.shape[-1] == (cut or len(weight)):            # there are no others
+            log_q, log_p = log_q[..., :-1], log_p[..., :-1]
+    p, q = torch.exp(log_p), torch.exp(log_q)
+    if divergence == "js":
+        # subtle: log m of the logs, as b p + (1 - b) q may be 0 where neither log is
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+        rows = beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
+    else:
+        rows = p * (log_p - log_q) if divergence == "forward" else q * (log_q - log_p)
+    live = torch.ones_like(rows[..., 0], dtype=torch.bool) if live is None else live
+    total = T ** 2 * torch.where(live, rows.sum(-1), 0.0).sum()
+    if targets is None:
+        return total
+    right = log_normal(z).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    ce = -torch.where(live, right, 0.0).sum()
+    return alpha * ce + (1 - alpha) * total, ce.detach(), total.detach()
+
+def log_normal(z: Tensor) -> Tensor:
+    """log softmax(z), plainly."""
+    z = z - z.amax(-1, keepdim=True).detach()
+    return z - torch.log(torch.exp(z).sum(-1, keepdim=True))
+
+def diverge(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> tuple[Tensor, Tensor]:
+    """(D (N,), d D / d z (N, V)) of q = softmax(z) from p; log_q is overwritten.
+
+    With h = d D / d q the gradient is q (h - sum q h): for forward h = -p / q, so q - p.
+    """
+    if divergence == "forward":
+        p = log_p.exp()
+        # sum p (log p - log q), without a tensor for the difference
+        loss = torch.linalg.vecdot(p, log_p).sub_(torch.linalg.vecdot(p, log_q))
+        return loss, log_q.exp_().sub_(p)
+    q = log_q.exp()
+    if divergence == "reverse":                                 # h = log(q / p) + 1
+        h, loss = log_q.sub_(log_p), None
+    else:                                                       # h = (1 - b) log(q / m)
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+        loss = beta * torch.linalg.vecdot(log_p.exp(), log_p - log_m)
+        h = log_q.sub_(log_m).mul_(1 - beta)
+    mean = torch.linalg.vecdot(q, h)
+    return mean if loss is None else loss + mean, h.sub_(mean.unsqueeze(-1)).mul_(q)
 
 @linear_kl.torch
-def _(x, weight, teacher_x, teacher_weight, *, temperature=1.0, live=None):
+def _(x, weight, teacher_x, teacher_weight, *, temperature=1.0, live=None, divergence="forward",
+      beta=0.5, softcap=0.0, teacher_softcap=0.0, cut=0, targets=None, alpha=0.0):
+    T, V, whole = temperature, len(weight), teacher_weight.is_floating_point()
     flat, known = x.reshape(-1, x.shape[-1]), teacher_x.reshape(-1, teacher_x.shape[-1]).detach()
-    output = teacher_weight[:weight.shape[0]].detach().to(known.dtype)
-    counts = None if live is None else live.reshape(-1, 1)
+    rest, wide = teacher_weight.detach().reshape(-1, teacher_weight.shape[-1]), widen(x[:0]).dtype
+    cut = cut or (min(V, len(rest)) if whole else V)
+    counts = flat.new_ones(len(flat), dtype=wide) if live is None else live.reshape(-1).to(wide)
+    a, right = (0.0, None) if targets is None else (alpha, targets.reshape(-1, 1))
+    sums = torch.zeros(2, dtype=wide, device=x.device)          # of CE and of T^2 D
     def rule(logits, part, learn):
-        student = torch.log_softmax(logits / temperature, -1)
-        teacher = torch.log_softmax(widen(known[part] @ output.T) / temperature, -1)
-        p = teacher.exp()
-        loss = (p * (teacher - student)).sum(-1) * temperature ** 2
-        dz = student.exp_().sub_(p).mul_(temperature)      # d KL / d logits, times T^2
-        if counts is not None:
-            loss, dz = loss * counts[part, 0], dz.mul_(counts[part])
-        return loss, dz
+        z, some = capped(logits, softcap), counts[part].unsqueeze(-1)
+        soft = z[:, :cut] / T
+        if whole:
+            taught = capped(widen(known[part] @ rest[:cut].to(known.dtype).T), teacher_softcap)
+            loss, dz = diverge(torch.log_softmax(taught.div_(T), -1), torch.log_softmax(soft, -1),
+                               divergence, beta)
+        else:
+            ids, n = rest[part], rest.shape[1] + (rest.shape[1] < cut)  # all: no bucket of others
+            pooled = buckets(soft, ids)[:, :n]
+            loss, dp = diverge(known[part][:, :n], torch.log_softmax(pooled, -1), divergence, beta)
+            # what moves the bucket of the others moves each by its share of it
+            dz = soft.sub_(pooled[:, -1:]).exp_().mul_(dp[:, -1:])
+            dz.scatter_(-1, ids, dp[:, :rest.shape[1]])
+        loss, dz = loss * T ** 2, dz.mul_((1 - a) * T * some)   # d D / d logits, times T^2
+        if right is not None:
+            log_q = torch.log_softmax(z, -1)
+            ce = -log_q.gather(-1, right[part])[:, 0]
+            sums.add_(torch.stack((ce, loss)) @ some[:, 0])
+            loss = a * ce + (1 - a) * loss
+            # alpha (softmax(z) - onehot) more, in the one tensor that is as wide as the logits
+            more = log_q.exp_().mul_(a * some).scatter_add_(-1, right[part], -a * some)
+            more[:, :cut] += dz
+            dz = more
+        elif cut < V:
+            dz = F.pad(dz, (0, V - cut))
+        return loss * some[:, 0], dz.mul_(1 - (z / softcap) ** 2) if softcap else dz
 
-    return ChunkedLoss.of(flat, weight, rule, "sum")
+    total = ChunkedLoss.of(flat, weight, rule, "sum")
+    return total if targets is None else (total, *sums)
 
 # --------------------------------------------------------------------- mixture of experts
 @operation

@@ -273,13 +273,24 @@ class LinearKL(Function):
         return (*(scaled(d, grad, t) for d, t in zip(ctx.saved_tensors, ctx.dtypes)), *[None] * 5)
 
 @kernels.linear_kl.triton
-def _(x, weight, teacher_x, teacher_weight, *, temperature=1.0, live=None):
+def _(x, weight, teacher_x, teacher_weight, *, temperature=1.0, live=None, divergence="forward",
+      beta=0.5, softcap=0.0, teacher_softcap=0.0, cut=0, targets=None, alpha=0.0):
     check(x, weight, teacher_x, teacher_weight, live)
     V = len(weight)
+    if (divergence, softcap, teacher_softcap) != ("forward", 0, 0) or cut not in (0, V) or (
+            not teacher_weight.is_floating_point()):
+        raise kernels.Unsupported("the Triton form of linear_kl knows forward KL of whole, uncapped"
+                                  " logits: use --backend=auto or torch")
     expect(weight.shape[1:] == x.shape[-1:] and teacher_weight.shape[1:] == teacher_x.shape[-1:]
            and teacher_x.shape[:-1] == x.shape[:-1] and len(teacher_weight) >= V
            and (live is None or live.shape == x.shape[:-1]), "linear_kl", "x (..., C), weight "
            "(V, C), teacher_x (..., Ct), teacher_weight (V or more, Ct) and live (...)")
+    if targets is not None:             # two walks, each with its kernel
+        right = targets if live is None else targets.masked_fill(~live, -100)
+        ce = kernels.linear_cross_entropy.forms["triton"](x, weight, right)
+        kl = kernels.linear_kl.forms["triton"](x, weight, teacher_x, teacher_weight, live=live,
+                                               temperature=temperature)
+        return alpha * ce + (1 - alpha) * kl, ce.detach(), kl.detach()
     (x,), (known,) = one_type(x), one_type(teacher_x.detach())
     x, known = rows_of(x), rows_of(known)
     # all rows count: one number with a stride of 0

@@ -22,7 +22,7 @@ import kernels
 import triton_tiles
 from config import UserError
 from test_kernels import (GATES, backend, close, distance, f64, forward_backward, fresh,
-                          one_thread, strided)
+                          strided)
 from test_triton_rows import agree
 
 bf16_interpreter.install()

@@ -1,0 +1,37 @@
+"""The demo's chat model taught to a student of a quarter of its size, on whatever is at hand.
+
+    python data/prepare.py skills && python sft.py config/sft_skills.py     # the teacher, once
+    python distill.py config/distill_skills.py
+    python distill.py config/distill_skills.py --alpha=1 --out_dir=out/alone    # without a teacher
+    python sample.py --out_dir=out/distill_skills --chat
+
+cost: a step reads its rows twice, the second time with the teacher, forward only; both meet the
+vocabulary with the answers alone. Minutes and accuracy of a whole run: not measured yet.
+"""
+dataset = "skills"              # the teacher: out/dpo_skills, or out/sft_skills where it is not
+out_dir = "out/distill_skills"
+epochs = 4.0
+batch_size = 4
+gradient_accumulation_steps = 1
+
+init_from = "scratch"           # less than a third of the demo
+family = "qwen3"
+n_layer = 4
+n_head = 4
+n_embd = 128
+rope_theta = 10000.0
+tie_word_embeddings = True
+
+alpha = 0.5
+temperature = 1.5
+divergence = "forward"
+
+optimizer = "muon"
+muon_learning_rate = 0.02
+learning_rate = 3e-3
+schedule = "linear"
+min_lr = 0.0
+
+eval_interval = 500
+eval_iters = 50
+log_interval = 50

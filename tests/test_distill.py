@@ -1,0 +1,775 @@
+"""distill.py as its user meets it: the loss is the one that is written down, and a run is one run.
+
+Teachers and students have random weights, large enough that their distributions are far from
+uniform: what is tested here does not depend on what they know.
+"""
+import ast
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import distill
+import kernels
+import sample
+import sft
+import tokenizer as tokenizers
+import train
+from config import UserError, configure
+from data import chats, prepare
+from machine import Machine
+from model import Transformer
+from presets import family
+from test_sft import sums
+from test_train import (SERVER, Forked, assert_same_run, close, complaint, curve, last, log,
+                        quiet_machine, ranks, weights)
+
+ROOT = Path(distill.__file__).parent
+CPU = Machine(torch.device("cpu"), torch.float32)
+f64 = torch.float64
+assert quiet_machine                # a fixture that every test here uses by itself
+RUN = ["--batch_size=3", "--gradient_accumulation_steps=2", "--max_iters=6", "--eval_interval=3",
+       "--eval_iters=3", "--learning_rate=3e-3", "--warmup_iters=2", "--device=cpu",
+       "--dtype=float32", "--log_interval=1", "--n_layer=2", "--n_head=2", "--n_embd=16"]
+HIDDEN = ["--hidden=0.7", "--hidden_layers=1", "--divergence=js", "--beta=0.3"]
+TEXT = "hello, what is 1 + 2? it is 3. be brief. user assistant naïve 🐈 4 5 6 7 8 9\n"
+CALM = "--optimizer=adamw", "--learning_rate=1e-3"
+
+
+@pytest.fixture(scope="session")
+def words():
+    made = tokenizers.train([TEXT * 30], 290, workers=1)
+    made.template = "chatml"
+    made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    return made
+
+
+@pytest.fixture(scope="session")
+def model(words, tmp_path_factory):
+    """model(family): the checkpoint of a chat model of random weights."""
+    made = {}
+
+    def make(name="qwen3", tokenizer=words, seed=1, **shape):
+        key = (name, id(tokenizer), seed, *shape.items())
+        if key not in made:
+            torch.manual_seed(seed)
+            flags = dict(dict(n_layer=3, n_head=2, n_embd=32, vocab_size=tokenizer.vocab_size,
+                              block_size=64, init_std=0.15), **shape)
+            one = Transformer(family(name, **flags))
+            for p in one.parameters():              # norms and biases as well
+                p.data += 0.1 * torch.randn_like(p)
+            if tokenizer is words and not one.config.tie_word_embeddings:
+                # a random model seldom ends what it says: this one is drawn to
+                h, z = one(torch.randint(290, (8, 60)), head=lambda h, w: (h, h @ w.T))
+                mean = h.detach().mean((0, 1))
+                row = mean / mean.square().sum() * z.detach().amax(-1).mean()
+                one.lm_head.weight.data[words.special["<|im_end|>"]] = row
+            made[key] = checkpoint.save_model(tmp_path_factory.mktemp("model") / name, one,
+                                              tokenizer)
+        return made[key]
+    return make
+
+
+@pytest.fixture(scope="session")
+def talk(tmp_path_factory):
+    """A folder of conversations, as data/prepare.py leaves one."""
+    folder = tmp_path_factory.mktemp("talk")
+    for split, n, seed in (("train", 120, 0), ("val", 30, 1)):
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in sums(n, seed)))
+    return folder
+
+
+@pytest.fixture
+def go(model, talk, tmp_path):
+    """go(name, *flags): distil in this process into tmp_path/name; returns that folder."""
+    def start(name, *flags, teacher=None, script=distill):
+        out = tmp_path / name
+        first = [f"--teacher={teacher or model()}"] if script is distill else []
+        script.main(configure(script.Config, [*first, f"--dataset={talk}", f"--out_dir={out}",
+                                              *RUN, *flags]))
+        return out
+    return start
+
+
+def go_on(out, *flags):
+    return distill.main(configure(distill.Config, ["--init_from=resume", f"--out_dir={out}",
+                                                   "--device=cpu", *flags]))
+
+
+@pytest.fixture(scope="session")
+def forks():
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER.replace("import config, torch, train",
+         "import config, torch, distill").replace("train.", "distill.")], cwd=ROOT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    yield server
+    server.stdin.close()
+    server.wait(timeout=30)
+
+
+@pytest.fixture
+def fork(forks, model, talk, tmp_path):
+    """fork(*flags): start distill.py in a process; name its folder with --out_dir."""
+    made = []
+
+    def start(*flags, env=None, kill_at=(), limit=90):
+        folder = tmp_path / f"process{len(made)}"
+        folder.mkdir()
+        job = {"argv": [f"--teacher={model()}", f"--dataset={talk}", *RUN, *flags],
+               "env": env or {}, "file_size": 0, "kill_at": kill_at, "limit": limit,
+               "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr")}
+        forks.stdin.write(json.dumps(job) + "\n")
+        forks.stdin.flush()
+        made.append(Forked(forks, int(forks.stdout.readline()), folder))
+        return made[-1]
+    return start
+
+# ------------------------------------------------------------- the divergences: linear_kl
+
+
+def divergence(student, teacher, kind, beta, T):
+    """T^2 D by rows of logits (N, V), written with PyTorch's kl_div: the oracle."""
+    q, p = (torch.log_softmax(z / T, -1) for z in (student, teacher))
+
+    def kl(a, b):
+        return F.kl_div(b, a, log_target=True, reduction="none").sum(-1)
+    if kind == "js":
+        m = torch.log(beta * p.exp() + (1 - beta) * q.exp())
+        return T ** 2 * (beta * kl(p, m) + (1 - beta) * kl(q, m))
+    return T ** 2 * (kl(p, q) if kind == "forward" else kl(q, p))
+
+
+def problem(V=14, Vt=14, N=9):
+    """x, W of a student and of a teacher, targets and which rows count; float64."""
+    made = [torch.randn(s, dtype=f64) for s in ((N, 6), (V, 6), (N, 5), (Vt, 5))]
+    made[0].requires_grad_(), made[1].requires_grad_()
+    return *made, torch.randint(0, min(V, Vt), (N,)), torch.arange(N) % 3 > 0
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("kind", kernels.DIVERGENCES)
+@pytest.mark.parametrize("V, Vt", [(14, 14), (14, 20), (14, 11)])
+def test_loss_and_gradients_are_those_of_whole_logits(form, kind, V, Vt, monkeypatch):
+    """Float64 autograd on logits that exist whole, cut to the smaller vocabulary; in chunks."""
+    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", 4 * V)
+    x, w, tx, tw, y, live = problem(V, Vt)
+    kernels.use(form)
+    for some, caps, targets in ((None, (0, 0), None), (live, (2.0, 3.0), y), (live, (0, 0), y)):
+        got = kernels.linear_kl(x, w, tx, tw, temperature=1.7, divergence=kind, beta=0.3, live=some,
+                                softcap=caps[0], teacher_softcap=caps[1], targets=targets,
+                                alpha=0.4)
+        z, taught = (c * torch.tanh(z / c) if c else z
+                     for z, c in zip((x @ w.T, tx @ tw.T), caps))
+        cut = min(V, Vt)
+        rows = divergence(z[:, :cut], taught[:, :cut], kind, 0.3, 1.7)
+        ce = F.cross_entropy(z, y, reduction="none")    # of the student's whole vocabulary
+        kept = slice(None) if some is None else some
+        want = rows[kept].sum()
+        if targets is not None:
+            assert torch.allclose(torch.stack(got[1:]), torch.stack((ce[kept].sum(), want)))
+            assert not got[1].requires_grad and not got[2].requires_grad
+            got, want = got[0], 0.4 * ce[kept].sum() + 0.6 * want
+        assert abs(got - want) < 1e-10
+        for a, b in zip(torch.autograd.grad(got * 1.3, (x, w)),
+                        torch.autograd.grad(want * 1.3, (x, w))):
+            assert (a - b).norm() < 1e-10 * b.norm()
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("kind", kernels.DIVERGENCES)
+@pytest.mark.parametrize("k, cut", [(1, 0), (5, 11), (13, 0), (14, 0), (11, 11)])
+def test_of_a_kept_teacher_all_other_tokens_are_one(form, kind, k, cut):
+    """k tokens and a bucket: the divergence of those k + 1 events; with k = V the exact one."""
+    x, w, tx, tw, y, _ = problem()
+    kernels.use(form)
+    V = cut or 14
+    log_p = torch.log_softmax((tx @ tw[:V].T) / 1.7, -1)
+    top, ids = log_p.topk(k)
+    rest = torch.logsumexp(log_p.scatter(-1, ids, -math.inf), -1, keepdim=True)
+    got, _, _ = kernels.linear_kl(x, w, torch.cat((top, rest), -1), ids, temperature=1.7,
+                                  divergence=kind, beta=0.3, cut=cut, targets=y, alpha=0.4)
+    z = x @ w.T
+    events = torch.zeros(9, V, k + (k < V), dtype=f64)       # token -> its event, by rows
+    events[:, :, -1] = 1.0
+    for n in range(9):
+        events[n, ids[n]] = torch.eye(k, k + (k < V), dtype=f64)
+    p, q = (torch.einsum("nv,nve->ne", torch.softmax(logits / 1.7, -1), events).log() * 1.7
+            for logits in (tx @ tw[:V].T, z[:, :V]))
+    want = 0.4 * F.cross_entropy(z, y, reduction="sum") + 0.6 * divergence(
+        q, p, kind, 0.3, 1.7).sum()
+    if k == V:
+        exact = divergence(z[:, :V], tx @ tw[:V].T, kind, 0.3, 1.7)
+        assert abs(divergence(q, p, kind, 0.3, 1.7) - exact).max() < 1e-10
+    assert abs(got - want) < 1e-10
+    for a, b in zip(torch.autograd.grad(got, (x, w)), torch.autograd.grad(want, (x, w))):
+        assert (a - b).norm() < 1e-10 * b.norm()
+
+
+def test_neither_model_s_logits_exist_whole(monkeypatch):
+    """The largest tensor is a chunk of logits, though CE and every divergence are made of them."""
+    from test_kernels import Largest
+    N, V, C, rows = 256, 300, 16, 16
+    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", rows * V)
+    x, w = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+    tx, tw, y = torch.randn(N, 8), torch.randn(V + 2, 8), torch.randint(V, (N,))
+    kernels.use("torch")
+    for kind in kernels.DIVERGENCES:
+        with Largest() as seen:
+            kernels.linear_kl(x, w, tx, tw, divergence=kind, targets=y, alpha=0.5)[0].backward()
+        assert seen.elements <= max(rows * V, N * C, V * C)
+
+
+@pytest.fixture(scope="module")
+def trl():
+    """trl's GKD loss, cut out of its file: importing its trainer takes ten seconds."""
+    spec = importlib.util.find_spec("trl")
+    file = spec and Path(spec.origin).parent / "experimental" / "gkd" / "gkd_trainer.py"
+    if not file or not file.is_file():
+        pytest.skip("trl is not installed, or is another version")
+    function = next(node for node in ast.walk(ast.parse(file.read_text()))
+                    if isinstance(node, ast.FunctionDef) and node.name == "generalized_jsd_loss")
+    function.decorator_list = []
+    space = {"torch": torch, "F": F}
+    exec(compile(ast.Module([function], []), str(file), "exec"), space)
+    return space["generalized_jsd_loss"]
+
+
+@pytest.mark.parametrize("kind, beta", [("forward", 0.0), ("reverse", 1.0), ("js", 0.5),
+                                        ("js", 0.1)])
+def test_divergences_are_trl_s(trl, kind, beta):
+    """Value and gradient; trl leaves out Hinton's factor T^2."""
+    x, w, tx, tw, y, live = problem()
+    theirs = 1.7 ** 2 * trl((x @ w.T)[None], (tx @ tw.T)[None], y.masked_fill(~live, -100)[None],
+                            beta=beta, temperature=1.7, reduction="sum")
+    mine = kernels.linear_kl(x, w, tx, tw, temperature=1.7, divergence=kind, beta=beta or 0.5,
+                             live=live)
+    assert abs(mine - theirs) < 1e-6
+    for a, b in zip(torch.autograd.grad(mine, (x, w)), torch.autograd.grad(theirs, (x, w))):
+        assert (a - b).norm() < 1e-6 * b.norm()
+
+
+def test_limits_of_temperature_and_alpha():
+    """T -> oo: half the squared distance of centred logits / V (Hinton 2015); alpha 0 and 1."""
+    x, w, tx, tw, y, _ = problem()
+    far = kernels.linear_kl(x, w, tx, tw, temperature=1e4)
+    centred = [z - z.mean(-1, keepdim=True) for z in (x @ w.T, tx @ tw.T)]
+    assert abs(far - ((centred[0] - centred[1]) ** 2).mean(-1).sum() / 2) < 1e-3 * far
+    how = dict(temperature=1.5, targets=y)
+    one = kernels.linear_kl(x, w, tx, tw, alpha=1.0, **how)[0]
+    assert abs(one - F.cross_entropy(x @ w.T, y, reduction="sum")) < 1e-10
+    none = kernels.linear_kl(x, w, tx, tw, alpha=0.0, **how)[0]
+    assert abs(none - kernels.linear_kl(x, w, tx, tw, temperature=1.5)) < 1e-10
+    for kind in kernels.DIVERGENCES:                    # a perfect student has nothing to learn
+        same_one = kernels.linear_kl(x, w, x.detach(), w.detach(), divergence=kind)
+        assert abs(same_one) < 1e-12
+        assert all(g.abs().max() < 1e-12 for g in torch.autograd.grad(same_one, (x, w)))
+
+
+def test_far_apart_distributions_stay_finite():
+    """exp(-200) is 0 in float32: no divergence may become 0 log 0."""
+    for form in ("reference", "torch"):
+        kernels.use(form)
+        for kind in kernels.DIVERGENCES:
+            x, w = torch.tensor([[400.0]], requires_grad=True), torch.tensor([[1.0], [-1], [0]])
+            loss = kernels.linear_kl(x, w, -x.detach(), w, divergence=kind)
+            loss.backward()
+            assert loss.isfinite() and x.grad.isfinite().all(), (form, kind)
+
+
+def test_on_a_gpu_what_triton_lacks_is_pytorch_s(monkeypatch):
+    """The Triton form (interpreted here) does forward KL with CE, and says so of the rest."""
+    x, w, tx, tw, y, live = (t.detach() for t in problem())
+    x, w, tx, tw = (t.float() for t in (x, w, tx, tw))
+    how = dict(temperature=1.7, targets=y, alpha=0.4, live=live)
+    want = kernels.linear_kl(x, w, tx, tw, **how)
+    kernels.use("triton")
+    for a, b in zip(kernels.linear_kl(x, w, tx, tw, **how), want):
+        assert abs(a - b) < 1e-4
+    for more in (dict(divergence="js"), dict(softcap=2.0), dict(cut=9)):
+        with pytest.raises(kernels.Unsupported, match="forward KL"):
+            kernels.linear_kl(x, w, tx, tw, **how, **more)
+
+# ---------------------------------------------------------- the loss of a batch, by brute force
+
+
+def prepared(cfg, teacher_dir, student_dir):
+    """(student, loss, batch, packed): what main() hands to fit(), without the run."""
+    cfg.teacher, cfg.init_from, cfg.block_size = str(teacher_dir), str(student_dir), 64
+    shape, tokenizer = distill.start(cfg)
+    data = distill.read(cfg, shape, tokenizer, 4, [])
+    student = train.build_model(cfg, 0, CPU)
+    loss = distill.losses(cfg, student, data, tokenizer, CPU)
+    return student, loss, data.batches(0), data.batches
+
+
+def by_hand(cfg, student, teacher, packed):
+    """The loss as it is written in distill.py's docstring, a conversation at a time."""
+    total, tokens = 0.0, 0
+    seen = {}
+    marks = [(m, f"{who}{k}", m.model.layers.get_submodule(str(k)))
+             for m, who, layers in ((student, "s", [0]), (teacher, "t", [1])) for k in layers]
+    hooks = [layer.register_forward_hook(lambda _, __, out, name=name: seen.update(
+        {name: out[0]})) for _, name, layer in marks]
+    share = packed.trained / packed.tokens
+    for row in packed.epoch(0)[:4]:
+        for i in packed.rows[row]:
+            ids, mask = (torch.from_numpy(a) for a in packed.conversations[i])
+            ids, (z, h), (zt, ht) = ids.long()[None], *(
+                m(ids.long()[None][:, :64], head=lambda h, w, m=m: (m.to_logits(h, w), h))
+                for m in (student, teacher))
+            live, right = mask[1:], ids[0, 1:]
+            cut = min(z.shape[-1], zt.shape[-1])
+            n = len(right)
+            z, zt, h, ht = z[0, :n], zt[0, :n].detach(), h[0], ht[0].detach()
+            total = total + cfg.alpha * F.cross_entropy(z[live], right[live], reduction="sum")
+            total = total + (1 - cfg.alpha) * divergence(
+                z[live][:, :cut], zt[live][:, :cut], cfg.divergence, cfg.beta, cfg.temperature
+            ).sum()
+            if cfg.hidden:
+                P = list(student.matching.parameters()) or [torch.eye(32)] * 2
+                pairs = ((seen["s0"][0], seen["t1"][0].detach()), (h, ht))
+                for k, (a, b) in enumerate(pairs[2 - len(P) if cfg.hidden_layers else 1:]):
+                    far = 1 - F.cosine_similarity(a @ P[k].T, b, dim=-1)
+                    total = total + cfg.hidden * share * far.sum() / (cfg.hidden_layers + 1)
+            tokens += int(live.sum())
+    for hook in hooks:
+        hook.remove()
+    return total, tokens
+
+
+@pytest.mark.parametrize("how, taught, learns", [
+    (dict(), {}, {}),
+    (dict(divergence="reverse", alpha=0.2, temperature=2.0), dict(tie_word_embeddings=True), {}),
+    (dict(divergence="js", beta=0.2, hidden=0.5, hidden_layers=1), {}, {}),
+    (dict(hidden=0.5, hidden_layers=1), {}, dict(n_embd=32)),           # one width: no projection
+    (dict(), dict(name="qwen3_moe", num_experts=4, num_experts_per_tok=2,
+                  moe_intermediate_size=16), dict(name="llama")),
+    (dict(hidden=1.0), dict(name="gpt2"), {}),                          # learned positions
+    (dict(divergence="js"), dict(name="gemma2"), dict(name="gemma2")),  # capped logits
+], ids=["forward", "reverse", "js hidden", "width", "mixture", "gpt2", "softcap"])
+def test_loss_and_gradients_of_a_batch_are_those_by_hand(model, talk, how, taught, learns):
+    """Packed, masked and fused, against each conversation alone with all its logits."""
+    teacher_dir = model(**taught)
+    student_dir = model(**{**dict(name="qwen3", n_layer=2, n_embd=16, seed=2), **learns})
+    cfg = distill.Config(dataset=str(talk), device="cpu", **how)
+    student, loss, batch, packed = prepared(cfg, teacher_dir, student_dir)
+    value, count, metrics = loss(student, batch)
+    names, params = zip(*student.named_parameters())
+    got = torch.autograd.grad(value, params)
+    teacher = checkpoint.load_model(teacher_dir, "cpu", "float32")
+    want, tokens = by_hand(cfg, student, teacher, packed)
+    assert count == tokens
+    assert abs(value - want) < 2e-5 * abs(want)
+    assert set(metrics) == {"ce", "kl"} | ({"hidden"} if cfg.hidden else set())
+    parts = cfg.alpha * metrics["ce"] + (1 - cfg.alpha) * metrics["kl"]
+    assert abs(parts + cfg.hidden * metrics.get("hidden", 0) - value) < 1e-4 * value
+    for name, a, b in zip(names, got, torch.autograd.grad(want, params)):
+        assert (a - b).norm() < 2e-4 * b.norm() + 1e-4, name
+    with torch.no_grad():                               # scored, it is the student's plain CE
+        plain = train.next_token_loss(cfg, masked=True)(student, batch)[0]
+        assert loss(student, batch)[0] == plain
+    assert abs(plain - metrics["ce"]) < 1e-4 * plain
+
+# ------------------------------------------------------------------------- one run is one run
+
+
+def assert_same_files(a, b):
+    """The same run, and the same projections beside its weights."""
+    assert_same_run(a, b)
+    one, two = (last(out) / distill.PROJECTIONS for out in (a, b))
+    assert one.is_file() == two.is_file()
+    assert not one.is_file() or one.read_bytes() == two.read_bytes()
+
+
+@pytest.mark.parametrize("flags", [["--dropout=0.1", *HIDDEN], ["--cache_top_k=5"],
+                                   ["--generate=40", "--generate_temperature=1",
+                                    "--generate_tokens=40", "--batch_size=1"]],
+                         ids=["hidden", "cache", "generate"])
+def test_6_steps_are_3_and_3_more_bit_for_bit(go, flags):
+    """The command that resumes names neither teacher nor settings: they are the saved run's."""
+    straight = go("straight", *flags)
+    halves = go("halves", *flags, "--max_iters=3", "--lr_decay_iters=6")
+    go_on(halves, "--max_iters=6")
+    assert_same_files(straight, halves)
+    assert ("hidden" in log(straight)[0]) == ("--hidden=0.7" in flags)
+
+
+def test_stopped_or_killed_it_goes_on_to_the_same_weights(go, fork, tmp_path):
+    flags = [*HIDDEN, "--max_iters=20", "--eval_interval=10", "--eval_iters=1"]
+    straight = go("straight", *flags)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        out = tmp_path / f"out{number}"
+        run = fork(*flags, f"--out_dir={out}")
+        while not (out / "checkpoints.json").exists():
+            train.time.sleep(0.005)
+        os.kill(run.pid, number)
+        status, stdout, stderr = run.wait()
+        assert (status, stdout) == (0 if number == signal.SIGTERM else -number, "")
+        go_on(out)
+        assert_same_files(straight, out)
+        if number == signal.SIGTERM:
+            assert "go on with: python distill.py --init_from=resume" in stderr
+
+
+@pytest.mark.parametrize("flags", [HIDDEN, ["--cache_top_k=5", "--generate=40",
+                                            "--generate_temperature=1", "--generate_tokens=40"]],
+                         ids=["hidden", "asked once"])
+def test_one_rank_is_two_ranks(go, fork, tmp_path, flags):
+    """3 rows for 2 ranks; what is asked of the teacher once is shared out, and the same."""
+    rows = [*CALM, "--batch_size=3", "--gradient_accumulation_steps=1", *flags]
+    one = go("one", *rows, f"--cache_dir={tmp_path / 'cache one'}")
+    two, more = tmp_path / "two", f"--cache_dir={tmp_path / 'cache two'}"
+    outcomes = [r.wait() for r in ranks(fork, 2, *rows, f"--out_dir={two}", more)]
+    assert [o[0] for o in outcomes] == [0, 0], outcomes
+    close(one, two)
+    for key in ("ce", "kl"):
+        assert np.allclose(curve(one, key), curve(two, key), atol=1e-5)
+    if "--cache_top_k=5" in flags:
+        files = [sorted(p.relative_to(tmp_path / f"cache {n}") for p in
+                        (tmp_path / f"cache {n}").rglob("*")) for n in ("one", "two")]
+        # one name, from the same content: and the answers are the same, to the byte
+        assert files[0] == files[1] and len(files[0]) == 4
+        for file in files[0]:
+            a, b = (tmp_path / f"cache {n}" / file for n in ("one", "two"))
+            if file.suffix == ".npy":
+                a, b = (np.load(path) for path in (a, b))
+                assert (a["ids"] == b["ids"]).all()
+                assert abs(a["log_probs"] - b["log_probs"]).max() < 1e-4
+            elif a.is_file():
+                assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_batch_of_8_is_4_times_2(go):
+    whole = go("whole", *CALM, *HIDDEN, "--batch_size=8", "--gradient_accumulation_steps=1")
+    parts = go("parts", *CALM, *HIDDEN, "--batch_size=2", "--gradient_accumulation_steps=4",
+               "--eval_iters=12")
+    close(whole, parts)
+    for key in ("ce", "kl", "hidden"):
+        assert np.allclose(curve(whole, key), curve(parts, key), atol=1e-5)
+    a, b = weights(last(whole)), weights(last(parts))
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+
+
+def test_a_batch_without_any_target_changes_nothing(go, monkeypatch):
+    gather = chats.Packed.__call__
+
+    def masked(self, step):
+        batch = gather(self, step)
+        batch["targets"].fill_(-100) if step == 3 else None
+        return batch
+    monkeypatch.setattr(chats.Packed, "__call__", masked)
+    out = go("out", *HIDDEN)
+    assert curve(out)[3] == 0.0 and np.isfinite(curve(out) + curve(out, "val_loss")).all()
+    assert curve(out, "skipped")[-1] == 0
+
+# ------------------------------------------------------------------------ teacher and student
+
+
+def test_without_a_teacher_it_is_sft(go, model, monkeypatch):
+    """--alpha=1: the same weights, bit for bit, and nobody loads a teacher's weights."""
+    student = f"--init_from={model(n_layer=2, n_embd=16, seed=2)}"
+    straight = go("sft", student, "--optimizer=muon", script=sft)
+    monkeypatch.setattr(distill, "load_teacher", None)
+    assert_same_run(straight, go("alone", student, "--alpha=1"))
+
+
+def test_validation_is_the_plain_loss_with_or_without_a_teacher(go, model, capfd):
+    """Runs compare by val_loss, which is sft.py's of the same weights."""
+    out = go("out")
+    sft.main(configure(sft.Config, [f"--init_from={last(out)}", "--eval_only=1", "--batch_size=3",
+                                    "--eval_iters=3", "--device=cpu", "--dtype=float32",
+                                    f"--dataset={log_dataset(out)}"]))
+    assert f"val_loss {curve(out, 'val_loss')[-1]:.4f}" in capfd.readouterr().out
+
+
+def log_dataset(out):
+    return checkpoint.load_trainer(last(out))["settings"]["dataset"]
+
+
+def test_the_teacher_is_no_part_of_the_result(go, model):
+    """Its weights stay, and the student's checkpoint has neither them nor the projections."""
+    before = {p.name: p.read_bytes() for p in model().iterdir()}
+    out = last(go("out", *HIDDEN, "--max_iters=2"))
+    assert before == {p.name: p.read_bytes() for p in model().iterdir()}
+    names = set(weights(out))
+    assert names == {n for n, _ in checkpoint.load_model(out, "cpu").named_parameters()}
+    assert (out / distill.PROJECTIONS).is_file()
+    optimizer = checkpoint.load_trainer(out)["optimizer"]["state"]
+    assert set(optimizer) - names == {"matching.P0", "matching.P1"}
+
+
+def test_the_student_comes_closer_to_its_teacher(go):
+    """KL and distance fall when nothing but the teacher is learnt from."""
+    out = go("out", "--alpha=0", "--hidden=1", "--max_iters=25", "--learning_rate=1e-2",
+             "--eval_interval=25")
+    assert curve(out, "kl")[-1] < 0.6 * curve(out, "kl")[0]
+    assert curve(out, "hidden")[-1] < 0.6 * curve(out, "hidden")[0]
+
+
+def test_a_student_of_the_teacher_s_layers(go, model):
+    """All of them: the teacher itself. Fewer: the last one among them, evenly."""
+    out = go("whole", "--layers_from_teacher=1", "--n_layer=3", "--max_iters=1")
+    assert abs(log(out)[0]["kl"]) < 1e-6
+    cfg = distill.Config(teacher=str(model()), n_layer=2, layers_from_teacher=True, device="cpu")
+    cfg.given = {"n_layer"}
+    shape, _ = distill.start(cfg)
+    student, teacher = Transformer(shape), weights(model())
+    assert "layers 1, 2 of 3" in distill.take_layers(cfg, student, CPU)
+    for name, p in student.named_parameters():
+        name = re.sub(r"layers\.(\d)", lambda m: f"layers.{int(m[1]) + 1}", name)
+        assert torch.equal(p, teacher[name])
+    with pytest.raises(UserError, match="layers cannot be made of the teacher's 3"):
+        go("more", "--layers_from_teacher=1", "--n_layer=4")
+    assert [distill.spread(n, 12) for n in (1, 3, 4, 12)] == [
+        [11], [3, 7, 11], [2, 5, 8, 11], list(range(12))]
+
+
+def test_a_student_checkpoint_gets_the_teacher_s_template(go, model, words, talk, capfd):
+    """A text model's tokenizer lacks the control tokens: it gets them, and they are the same."""
+    text = tokenizers.train([TEXT * 30], 290, workers=1)
+    student = model(n_layer=1, n_embd=16, tokenizer=text, seed=3)
+    out = go("out", f"--init_from={student}", "--max_iters=1")
+    assert checkpoint.load_tokenizer(out).special == words.special
+    assert "whose tokens <|im_start|> <|im_end|> are new" in capfd.readouterr().err
+    # the other way round, it is the teacher who has never seen them
+    with pytest.raises(UserError, match=r"the data has the token .*<\|im_end\|>.* does not know"):
+        go("no", "--max_iters=1", teacher=student)
+
+
+def test_another_tokenizer_is_one_sentence(go, model):
+    other = tokenizers.train(["quite another text 0 1 2\n" * 30], 265, workers=1)
+    with pytest.raises(UserError, match="have not the tokenizer of the teacher"):
+        go("out", f"--init_from={model(n_layer=1, tokenizer=other, seed=4)}")
+
+
+def test_a_student_larger_than_its_teacher_is_told(go, capfd):
+    go("out", "--n_embd=64", "--n_layer=4", "--max_iters=1")
+    assert "more than it, which distillation is not for" in capfd.readouterr().err
+
+
+def test_adapters_learn_from_a_teacher(go, model):
+    """With --lora_rank the student's weights stay, and the projections are saved beside."""
+    student = model(n_layer=2, n_embd=16, seed=2)
+    flags = [f"--init_from={student}", "--lora_rank=2", *HIDDEN]
+    straight, halves = go("straight", *flags), go("halves", *flags, "--max_iters=3",
+                                                  "--lr_decay_iters=6")
+    assert (last(straight) / "adapter").is_dir()
+    go_on(halves, "--max_iters=6")
+    assert_same_files(straight, halves)
+
+
+def test_text_is_learnt_from_at_every_token(model, tmp_path, capfd):
+    """A prepared text dataset and a teacher without any chat template."""
+    (tmp_path / "a.jsonl").write_text("".join(
+        json.dumps({"text": f"the {a} and the {b} ran in.\n" * 9}) + "\n"
+        for a in "cat dog rat".split() for b in "tree house car sun".split() * 5))
+    prepare.main(configure(prepare.Config, [str(tmp_path / "a.jsonl"), "--vocab_size=280",
+                                            f"--out={tmp_path / 'ready'}", "--workers=1"],
+                           positional=("source",)))
+    teacher = model(tokenizer=tokenizers.load(tmp_path / "ready"))
+    flags = [f"--teacher={teacher}", f"--dataset={tmp_path / 'ready'}", *RUN, "--hidden=0.5"]
+    distill.main(configure(distill.Config, [*flags, f"--out_dir={tmp_path / 'out'}"]))
+    assert "all of them trained on" in capfd.readouterr().err
+    assert np.isfinite(curve(tmp_path / "out") + curve(tmp_path / "out", "val_bpb")).all()
+    distill.main(configure(distill.Config, [*flags, f"--out_dir={tmp_path / 'half'}",
+                                            "--max_iters=3", "--lr_decay_iters=6"]))
+    go_on(tmp_path / "half", "--max_iters=6")
+    assert_same_files(tmp_path / "out", tmp_path / "half")
+    for more in ("--cache_top_k=4", "--generate=4"):
+        with pytest.raises(UserError, match="is text: "):
+            distill.main(configure(distill.Config, [*flags[:2], *RUN, more,
+                                                    f"--out_dir={tmp_path / 'no'}"]))
+
+# ---------------------------------------------------------------------- what is asked only once
+
+
+def test_all_log_probs_in_the_cache_are_the_teacher_there(go):
+    exact, kept = go("exact", *CALM), go("kept", *CALM, "--cache_top_k=100000")
+    close(exact, kept)
+    assert np.allclose(curve(exact, "kl"), curve(kept, "kl"), atol=1e-5)
+
+
+def test_the_cache_is_the_teacher_s_top_k(go, model, words, talk, tmp_path):
+    """Against the plain logits of each conversation; every trained token, in its place."""
+    go("out", "--cache_top_k=4", "--max_iters=1")
+    array = np.load(next((tmp_path / "teacher_cache").glob("*.npy")))
+    teacher = checkpoint.load_model(model(), "cpu", "float32")
+    n = 0
+    for ids, mask in chats.render_all(words, chats.read_chats(talk / "train.jsonl"), None, 65):
+        log_p = torch.log_softmax(teacher.logits(torch.from_numpy(ids).long()[None])[0] / 1.5, -1)
+        for t in np.flatnonzero(mask):
+            top, best = log_p[t - 1].topk(4)
+            assert (array["ids"][n] == best.numpy()).all()
+            assert abs(array["log_probs"][n, :4] - top.numpy()).max() < 1e-4
+            rest = math.log(1 - top.double().exp().sum())
+            assert abs(array["log_probs"][n, 4] - rest) < 1e-3
+            n += 1
+    assert n == len(array)
+
+
+def test_with_a_cache_no_teacher_is_loaded_again(go, model, monkeypatch, tmp_path, capfd):
+    first = go("first", "--cache_top_k=4")
+    load = distill.load_teacher
+    monkeypatch.setattr(distill, "load_teacher", None)
+    assert_same_run(first, go("second", "--cache_top_k=4"))
+    assert "on disk, none in memory" in capfd.readouterr().err
+    # another teacher, temperature or k is another file
+    monkeypatch.setattr(distill, "load_teacher", load)
+    go("k", "--cache_top_k=3", "--max_iters=1")
+    go("T", "--cache_top_k=4", "--temperature=2", "--max_iters=1")
+    go("teacher", "--cache_top_k=4", "--max_iters=1", teacher=model(seed=5))
+    files = list((tmp_path / "teacher_cache").iterdir())
+    assert len(files) == 4 and all(file.suffix == ".npy" for file in files)
+    # a damaged one is told; it is not learnt from
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match="is damaged .*: delete it"):
+        go("damaged", "--cache_top_k=4")
+    for file in files:
+        np.save(file, np.zeros(3))
+    with pytest.raises(UserError, match="is damaged .*: delete it"):
+        go("foreign", "--cache_top_k=4")
+
+
+def test_a_cache_is_whole_or_not_there(go, fork, tmp_path):
+    """Killed where it takes its name; the next run makes it again."""
+    flags = ["--cache_top_k=4", f"--cache_dir={tmp_path / 'cache'}"]
+    run = fork(*flags, f"--out_dir={tmp_path / 'out'}", kill_at=(r"os\.rename .*\.npy\.new", 1))
+    assert run.wait()[0] == -signal.SIGKILL
+    assert [p.name[0] for p in (tmp_path / "cache").iterdir()] == ["."]
+    assert_same_run(go("out", *flags), go("other", "--cache_top_k=4"))
+
+
+def told(folder):
+    return list(chats.read_chats(next(folder.glob("*/train.jsonl"))))
+
+
+def test_the_teacher_s_answers_are_its_own(go, model, words, talk, tmp_path):
+    """Greedy, turn by turn, each alone: every assistant's turn is what the teacher says after its
+    own earlier ones. Those that do not end are left out, and the validation file stays."""
+    out = go("out", "--generate=25", "--generate_tokens=40", "--max_iters=1", "--batch_size=1")
+    made = told(tmp_path / "teacher_cache")
+    teacher = checkpoint.load_model(model(), "cpu", "float32")
+    expected = []
+    for record in list(chats.read_chats(talk / "train.jsonl"))[:25]:
+        said = []
+        for message in record["messages"]:
+            if message["role"] == "assistant":
+                ids = words.render(said, None, True)[0]
+                new = [row[0] for row in sample.generate(
+                    teacher, [ids], min(40, max(0, 65 - len(ids))), sample.Sampling(temperature=0),
+                    1, words.vocab_size, lambda _, token: token in words.stop_ids)]
+                text = words.decode(new[:-1])
+                if not new or new[-1] not in words.stop_ids or not text.strip():
+                    break
+                message = {"role": "assistant", "content": text}
+            said.append(message)
+        else:
+            expected.append({"messages": said})
+    assert 2 <= len(made) < 25
+    # a batch has the room of its longest prompt: some that would have ended alone may be missing
+    assert all(record in expected for record in made) and len(made) > len(expected) / 2
+    held = next((tmp_path / "teacher_cache").glob("*/val.jsonl"))
+    assert list(chats.read_chats(held)) == list(chats.read_chats(talk / "val.jsonl"))
+    assert np.isfinite(curve(out, "val_loss")).all()
+
+
+def test_answers_are_drawn_from_the_seed_and_go_on_after_a_kill(go, fork, tmp_path):
+    """The same seed gives the same answers; killed in its second part, it keeps the first."""
+    flags = ["--generate=40", "--generate_temperature=1", "--generate_tokens=30",
+             "--batch_size=1", "--max_iters=1"]
+    cache = tmp_path / "cache"
+    run = fork(*flags, f"--out_dir={tmp_path / 'out'}", f"--cache_dir={cache}",
+               kill_at=(r"os\.rename .*\.jsonl\.tmp", 2))
+    assert run.wait()[0] == -signal.SIGKILL
+    parts, = cache.iterdir()
+    assert parts.name[0] == "." and [p.name for p in parts.glob("[0-9]*")] == ["0.jsonl"]
+    (parts / "0.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "kept"}, {
+        "role": "assistant", "content": "hello"}]}) + "\n")
+    go("out", *flags, f"--cache_dir={cache}")
+    go("other", *flags)
+    go("seed", *flags, "--seed=5", f"--cache_dir={tmp_path / 'seed'}")
+    whole, resumed = told(tmp_path / "teacher_cache"), told(cache)
+    assert resumed[0]["messages"][0]["content"] == "kept"           # and not made again
+    assert resumed[1:] == whole[-len(resumed) + 1:] and whole != told(tmp_path / "seed")
+    # every conversation has noise of its own
+    assert len({json.dumps(r) for r in whole}) > 0.9 * len(whole) > 9
+
+# ---------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--teacher={tmp}/none", "no checkpoint at .*none"),
+    ("--init_from={tmp}/none", "no checkpoint at .*none"),
+    ("--alpha=1.5", "alpha is 1.5: it must be 0 to 1"),
+    ("--alpha=nan", "alpha is nan"),
+    ("--temperature=0", "temperature is 0"),
+    ("--temperature=-1", "temperature is -1"),
+    ("--divergence=kl", "'kl' does not exist: forward, reverse, js"),
+    ("--divergence=js --beta=1", "beta is 1"),
+    ("--hidden=-1", "hidden is -1"),
+    ("--hidden_layers=1", "give --hidden"),
+    ("--hidden=1 --hidden_layers=2", "hidden_layers is 2: student or teacher has only 1"),
+    ("--hidden=1 --cache_top_k=4", "leave out --hidden or the cache"),
+    ("--cache_top_k=-1", "cache_top_k is -1"),
+    ("--generate=4 --generate_tokens=0", "generate_tokens is 0"),
+    ("--generate=1 --generate_tokens=1", "ended none of its 1 answers"),
+    ("--label_smoothing=0.1", "leave them out"),
+    ("--lora_rank=2", "adapters need a student that is there"),
+    ("--layers_from_teacher=1 --init_from={teacher}", "leave out --init_from"),
+    ("--block_size=65", "block_size 65 is more than the 64 tokens that the teacher"),
+    ("--dataset={tmp}/none", "is not prepared"),
+    ("--batch_size=0", "batch_size is 0"),
+    ("--n_layer=0", "n_layer 0 must be at least 1"),
+])
+def test_a_mistake_is_one_sentence(go, model, tmp_path, flags, says):
+    words = flags.format(tmp=tmp_path, teacher=model()).split()
+    with pytest.raises(UserError, match=says) as e:
+        go("out", *words)
+    assert "\n" not in str(e.value) and not (tmp_path / "out" / "checkpoints.json").exists()
+
+
+def test_on_the_command_line_a_mistake_ends_with_status_2(fork, tmp_path):
+    run = fork(f"--teacher={tmp_path}", f"--out_dir={tmp_path / 'out'}")
+    assert f"no checkpoint at {tmp_path}" in complaint(run.wait())
+
+
+def test_the_teacher_is_found_on_the_demo_s_chain(model, talk, monkeypatch, tmp_path):
+    """out/dpo_skills, or out/sft_skills where that is not; or how to make one."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="python sft.py config/sft_skills.py.*--teacher=DIR"):
+        distill.main(configure(distill.Config, []))
+    for name in reversed(distill.TEACHERS):
+        Path(name).mkdir(parents=True)
+        Path(name, "checkpoints.json").write_text('{"last": "step_000001"}')
+        Path(name, "step_000001").symlink_to(model())
+        cfg = distill.Config()
+        distill.start(cfg)
+        assert cfg.teacher == name
+
+
+def test_the_shipped_config_resolves():
+    """Its student has at most a third of the demo's parameters."""
+    path = ROOT / "config" / "distill_skills.py"
+    cfg = configure(distill.Config, [str(path)])
+    demo = configure(train.Config, [str(ROOT / "config" / "demo.py")])
+    sizes = []
+    for one in (cfg, demo):
+        with torch.device("meta"):
+            shape = distill.from_settings(train.replace(one, block_size=256), 16386)
+            sizes.append(Transformer(shape).parameter_count())
+    assert sizes[0] <= sizes[1] / 3
+    distill.check(train.replace(cfg, block_size=256))
+    assert "python distill.py config/distill_skills.py" in path.read_text()
