@@ -1,6 +1,6 @@
 # make demo: text on this machine -> tokenizer -> model -> samples, about three minutes on two cores
 # make lifecycle: text -> model -> chat -> preferences -> student, under twenty minutes
-# make test: every test, about nine minutes on two cores
+# make test: every test, a process a core, each test file in one of them
 # make bench: the tables of RESULTS.md
 
 # An active virtual environment is used as it is; otherwise .venv is made and used.
@@ -19,7 +19,7 @@ lifecycle: $(VENV)/.handmade-run
 	$(PYTHON) lifecycle.py
 
 test: $(VENV)/.handmade-test
-	$(PYTHON) -m pytest tests -q
+	$(PYTHON) -m pytest tests -q -n auto --maxprocesses=8 --dist loadfile
 
 bench: $(VENV)/.handmade-test
 	$(PYTHON) bench.py tokenizer

@@ -22,7 +22,7 @@ import json
 import re
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING, Callable, Iterator
 
 from bpe import any_of
 from config import UserError
@@ -247,6 +247,19 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, str]], template: str |
         ids += new
         mask += [train] * len(new)
     return ids[:max_length], mask[:max_length]
+
+
+def fit(render: Callable, messages: list[dict], room: int) -> list[int]:
+    """The conversation as ids, without its oldest exchanges if they do not fit in `room` tokens.
+
+    The system message stays, and so does the last turn. Changes `messages`.
+    """
+    while True:
+        ids = render(messages)
+        first = int(messages[0]["role"] == "system")
+        if len(ids) <= room or len(messages) <= first + 1:
+            return ids
+        del messages[first:first + 2]
 
 
 def jinja(row: Template, eot: str) -> str:

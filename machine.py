@@ -13,6 +13,7 @@ import ctypes
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,3 +112,39 @@ def memory_used(device: torch.device) -> float:
     import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+class Meter:
+    """What decoding achieves: tokens a second of the prompts and after them, and the bytes that
+    the latter read a second. weights: the bytes a step reads; token: those of a token's keys."""
+
+    def __init__(self, prompts: list[list[int]], weights: int, token: int):
+        self.prompt, self.length = sum(map(len, prompts)), max(map(len, prompts))
+        self.weights, self.token = weights, token
+        self.start = self.first = self.now = self.shown = time.perf_counter()
+        self.count = self.steps = 0
+
+    def step(self, step: list[int | None]) -> None:
+        """A token a row, None where it is over."""
+        self.count += sum(token is not None for token in step)
+        self.steps, self.now = self.steps + 1, time.perf_counter()
+        if self.steps == 1:
+            self.first = self.now                       # the first token comes from the prompt
+
+    def show(self, total: int, every: float = 0.5) -> None:
+        """Now and then a live line, on the way to `total` steps."""
+        if self.now - self.shown > every:
+            self.shown, seconds = self.now, self.now - self.start
+            print(f"\r{self.steps}/{total} steps, {self.count / seconds:,.0f} tokens/s, "
+                  f"{seconds * (total / self.steps - 1):.0f} s left ", end="", file=sys.stderr,
+                  flush=True)
+
+    def __str__(self) -> str:
+        text = (f"{self.count} tokens in {self.now - self.start:.1f} s; prompt "
+                f"{self.prompt / max(self.first - self.start, 1e-9):,.0f} tokens/s")
+        if self.steps > 1:
+            rate = (self.steps - 1) / max(self.now - self.first, 1e-9)
+            rows = self.count / self.steps
+            held = self.token * rows * (self.length + self.steps / 2)
+            text += (f", then {rate * rows:,.0f} tokens/s, "
+                     f"{rate * (self.weights + held) / 1e9:.1f} GB/s")
+        return text

@@ -3,6 +3,7 @@
     python sample.py --prompt="Once upon a time"             # any device: found out by itself
     python sample.py --model=DIR --num_samples=5             # any checkpoint directory, as a batch
     python sample.py --model=DIR --chat                      # talk to it; --quantize=int8: faster
+    python sample.py --adapter=sums=out/lora,brief=DIR2 --chat      # LoRA, ours or PEFT's, by name
     python sample.py --start=FILE:prompt.txt --top_p=0.9     # nanoGPT's spelling works too
     echo "def main(" | python sample.py --temperature=0      # prompt from a pipe; 0 is greedy
 
@@ -15,6 +16,9 @@ Two phases. Prefill: all tokens of the prompt at once, whose keys and values fil
 the last position's logits are ever made. Decode: one token a row at a time, each attending to the
 cache. When the context is full, its last half is encoded again and generation goes on; a chat
 forgets its oldest exchange instead.
+
+Adapters bring their base model, and are added up until a chat says `/adapter brief` for that one,
+or `/adapter` for none. They are merged into the weights: tokens cost no more, a switch loads again.
 """
 from __future__ import annotations
 
@@ -22,9 +26,9 @@ import contextlib
 import importlib
 import math
 import os
+import re
 import stat
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -34,8 +38,10 @@ from torch import Tensor
 
 import chat as templates
 import kernels
+import lora
 from checkpoint import load_model, load_tokenizer, resolve
 from config import UserError, run
+from machine import Meter
 from quantize import pack
 
 SMALL = 4_000_000       # parameters; below, a second CPU thread costs more than it helps decode
@@ -43,11 +49,33 @@ SEPARATOR = "---------------"       # between several samples, nanoGPT's
 
 
 @dataclass
-class Config:
+class Sampling:
+    """How the next token is chosen; the defaults are the model's own distribution."""
+    # --- how to choose a token
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0              # keep the likeliest tokens that add up to p (1: all)
+    min_p: float = 0.0              # keep tokens at least this share as likely as the likeliest
+    repetition_penalty: float = 1.0     # above 1: tokens that occurred are less likely
+    # --- and what these may be
+    def __post_init__(self):
+        ranges = {"temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1),
+                  "min_p": (0, 1), "repetition_penalty": (0, math.inf)}
+        for name, (low, high) in ranges.items():
+            value, open_end = getattr(self, name), name in ("top_p", "repetition_penalty")
+            # `not (…)` and not the reverse: nan compares false with everything
+            if not (low < value <= high if open_end else low <= value <= high):
+                raise UserError(f"--{name}={value} is outside {'(' if open_end else '['}"
+                                f"{low}, {high}]")
+
+
+@dataclass
+class Config(Sampling):
     # --- what to read
     out_dir: str = "out"            # of a training run
     model: str = ""                 # a checkpoint directory, ours or Hugging Face's; wins
     which: str = "best"             # of a training run: best or last
+    adapter: list[str] = field(default_factory=list)    # folders by commas, each DIR or NAME=DIR
     prompt: str = ""                # the text to go on from; - reads it from stdin
     start: str = ""                 # the same, nanoGPT's name; FILE:prompt.txt reads a file
     file: str = ""                  # a file that holds the prompt
@@ -57,14 +85,11 @@ class Config:
     system: str = ""                # what the model is told first; empty: the template's own
     template: str = ""              # of the conversation; empty: the model's
     think: bool = True              # False tells a model that thinks first to answer at once
-    # --- how to choose
+    # --- how much
     num_samples: int = 1            # of each prompt
     max_new_tokens: int = 500       # a sample ends here or at the end-of-text token
     temperature: float = 0.8        # 0: always the likeliest token; 1: the model's distribution
     top_k: int = 200                # keep the k likeliest tokens (0: all)
-    top_p: float = 1.0              # keep the likeliest tokens that add up to p (1: all)
-    min_p: float = 0.0              # keep tokens at least this share as likely as the likeliest
-    repetition_penalty: float = 1.0     # above 1: tokens that occurred are less likely
     seed: int = 1337                # of sample 0; sample r draws from seed + r
     stop: list[str] = field(default_factory=list)   # strings, by commas, that end a sample unseen
     ignore_eot: bool = False        # go on after the end-of-text token
@@ -76,26 +101,6 @@ class Config:
     backend: str = "auto"           # of the kernels: auto, reference, torch, triton, cuda
     quantize: str = ""              # int8 or int4: smaller weights, the same activations
     speculate: int = 0              # guess up to so many tokens from repetitions in the text
-
-
-@dataclass
-class Sampling:
-    """How the next token is chosen; the defaults are the model's own distribution."""
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self):
-        ranges = {"temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1),
-                  "min_p": (0, 1), "repetition_penalty": (0, math.inf)}
-        for name, (low, high) in ranges.items():
-            value, open_end = getattr(self, name), name in ("top_p", "repetition_penalty")
-            # `not (…)` and not the reverse: nan compares false with everything
-            if not (low < value <= high if open_end else low <= value <= high):
-                raise UserError(f"--{name}={value} is outside {'(' if open_end else '['}"
-                                f"{low}, {high}]")
 
 # ------------------------------------------------------------------------- the next token
 
@@ -400,38 +405,100 @@ def encode(tokenizer: Any, text: str) -> list[int]:
             raise
         return [0]                                      # characters without a newline
 
+# ------------------------------------------------------------------------ a model that speaks
 
-def show_progress(done: int, total: int, rows: int, since: float) -> None:
-    rate = done / max(time.perf_counter() - since, 1e-9)
-    print(f"\r{done}/{total} tokens of {rows} samples, {rows * rate:,.0f} tokens/s, "
-          f"{(total - done) / rate:.0f} s left ", end="", file=sys.stderr, flush=True)
 
-class Meter:
-    """Tokens a second of the prompt and after it, and the bytes that the latter read a second."""
+def find_adapters(cfg: Config) -> dict[str, Path]:
+    """Name -> folder of what --adapter lists. A folder of PEFT's layout, a checkpoint that has one
+    as adapter/, or a training run; without a name it goes by that of the folder."""
+    found: dict[str, Path] = {}
+    for word in cfg.adapter:
+        name, equals, path = word.partition("=")
+        if not equals or Path(word).is_dir():           # a folder may have a = in its name
+            path = word
+            name = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).resolve().name)
+        if name in found:
+            raise UserError(f"--adapter: two are called {name}: say --adapter=ONE=DIR,OTHER=DIR")
+        found[name] = folder = Path(path)
+        if not (folder / lora.CONFIG).is_file():
+            with contextlib.suppress(UserError):
+                found[name] = resolve(folder, cfg.which) / lora.FOLDER
+        if not (found[name] / lora.CONFIG).is_file():
+            raise UserError(f"--adapter: there is none at {path}: give a folder that has "
+                            f"{lora.CONFIG}, or the out_dir of a run with --lora_rank")
+    return found
 
-    def __init__(self, prompts: list[list[int]], weights: int, token: int):
-        self.prompt, self.length = sum(map(len, prompts)), max(map(len, prompts))
-        self.weights, self.token = weights, token       # bytes a step reads; a token's keys
-        self.start = self.first = time.perf_counter()
-        self.count = self.steps = 0
 
-    def step(self, step: list[int | None]) -> None:
-        self.count += sum(token is not None for token in step)
-        self.steps += 1
-        if self.steps == 1:
-            self.first = time.perf_counter()            # the first token comes from the prompt
+def find_model(cfg: Config, adapters: dict[str, Path]) -> Path:
+    """The checkpoint that is asked for; if none is, the one that the first adapter was made on."""
+    source = cfg.model or cfg.out_dir
+    if adapters and not cfg.model and "out_dir" not in getattr(cfg, "given", ()):
+        first = next(iter(adapters.values()))
+        source = lora.read_adapter_config(first / lora.CONFIG)["base"]
+        if not isinstance(source, str) or not Path(source).is_dir():
+            raise UserError(f"{first} was made on {source}, which is no folder here: say where it "
+                            "lies with --model=DIR")
+    directory = resolve(source, cfg.which)
+    if directory.resolve() in [path.resolve().parent for path in adapters.values()]:
+        raise UserError(f"{directory} has its adapter merged into its weights: leave out --adapter,"
+                        " or name the base with --model=DIR")
+    return directory
 
-    def __str__(self) -> str:
-        now = time.perf_counter()
-        text = (f"{self.count} tokens in {now - self.start:.1f} s; prompt "
-                f"{self.prompt / max(self.first - self.start, 1e-9):,.0f} tokens/s")
-        if self.steps > 1:
-            rate = (self.steps - 1) / max(now - self.first, 1e-9)
-            rows = self.count / self.steps
-            held = self.token * rows * (self.length + self.steps / 2)
-            text += (f", then {rate * rows:,.0f} tokens/s, "
-                     f"{rate * (self.weights + held) / 1e9:.1f} GB/s")
-        return text
+
+class Served:
+    """A checkpoint's model with the sum of some adapters merged into it, packed to be served."""
+
+    def __init__(self, cfg: Config, directory: Path, adapters: dict[str, Path]):
+        self.model = model = load_model(directory, cfg.device, cfg.dtype)
+        for name, path in adapters.items():
+            lora.load_adapter(path, model, name)
+        if adapters:
+            lora.activate(model, *adapters)
+            lora.merge(model)
+        weight, count = model.output_weight, model.parameter_count()
+        if weight.device.type == "cpu" and count < SMALL:
+            # a step is microseconds of work: threads would wait for each other
+            torch.set_num_threads(1)
+        print(f"{' + '.join([str(directory), *adapters])}: {count:,} parameters, "
+              f"{cfg.quantize or weight.dtype} on {weight.device}", file=sys.stderr)
+        # bytes that a token reads; the reference is there to be read: it takes weights as they are
+        self.bytes = count * weight.itemsize if cfg.backend == "reference" and not cfg.quantize \
+            else pack(model, cfg.quantize)
+        c, dtype = model.config, model.compute_dtype or weight.dtype
+        self.token = 2 * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize  # of its keys
+
+
+def say(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]], stops: set[int],
+        stream: bool, memory: Memory | None = None) -> tuple[list[str], Meter]:
+    """What the model says after each prompt; with `stream` on stdout too, as it comes."""
+    rows = [Text(tokenizer, cfg.stop, set() if cfg.ignore_eot else stops, ids) for ids in prompts]
+    said = [""] * len(rows)
+
+    def put(r: int, piece: str) -> None:
+        said[r] += piece
+        if stream:
+            print(piece, end="", flush=True)
+
+    def ends_at(r: int, token: int) -> bool:
+        put(r, rows[r].put(token))
+        return rows[r].over
+
+    steps = generate(served.model, prompts, cfg.max_new_tokens, cfg, cfg.seed,
+                     tokenizer.vocab_size, ends_at, cfg.speculate, memory)
+    meter = Meter(prompts, served.bytes, served.token)
+    try:
+        for step in steps:
+            meter.step(step)
+            if not stream and sys.stderr.isatty():
+                meter.show(cfg.max_new_tokens)
+    except KeyboardInterrupt:                           # ends an answer, not the conversation
+        if memory is None or not sys.stdin.isatty():
+            raise
+        steps.close()
+        memory.ids, memory.cache = [], None             # it may have been cut within a step
+    for r, row in enumerate(rows):
+        put(r, row.flush())
+    return said, meter
 
 # ---------------------------------------------------------------------------------- to talk
 
@@ -446,8 +513,8 @@ def turns(cfg: Config) -> Iterator[str]:
         return
     with contextlib.suppress(ImportError):              # Windows has none
         importlib.import_module("readline")             # arrow keys and history
-    print("your turn; /new forgets all, an empty line or Ctrl-D ends, Ctrl-C stops an answer",
-          file=sys.stderr)
+    print("your turn; /new forgets all, /adapter NAME takes another adapter, an empty line or "
+          "Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
     while True:
         print("\n> ", end="", file=sys.stderr, flush=True)
         try:
@@ -459,25 +526,12 @@ def turns(cfg: Config) -> Iterator[str]:
         yield line
 
 
-def fit(render: Callable, messages: list[dict], room: int) -> list[int]:
-    """The conversation as ids, without its oldest exchanges if they do not fit in `room` tokens.
-
-    The system message stays, and so does the last turn. Changes `messages`.
-    """
-    while True:
-        ids = render(messages)
-        first = int(messages[0]["role"] == "system")
-        if len(ids) <= room or len(messages) <= first + 1:
-            return ids
-        del messages[first:first + 2]
-
-
-def chat(cfg: Config, model: Any, tokenizer: Any, sampling: Sampling, weights: int) -> None:
+def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any) -> None:
     """Turns of a user, and the model's answers on stdout; what was said is not computed again."""
     name = cfg.template or tokenizer.template
     row = templates.find(name, foreign=bool(tokenizer.jinja))
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    messages, memory, out = list(opening), Memory(), sys.stdout
+    messages, memory, served = list(opening), Memory(), Served(cfg, directory, adapters)
     eot = tokenizer.eot_token or "<|endoftext|>"
     stops = {*tokenizer.stop_ids, *(tokenizer.special[t] for t in row.stops(eot)
                                     if t in tokenizer.special)}
@@ -487,113 +541,59 @@ def chat(cfg: Config, model: Any, tokenizer: Any, sampling: Sampling, weights: i
                                 enable_thinking=cfg.think)[0]
 
     # an answer has room for its --max_new_tokens, or for half of a small context
-    room = max(1, model.config.block_size - cfg.max_new_tokens, model.config.block_size // 2)
+    limit = served.model.config.block_size
+    room = max(1, limit - cfg.max_new_tokens, limit // 2)
     for line in turns(cfg):
+        word, *names = line.split()
         if line.strip() == "/new":
             messages, memory = list(opening), Memory()
             continue
+        if word == "/adapter":
+            if odd := [n for n in names if n not in adapters]:
+                wrong = UserError(f"there is no adapter {odd[0]!r}, only "
+                                  f"{', '.join(adapters) or 'the model'}: see --adapter")
+                if not sys.stdin.isatty():
+                    raise wrong
+                print(wrong, file=sys.stderr)
+                continue
+            # what is remembered are keys of other weights; and there is never room for two models
+            served, memory = None, Memory()
+            served = Served(cfg, directory, {n: adapters[n] for n in names})
+            continue
         messages.append({"role": "user", "content": line})
-        ids = fit(render, messages, room)
-        text, said = Text(tokenizer, cfg.stop, set() if cfg.ignore_eot else stops, ids), []
-
-        def ends_at(_: int, token: int) -> bool:
-            said.append(text.put(token))
-            out.write(said[-1])
-            out.flush()
-            return text.over
-
-        meter = Meter([ids], weights, token_bytes(model))
-        try:
-            for step in generate(model, [ids], cfg.max_new_tokens, sampling, cfg.seed,
-                                 tokenizer.vocab_size, ends_at, cfg.speculate, memory):
-                meter.step(step)
-        except KeyboardInterrupt:                       # ends the answer, not the conversation
-            if not sys.stdin.isatty():
-                raise
-            memory = Memory()                           # it may have been cut within a step
-        said.append(text.flush())
-        out.write(said[-1] + "\n")
-        out.flush()
-        messages.append({"role": "assistant", "content": "".join(said)})
+        ids = templates.fit(render, messages, room)
+        said, meter = say(cfg, served, tokenizer, [ids], stops, True, memory)
+        print(flush=True)
+        messages.append({"role": "assistant", "content": said[0]})
         print(f"({meter})", file=sys.stderr)
-
-
-def token_bytes(model: Any) -> int:
-    """Bytes of keys and values that a token leaves in the cache."""
-    c, dtype = model.config, model.compute_dtype or model.output_weight.dtype
-    return 2 * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize
 
 # ----------------------------------------------------------------------------- the script
 
 
 def main(cfg: Config) -> None:
     kernels.use(cfg.backend)
-    sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p, cfg.repetition_penalty)
     if cfg.num_samples < 1 or cfg.max_new_tokens < 1 or not 0 <= cfg.speculate < 64:
         raise UserError("--num_samples and --max_new_tokens have to be at least 1, --speculate 0 "
                         "to 63")
     if cfg.chat and (cfg.num_samples > 1 or cfg.lines):
         raise UserError("--chat is one conversation: leave out --num_samples and --lines")
-    directory = resolve(cfg.model or cfg.out_dir, cfg.which)
+    adapters = find_adapters(cfg)
+    directory = find_model(cfg, adapters)
     text = "" if cfg.chat else read_prompt(cfg)
     tokenizer = load_tokenizer(directory)
     if cfg.chat:
-        templates.find(cfg.template or tokenizer.template, foreign=bool(tokenizer.jinja))
+        return chat(cfg, directory, adapters, tokenizer)
     texts = [line for line in text.splitlines() if line] if cfg.lines else [text]
     if not texts:
         raise UserError("--lines: the prompt has no line with text")
     texts = [t for t in texts for _ in range(cfg.num_samples)]
     prompts = [encode(tokenizer, t) for t in texts]
-    model = load_model(directory, cfg.device, cfg.dtype)
-    weight, count = model.output_weight, model.parameter_count()
-    if weight.device.type == "cpu" and count < SMALL:
-        # a step is microseconds of work: threads would wait for each other, on busy cores for long
-        torch.set_num_threads(1)
-    print(f"{directory}: {count:,} parameters, {cfg.quantize or weight.dtype} on {weight.device}",
-          file=sys.stderr)
-    # the reference is there to be read: it multiplies the weights as they are
-    weights = count * weight.itemsize if cfg.backend == "reference" and not cfg.quantize else (
-        pack(model, cfg.quantize))
-    if cfg.chat:
-        chat(cfg, model, tokenizer, sampling, weights)
-        return
-
-    ends = set() if cfg.ignore_eot else set(tokenizer.stop_ids)
-    rows = [Text(tokenizer, cfg.stop, ends, ids) for ids in prompts]
-    samples = [t if cfg.echo else "" for t in texts]
-    streaming = cfg.stream and len(rows) == 1
-    out = sys.stdout
-    if streaming:
-        out.write(samples[0])
-        out.flush()
-
-    def ends_at(r: int, token: int) -> bool:
-        piece = rows[r].put(token)
-        samples[r] += piece
-        if streaming:
-            out.write(piece)
-            out.flush()
-        return rows[r].over
-
-    meter = Meter(prompts, weights, token_bytes(model))
-    last = meter.start
-    for step in generate(model, prompts, cfg.max_new_tokens, sampling, cfg.seed,
-                         tokenizer.vocab_size, ends_at, cfg.speculate):
-        meter.step(step)
-        if not streaming and sys.stderr.isatty() and time.perf_counter() - last > 0.5:
-            last = time.perf_counter()
-            show_progress(meter.steps, cfg.max_new_tokens, len(rows), meter.start)
-    report = str(meter)
-    for r, row in enumerate(rows):
-        rest = row.flush()
-        samples[r] += rest
-        if streaming:
-            out.write(rest + "\n")
-    if not streaming:
-        out.write(f"\n{SEPARATOR}\n".join(samples) + "\n")
-    out.flush()
-    start = "\n" if sys.stderr.isatty() else ""         # leave the progress line
-    print(start + report, file=sys.stderr)
+    served = Served(cfg, directory, adapters)
+    stream, before = cfg.stream and len(texts) == 1, texts if cfg.echo else [""] * len(texts)
+    print(before[0] if stream else "", end="", flush=True)
+    said, meter = say(cfg, served, tokenizer, prompts, set(tokenizer.stop_ids), stream)
+    print("" if stream else f"\n{SEPARATOR}\n".join(map("".join, zip(before, said))), flush=True)
+    print("\n" * sys.stderr.isatty() + str(meter), file=sys.stderr)     # leave the live line
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ dataset = "skills"
 out_dir = "out/lora_skills"
 lora_rank = 24
 lora_alpha = 24.0
-epochs = 3.0
+epochs = 2.0
 batch_size = 4
 gradient_accumulation_steps = 1
 

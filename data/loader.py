@@ -197,6 +197,10 @@ class Dataset:
         except (ValueError, RecursionError):
             raise self.damaged("meta.json is not JSON") from None
         try:
+            if self.meta.get("kind"):           # skills.py's and public.py's: no tokens
+                raise UserError(f"{self.directory} holds records for a later stage, not tokens to "
+                                f"train on: use `python {self.meta.get('script', 'sft.py')} "
+                                f"--dataset={self.directory.name}`")
             if self.meta["version"] != VERSION:
                 raise self.damaged(f"meta.json has version {self.meta['version']!r}, this code "
                                    f"reads {VERSION}")

@@ -4,6 +4,7 @@
     python data/prepare.py shakespeare_char --file=input.txt      # nanoGPT's first dataset
     python data/prepare.py notes/ 'logs/*.txt.gz' --out=data/mine --vocab_size=8192
     python data/prepare.py fineweb --shards=10          # 1 billion GPT-2 tokens, already encoded
+    python data/prepare.py skills                       # chats, and alpaca, imdb, …: public.py
 
 No GPU is used, however many there are; encoding takes every core. The number to expect: stdlib, 12
 MB in 700 documents, takes about 5 seconds on two cores, with its BPE of 16,384 entries.
@@ -51,7 +52,7 @@ from data import loader  # noqa: E402
 class Config:
     source: list[str] = field(default_factory=lambda: ["stdlib"])  # a name, files, folders, URLs
     out: str = ""                       # directory to write; default data/<name of the source>
-    file: str = ""                      # a copy of shakespeare's text that you already have
+    file: str = ""                      # shakespeare, public chats: a copy that you already have
     # --- tokens
     tokenizer: str = ""                 # bpe (trained here), char, a directory, or a name: gpt2
     vocab_size: int = 16384             # entries of a bpe trained here, <|endoftext|> included
@@ -72,9 +73,6 @@ class Config:
     mirror: str = ""                    # URL of a folder with copies of a dataset's files
 
 
-HUB = "https://huggingface.co/datasets"
-
-
 @dataclass(frozen=True)
 class Named:
     """A corpus with a name: its files, and how those who made it cut and encode it."""
@@ -87,14 +85,16 @@ class Named:
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt#sha256=86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+HUB = "https://huggingface.co/datasets"
 STORIES = HUB + "/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{}.txt"
 FINEWEB = HUB + "/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06d}.bin"
 FINEWEB_SHARDS = 103                    # of 100 million tokens each, the last is shorter
 GUTENBERG = "https://www.gutenberg.org/cache/epub/{0}/pg{0}.txt"
 BOOKS = (11, 35, 36, 74, 76, 84, 98, 120, 135, 145, 158, 161, 174, 345, 768, 996, 1184, 1232,
          1260, 1342, 1400, 1497, 1661, 2554, 2591, 2600, 2701, 4300, 5200, 28054)
+CHATS = ("skills", "stdlib_chat", "alpaca", "minimind_sft", "minimind_dpo", "sms_spam", "imdb")
 NAMES = {
-    "stdlib": Named(), "skills": Named(), "stdlib_chat": Named(),   # the last two: skills.py
+    "stdlib": Named(), **dict.fromkeys(CHATS, Named()),     # chats: by skills.py and public.py
     "shakespeare_char": Named((SHAKESPEARE,), tokenizer="char", val_fraction=0.1),
     "shakespeare": Named((SHAKESPEARE,), tokenizer="gpt2", val_fraction=0.1),
     "tinystories": Named((STORIES.format("train"),), (STORIES.format("valid"),), "bpe",
@@ -160,8 +160,7 @@ def download(url: str, folder: Path) -> Path:
             break
         if wait is None:
             raise UserError(f"{url} cannot be fetched: {problem}. Is there a network? The same "
-                            "command goes on from what has arrived; a copy from elsewhere is given "
-                            "as a file (--file=PATH for shakespeare)")
+                            "command goes on from what has arrived; --file or --mirror take a copy")
         note(f"{base}: {problem}; trying again in {wait} s")
         time.sleep(wait)
     if want and loader.hash_file(part) != want:
@@ -526,7 +525,7 @@ def check(cfg: Config, named: Named | None) -> None:
     if len(cfg.source) > 1 and not cfg.out:
         raise UserError("several inputs need a name: add --out=data/NAME")
     if cfg.file and (not named or named.train != (SHAKESPEARE,)):
-        raise UserError("--file is for shakespeare; other files are given as plain words")
+        raise UserError("--file is for shakespeare and public chats; give others as plain words")
     if not 0 < cfg.val_fraction < 1:
         raise UserError(f"val_fraction is {cfg.val_fraction}; it must lie between 0 and 1")
     if min(cfg.shard_tokens, cfg.tokenizer_chars, cfg.workers + 1) < 1:
@@ -536,9 +535,10 @@ def check(cfg: Config, named: Named | None) -> None:
 
 
 def main(cfg: Config) -> None:
-    if " ".join(cfg.source) in ("skills", "stdlib_chat"):   # conversations, not tokens
-        from data import skills         # not above: it builds on this file
-        return skills.main(skills.inherit(cfg))
+    if " ".join(cfg.source) in CHATS:           # conversations, not tokens
+        from data import public, skills         # not above: they build on this file
+        made = public if cfg.source[0] in public.SETS else skills
+        return made.main(made.inherit(cfg))
     cfg = replace(cfg, source=cfg.source or Config().source)
     named = NAMES.get(" ".join(cfg.source))
     usual = named or Named()            # what was not asked for is as usual for this dataset

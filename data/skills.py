@@ -287,7 +287,8 @@ def table_of(rng: random.Random, level: int) -> tuple[dict[str, str], str]:
     """(name -> its row of the table as it is written, the key of the table)."""
     names = rng.sample(KEYS, rng.randint(2, 1 + level))
     entries = rng.sample(ENTRIES if rng.random() < 0.5 else [*"123456789"], len(names))
-    has, mark = dict(zip(names, entries)), rng.choice((" has ", ": ", " = ", " - "))
+    has = dict(zip(names, entries))
+    mark = rng.choice((" has ", ": ", " = ", " - ")) if level > 1 else " "
     return ({name: name + mark + entry for name, entry in has.items()},
             "table " + " ".join(f"{n} {has[n]}" for n in sorted(has)))
 

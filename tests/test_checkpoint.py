@@ -55,15 +55,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second core, and lose much where it is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(kind="gpt2", dtype=torch.float32, **changes) -> Transformer:
     """A tiny model, every weight random: norms of 1 and biases of 0 would hide mistakes."""
     config = MODELS[kind][0] if isinstance(kind, str) else kind

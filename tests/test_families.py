@@ -105,15 +105,6 @@ VARIANTS = {
 WINDOWS = [n for n in VARIANTS if "window" in n or n.startswith("gemma")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from a second core, and lose much where it is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def scramble(model, seed=0):
     """All weights random, and large enough that attention is far from uniform."""
     g = torch.Generator().manual_seed(seed)

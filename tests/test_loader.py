@@ -193,6 +193,15 @@ def test_a_dataset_that_is_not_prepared_says_how_to(tmp_path):
             loader.Dataset(path)
 
 
+@pytest.mark.parametrize("more, script", [({}, "sft.py"), ({"script": "dpo.py"}, "dpo.py")])
+def test_a_dataset_of_chats_says_which_stage_it_is_for(tmp_path, more, script):
+    """`python train.py --dataset=skills`: no version, no shards; but nothing is damaged."""
+    about = {"version": 1, "kind": "chat", "files": {}, **more}
+    (tmp_path / "meta.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=f"not tokens.*python {script} --dataset={tmp_path.name}`"):
+        loader.Dataset(tmp_path)
+
+
 def test_a_name_means_the_repositorys_data_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -530,12 +531,15 @@ def test_mistakes_are_one_sentence_that_names_the_place(tmp_path, monkeypatch, a
 
 
 @pytest.mark.parametrize("argv", [["none.txt"], ["--out=good.txt/x", "good.txt"], ["--worker=2"]])
-def test_the_program_ends_with_status_2_and_one_line(tmp_path, argv):
+def test_the_program_ends_with_status_2_and_one_line(tmp_path, monkeypatch, capsys, argv):
     fill(tmp_path)
-    done = cli(*argv, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *argv])
+    with pytest.raises(SystemExit) as e:                # the script itself, in this process
+        runpy.run_path(SCRIPT, run_name="__main__")
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 def test_skip_bad_prepares_what_is_good(tmp_path, bpe, capsys):

@@ -32,13 +32,8 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second core; and whatever is random is the same."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name="llama", dtype=torch.float32, **changes) -> Transformer:
@@ -316,7 +311,6 @@ def test_a_quantised_model_is_its_dequantised_twin(name, kind):
 def trained() -> tuple[Transformer, torch.Tensor]:
     """A model of bytes that has learned some Python, and text it has not seen (N, T + 1)."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)
     T, steps, rate = 64, 150, 1e-2
     text = b"".join((ROOT / name).read_bytes() for name in ("model.py", "cache.py", "presets.py"))
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()

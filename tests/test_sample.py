@@ -1,16 +1,22 @@
 """sample.py: the choice of tokens, batches and caches, stop strings, and what reaches stdout."""
+import contextlib
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
+import chat as templates
+import lora
 import sample
 import tokenizer as tokenizers
-from checkpoint import save_model
+from checkpoint import load_model, load_tokenizer, save_model
 from config import UserError
 from conftest import ROOT
 from model import ModelConfig, Transformer
@@ -48,15 +54,6 @@ def run_all(*args, **kwargs) -> list[list[int]]:
     return rows
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from a second core, and lose much where it is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 GREEDY = Sampling(temperature=0)
 
 
@@ -72,7 +69,8 @@ def logits(rows=5, seed=0) -> torch.Tensor:
     (dict(top_p=0.8), transformers.TopPLogitsWarper(0.8)),
     (dict(top_p=0.01), transformers.TopPLogitsWarper(0.01)),
     (dict(min_p=0.1), transformers.MinPLogitsWarper(0.1)),
-    (dict(temperature=0.3), transformers.TemperatureLogitsWarper(0.3))], ids=str)
+    (dict(temperature=0.3), transformers.TemperatureLogitsWarper(0.3))],
+    ids=lambda x: str(x) if isinstance(x, dict) else "theirs")      # one name in every process
 def test_the_filters_are_those_of_transformers(settings, processor):
     x = logits()
     expected = processor(torch.zeros(5, 1, dtype=torch.int64), x.clone())
@@ -322,12 +320,25 @@ def script(*args, stdin="", **kwargs):
                           input=stdin, capture_output=True, text=True, encoding="utf-8", **kwargs)
 
 
-def test_only_the_text_is_on_stdout_streamed_or_not(saved):
-    base = [f"--model={saved}", "--max_new_tokens=30", "--prompt=hello", "--ignore_eot"]
-    streamed, whole = script(*base), script(*base, "--stream=0")
-    assert streamed.returncode == 0 and streamed.stdout == whole.stdout
+def test_only_the_text_is_on_stdout_streamed_or_not(saved, capsys):
+    streamed = script(f"--model={saved}", "--max_new_tokens=30", "--prompt=hello", "--ignore_eot",
+                      "--device=cpu")
+    whole = run_main(capsys, saved, max_new_tokens=30, prompt="hello", ignore_eot=True,
+                     stream=False)
+    assert streamed.returncode == 0 and streamed.stdout == whole
     assert streamed.stdout.startswith("hello") and len(streamed.stdout) > 20
     assert "tokens/s" in streamed.stderr and "parameters" in streamed.stderr
+
+
+@pytest.fixture
+def stdin(tmp_path, monkeypatch):
+    """stdin(text): what a pipe or a file says to a script that runs in this process."""
+    with contextlib.ExitStack() as stack:
+        def say(text):
+            (tmp_path / "stdin").write_text(text, encoding="utf-8")
+            file = stack.enter_context(open(tmp_path / "stdin", encoding="utf-8"))
+            monkeypatch.setattr(sys, "stdin", file)
+        yield say
 
 
 def run_main(capsys, saved, **settings) -> str:
@@ -356,12 +367,12 @@ def test_prompt_from_a_file_from_nanogpts_start_and_from_lines(saved, capsys, tm
     assert ragged == "---------------\n".join(single)
 
 
-def test_prompt_from_a_pipe(saved):
-    base = [f"--model={saved}", "--max_new_tokens=5"]
-    piped = script(*base, stdin="hello wor")
-    assert piped.returncode == 0 and piped.stdout.startswith("hello wor")
-    dash = script(*base, "--prompt=-", stdin="hello wor")
-    assert dash.stdout == piped.stdout
+def test_prompt_from_a_pipe(saved, capsys, stdin):
+    said = run_main(capsys, saved, prompt="hello wor")
+    stdin("hello wor")
+    assert run_main(capsys, saved) == said
+    stdin("hello wor")
+    assert run_main(capsys, saved, prompt="-") == said
 
 
 def test_no_prompt_starts_where_documents_do(saved, capsys, tmp_path):
@@ -519,17 +530,17 @@ def test_a_chat_is_what_transformers_generates_from_the_same_messages(talker, ca
         assert out == tok.decode(answer, skip_special_tokens=True) + "\n"
 
 
-def test_lines_of_a_pipe_are_turns_that_know_those_before(talker, capsys):
-    base = [f"--model={talker}", "--chat", "--max_new_tokens=12", "--temperature=0"]
-    both = script(*base, stdin="hello\n\nthe fox\n")
+def test_lines_of_a_pipe_are_turns_that_know_those_before(talker, capsys, stdin):
+    base = dict(chat=True, max_new_tokens=12, temperature=0)
+    both = script(f"--model={talker}", "--chat", "--max_new_tokens=12", "--temperature=0",
+                  stdin="hello\n\nthe fox\n")
     assert both.returncode == 0 and both.stderr.count("tokens/s") >= 2
-    alone = [run_main(capsys, talker, chat=True, max_new_tokens=12, temperature=0, prompt=p)
-             for p in ("hello", "the fox")]
+    alone = [run_main(capsys, talker, prompt=p, **base) for p in ("hello", "the fox")]
     assert both.stdout.startswith(alone[0]) and not both.stdout.endswith(alone[1])
-    again = script(*base, stdin="hello\n/new\nthe fox\n")
-    assert again.stdout == alone[0] + alone[1]
-    fast = script(*base, "--quantize=int8", "--speculate=4", stdin="hello\nthe fox\n")
-    assert fast.returncode == 0 and "int8" in fast.stderr
+    stdin("hello\n/new\nthe fox\n")
+    assert run_main(capsys, talker, **base) == alone[0] + alone[1]
+    stdin("hello\nthe fox\n")
+    assert run_main(capsys, talker, quantize="int8", speculate=4, **base).count("\n") >= 2
 
 
 def test_a_long_conversation_forgets_its_oldest_exchanges():
@@ -538,15 +549,39 @@ def test_a_long_conversation_forgets_its_oldest_exchanges():
         {"role": role, "content": str(i)} for i in range(5) for role in ("user", "assistant")]
     said.append({"role": "user", "content": "last"})
     render = lambda messages: [0] * (10 * len(messages))            # noqa: E731
-    assert len(sample.fit(render, said, 75)) == 60      # 70 would begin with half an exchange
+    assert len(templates.fit(render, said, 75)) == 60      # 70 would begin with half an exchange
     assert [m["content"] for m in said] == ["s", "3", "3", "4", "4", "last"]
-    assert len(sample.fit(render, said, 1)) == 20 and [m["content"] for m in said] == ["s", "last"]
+    assert len(templates.fit(render, said, 1)) == 20
+    assert [m["content"] for m in said] == ["s", "last"]
 
 
-def test_a_chat_longer_than_the_context_goes_on(talker):
-    out = script(f"--model={talker}", "--chat", "--max_new_tokens=40", "--temperature=0",
-                 stdin="the quick brown fox é\n" * 12)
-    assert out.returncode == 0 and len(out.stdout.splitlines()) >= 12
+def test_a_chat_longer_than_the_context_goes_on(talker, capsys, stdin):
+    stdin("the quick brown fox é\n" * 12)
+    out = run_main(capsys, talker, chat=True, max_new_tokens=40, temperature=0)
+    assert len(out.splitlines()) >= 12
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(talker, capsys, monkeypatch):
+    """At a terminal; what was said until then stays, and the half-done step is forgotten."""
+    lines, calls, real = iter(["hello", "the fox", ""]), [], sample.decode
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(sample, "decode", interrupted)
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    out = run_main(capsys, talker, chat=True, temperature=0, max_new_tokens=9, ignore_eot=True)
+    tok, said, model = load_tokenizer(talker), [], load_model(talker, "cpu")
+    for line, count in (("hello", 4), ("the fox", 9)):      # the first token is of the prefill
+        said.append({"role": "user", "content": line})
+        ids = tok.render(said, add_generation_prompt=True)[0]
+        text = Text(tok, [], set(), ids)
+        row = run_all(model, [ids], count, GREEDY, vocab_size=tok.vocab_size)[0]
+        said.append({"role": "assistant", "content": "".join(map(text.put, row)) + text.flush()})
+    assert out == "".join(m["content"] + "\n" for m in said[1::2])
 
 
 def test_mistakes_in_a_chat_are_one_sentence(saved, talker):
@@ -559,6 +594,109 @@ def test_mistakes_in_a_chat_are_one_sentence(saved, talker):
         with pytest.raises(UserError, match=message):
             sample.main(sample.Config(model=str(model), chat=True, prompt="a", device="cpu",
                                       **settings))
+
+
+# -------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture(scope="module")
+def tuned(talker, tmp_path_factory):
+    """{name: (the folder of an adapter, a checkpoint with it merged)} of the talker, as lora.py
+    leaves them, and "both": their sum."""
+    top, out = tmp_path_factory.mktemp("lora"), {}
+    torch.manual_seed(1)
+    for name in ("sums", "brief"):
+        model = load_model(talker, "cpu")
+        lora.add_lora(model, rank=3, alpha=9, targets="" if name == "sums" else "q_proj,up_proj")
+        for parameter in lora.parameters(model).values():
+            parameter.data.normal_(0, 0.3)              # B as well, which starts at zero
+        folder = lora.save_adapter(top / name, model, base=str(talker))
+        out[name] = folder, save_model(top / f"{name}-merged", lora.merge(model),
+                                       load_tokenizer(talker))
+    model = load_model(talker, "cpu")
+    for name, (folder, _) in list(out.items()):
+        lora.load_adapter(folder, model, name)
+    lora.activate(model, "sums", "brief")
+    out["both"] = None, save_model(top / "both-merged", lora.merge(model), load_tokenizer(talker))
+    return out
+
+
+def greedy(capsys, model, **settings):
+    return run_main(capsys, model, prompt="hello fox", temperature=0, ignore_eot=True, **settings)
+
+
+@pytest.mark.parametrize("options", [{}, dict(quantize="int8"), dict(backend="reference")], ids=str)
+def test_an_adapter_says_what_its_merged_checkpoint_says(talker, tuned, capsys, options):
+    """… one of them, another, and their sum, in every form in which weights are served."""
+    says = {name: greedy(capsys, merged, **options) for name, (_, merged) in tuned.items()}
+    says["none"] = greedy(capsys, talker, **options)
+    assert len(set(says.values())) == 4                 # and they differ
+    sums, brief = (str(tuned[name][0]) for name in ("sums", "brief"))
+    assert greedy(capsys, talker, adapter=[sums], **options) == says["sums"]
+    assert greedy(capsys, talker, adapter=[f"x={brief}"], **options) == says["brief"]
+    assert greedy(capsys, talker, adapter=[sums, f"x={brief}"], **options) == says["both"]
+
+
+def test_an_adapter_brings_its_base_and_lies_in_a_run(talker, tuned, capsys, tmp_path):
+    """The folder of a run, or its checkpoint, whose weights are merged: their base is taken."""
+    (folder, merged), run_dir = tuned["sums"], tmp_path / "a=run"
+    shutil.copytree(merged, run_dir / "step_5")
+    shutil.copytree(folder, run_dir / "step_5" / "adapter")
+    (run_dir / "checkpoints.json").write_text('{"last": "step_5", "best": "step_5"}')
+    expected = greedy(capsys, merged)
+    for where in (folder, run_dir, run_dir / "step_5", run_dir / "step_5" / "adapter"):
+        assert greedy(capsys, "", adapter=[str(where)]) == expected, where
+    assert greedy(capsys, talker, adapter=[f"n={run_dir}"]) == expected
+    with pytest.raises(UserError, match="merged into its weights"):     # it would count twice
+        greedy(capsys, os.path.relpath(run_dir), adapter=[str(run_dir)])
+
+
+def test_a_chat_switches_between_adapters(talker, tuned, capsys, stdin, monkeypatch):
+    """Each answer is that of the merged checkpoint to all that was said, computed anew."""
+    script = [("both", ""), ("both", "hello"), ("sums", "/adapter sums"), ("sums", "the fox"),
+              ("sums", "quick"), ("none", "/adapter"), ("none", "world"),
+              ("both", "/adapter sums brief"), ("both", "hello")]
+    stdin("\n".join(line for _, line in script))
+    loaded, real = [], Transformer.forward
+    monkeypatch.setattr(Transformer, "forward",
+                        lambda self, x, **k: loaded.append(x.shape[1]) or real(self, x, **k))
+    out = run_main(capsys, talker, chat=True, temperature=0, max_new_tokens=6,
+                   adapter=[f"{name}={tuned[name][0]}" for name in ("sums", "brief")])
+    lengths, said, expected = [n for n in loaded if n > 1], [], []
+    tok = load_tokenizer(talker)
+    for name, line in script:
+        if not line or line.startswith("/"):
+            continue
+        model = load_model(talker if name == "none" else tuned[name][1], "cpu")
+        said.append({"role": "user", "content": line})
+        ids = tok.render(said, add_generation_prompt=True)[0]
+        expected.append(len(ids))
+        text = Text(tok, [], set(tok.stop_ids), ids)
+        step = run_all(model, [ids], 6, GREEDY, vocab_size=tok.vocab_size,
+                       ends=lambda _, token: token in tok.stop_ids)[0]
+        said.append({"role": "assistant", "content": "".join(map(text.put, step)) + text.flush()})
+    assert out == "".join(m["content"] + "\n" for m in said[1::2])
+    # after a switch all of the conversation is encoded, and otherwise only what is new
+    assert [a == b for a, b in zip(lengths, expected)] == [True, True, False, True, True]
+
+
+def test_mistakes_with_adapters_are_one_sentence(saved, talker, tuned, tmp_path, monkeypatch):
+    folder = str(tuned["sums"][0])
+    homeless = shutil.copytree(folder, tmp_path / "homeless")
+    config = json.loads((homeless / lora.CONFIG).read_text())
+    config["base_model_name_or_path"] = "somebody/model-7b"
+    (homeless / lora.CONFIG).write_text(json.dumps(config))
+    for model, settings, message in (
+            (talker, dict(adapter=["nosuch"]), "there is none at nosuch"),
+            (talker, dict(adapter=[str(talker)]), "a folder that has adapter_config.json"),
+            (talker, dict(adapter=[folder, folder]), "two are called sums"),
+            (talker, dict(adapter=[f"a.b={folder}"]), "'a.b' cannot be an adapter's name"),
+            (saved, dict(adapter=[folder]), "belong"),
+            ("", dict(adapter=[str(homeless)]), "somebody/model-7b.*--model=DIR"),
+            (talker, dict(adapter=[folder], chat=True, prompt="/adapter x"), "'x', only sums")):
+        with pytest.raises(UserError, match=message) as e:
+            sample.main(sample.Config(**{"prompt": "a", "model": str(model), **settings}))
+        assert "\n" not in str(e.value)
 
 
 def test_a_sentencepiece_prompt_begins_with_its_first_token_and_goes_on_with_a_space(tmp_path):

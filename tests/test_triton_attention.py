@@ -26,7 +26,7 @@ import bf16_interpreter
 import kernels
 import triton_attention
 from config import UserError
-from test_kernels import GATES, distance, documents, f64, fresh, one_thread, strided
+from test_kernels import GATES, distance, documents, f64, fresh, strided
 
 bf16_interpreter.install()
 # lanes outside a tile compute -inf - -inf and the like before they are masked away

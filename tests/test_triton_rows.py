@@ -30,7 +30,7 @@ from conftest import ROOT
 from model import ModelConfig, Transformer
 from presets import FAMILIES
 from test_kernels import (GATES, LOSS_OPTIONS, ORACLES, backend, close, distance, f64,
-                          forward_backward, fresh, one_thread, rotation, strided, targets_for)
+                          forward_backward, fresh, rotation, strided, targets_for)
 
 bf16_interpreter.install()
 # lanes outside a row compute -inf - -inf and the like before they are masked away

@@ -24,11 +24,9 @@ KINDS = {"gpt2": dict(GPT2, **SHAPE), "llama": dict(LLAMA, **SHAPE, n_kv_head=1)
 
 @pytest.fixture(autouse=True)
 def as_it_was():
-    before, threads = kernels.use("auto"), torch.get_num_threads()
-    torch.set_num_threads(1)
+    before = kernels.use("auto")
     yield
     kernels.use(before)
-    torch.set_num_threads(threads)
 
 
 def train(form: str, kind: str, steps: int, optimizer: str = "adamw", documents: bool = False,
@@ -86,7 +84,6 @@ def test_activation_checkpointing_changes_nothing(monkeypatch):
 
 def one_rank(rank: int, folder: str) -> None:
     """A backward of half of the rows under DDP; rank 0 saves the mean gradient."""
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
     grads = gradients(slice(rank, rank + 1), torch.nn.parallel.DistributedDataParallel)
     if rank == 0:
