@@ -151,15 +151,19 @@ def start_from(cfg: Config) -> tuple[ModelConfig, Any]:
     except UserError as e:
         if resume or "init_from" in getattr(cfg, "given", ()):
             raise
-        raise UserError(f"there is no trained model at {source}, where this stage starts: make "
-                        "one with `python train.py config/demo.py`, or name another with "
-                        "--init_from=DIR") from e
+        before = "sft.py config/sft_skills.py" if "sft" in source else "train.py config/demo.py"
+        raise UserError(f"there is no trained model at {source}, where this stage starts: make one "
+                        f"with `python {before}`, or name another with --init_from=DIR") from e
     return checkpoint.read_config(directory), checkpoint.load_tokenizer(directory)
 
 
 def check(cfg: Config) -> None:
     """UserError for a setting that no run can have; what is still to be found counts as good."""
     train.check(replace(cfg, max_iters=cfg.max_iters or 1))
+    if cfg.lora_rank < 0 or cfg.lora_alpha < 0 or not 0 <= cfg.lora_dropout < 1:
+        raise UserError(f"lora_rank {cfg.lora_rank}, lora_alpha {cfg.lora_alpha}, lora_dropout "
+                        f"{cfg.lora_dropout}: rank and alpha must be at least 0 and dropout from "
+                        "0 up to 1")
     if not cfg.document_mask:
         raise UserError("--document_mask=0 would let a conversation read the one before it: leave "
                         "it out")
@@ -218,6 +222,8 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
                                   tokenizer.vocab_size if cfg.init_from == "scratch" else 0,
                                   machine)
         grow(model, tokenizer.vocab_size, known)
+        if adapters:                    # a target that is not there is told before a folder is made
+            lora.select(model, cfg.targets)
         if machine.main and not cfg.eval_only:
             train.prepare_out_dir(cfg)
         if adapters:

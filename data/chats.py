@@ -100,7 +100,9 @@ def asked(record: dict[str, Any]) -> Messages:
                    {"role": "assistant", "content": text_of(answer, "an answer in history")}]
     given = text_of(record[key], key)
     more = text_of(record.get("input"), "input") if key == "instruction" else ""
-    return before + [{"role": "user", "content": f"{given}\n\n{more}" if more else given}]
+    # as Alpaca's own prompt has it, of which the template makes the rest
+    given += f"\n\n### Input:\n{more}" if more else ""
+    return before + [{"role": "user", "content": given}]
 
 
 def answered(messages: Messages) -> Messages:
@@ -221,7 +223,9 @@ def find(dataset: str, kind: str = "sft") -> tuple[Path, Path | None]:
     found = [next((f for end in ends if (f := folder / f"{first}{split}{end}").is_file()), None)
              for split in ("train", "val")]
     if found[0] is None and (folder / "meta.json").is_file():
-        raise UserError(f"{folder} holds text, not conversations: give a chat dataset, such as "
+        other = next((k for k, start in PREFIX.items()
+                      if any((folder / f"{start}train{end}").is_file() for end in ends)), "text")
+        raise UserError(f"{folder} holds {other}, not conversations: give a chat dataset, such as "
                         "skills, or a file of conversations")
     if found[0] is None or named and not (folder / "meta.json").is_file():
         raise UserError(f"{folder} is not prepared: run `python data/prepare.py {folder.name}`, or "

@@ -60,7 +60,7 @@ def read(tmp_path, record, kind="sft"):
     ({"messages": said(U, "Rain?", A, "I look", "function", "yes", A, "It rains")},
      said(U, "Rain?", A, "I look", "tool", "yes", A, "It rains")),
     ({"instruction": "Hi", "input": "", "output": "Hello"}, PAIR),
-    ({"instruction": "Add", "input": "1 2", "output": "3"}, said(U, "Add\n\n1 2", A, "3")),
+    ({"instruction": "Add", "input": "1 2", "output": "3"}, said(U, "Add\n\n### Input:\n1 2", A, "3")),
     ({"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]},
      said("system", "s", U, "a", A, "b", U, "c", A, "d")),
     ({"prompt": "Hi", "completion": "Hello"}, PAIR),
@@ -86,7 +86,7 @@ def test_layouts_of_conversations(tmp_path, record, want):
     ({"prompt": "Hi", "chosen": PAIR, "rejected": said(U, "Hi", A, "Go")}, PAIR,
      said(U, "Hi", A, "Go")),
     ({"instruction": "Add", "input": "1 2", "output": "", "chosen": "3", "rejected": "4"},
-     said(U, "Add\n\n1 2", A, "3"), said(U, "Add\n\n1 2", A, "4")),
+     said(U, "Add\n\n### Input:\n1 2", A, "3"), said(U, "Add\n\n### Input:\n1 2", A, "4")),
     # LLaMA-Factory's: the conversation, and two last turns
     ({"conversations": [{"from": "human", "value": "Hi"}], "chosen": [
         {"from": "gpt", "value": "Hello"}], "rejected": [{"from": "gpt", "value": "Go"}]}, PAIR,
@@ -126,7 +126,7 @@ def test_files_of_every_form(tmp_path):
     table = tmp_path / "a.csv"
     table.write_text('instruction,input,output\nHi,,Hello\n"a\nb",c,d\n')
     assert [r["messages"] for r in chats.read_chats(table)] == [
-        PAIR, said(U, "a\nb\n\nc", A, "d")]
+        PAIR, said(U, "a\nb\n\n### Input:\nc", A, "d")]
 
 
 @pytest.mark.parametrize("kind, line, reason", [
