@@ -5,6 +5,7 @@
     python bench.py train --repeat=3 --nanogpt=../nanoGPT    # CPU: beside a clone of nanoGPT
     python bench.py sample --model=DIR          # CPU or GPU: beside transformers
     python bench.py kernels                     # CPU or GPU: every operation in each of its forms
+    python bench.py stages --model=DIR          # CPU: fine-tuning beside trl and peft
     python bench.py families                    # the examples of config/, trained
 
 Each section is a function in SECTIONS. Contenders take turns within a round, so that a busy moment
@@ -41,7 +42,8 @@ class Config:
     text: str = ""              # tokenizer: a UTF-8 file instead of Python's standard library
     nanogpt: str = ""           # train: a clone of nanoGPT, its shakespeare_char prepared
     model: str = ""             # sample: a checkpoint; empty: SmolLM2-135M's shape, random weights
-    only: str = ""              # kernels: operations, joined by +; empty: all
+    dataset: str = "stdlib_chat"    # stages: conversations that sft.py could train on
+    only: str = ""              # kernels: operations, stages: sft, lora, dpo; joined by +
     dtype: str = "bfloat16"     # kernels: of the activations
 
 
@@ -464,6 +466,7 @@ SECTIONS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "sample": sample,
     "families": families,
     "kernels": lambda cfg: importlib.import_module("bench_kernels").section(cfg),
+    "stages": lambda cfg: importlib.import_module("bench_stages").section(cfg),
 }
 
 

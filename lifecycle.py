@@ -43,7 +43,8 @@ STAGES = {
     "dpo": ("DPO after SFT", "dpo.py config/dpo_skills.py"),
     "distill": ("student with a teacher", "distill.py config/distill_skills.py"),
     "student": ("student without one",
-                "distill.py config/distill_skills.py --alpha=1 --hidden=0 --out_dir=out/student"),
+                "distill.py config/distill_skills.py --alpha=1 --hidden=0 --hidden_layers=0 "
+                "--out_dir=out/student"),
 }
 
 

@@ -87,8 +87,7 @@ class Adapter(Module):
         """s A x: (..., K) -> (..., r). Dropout falls on this branch alone, in training alone."""
         if self.dropout and self.training:
             x = kernels.dropout(x, self.dropout)
-        # the scale here, where the activations are thin
-        return kernels.linear(x, self.A) * self.scale
+        return kernels.linear(x, self.A) * self.scale       # here, where activations are thin
 
     def stretch(self, base: Tensor) -> Tensor:
         """DoRA's magnitude / |W + s B A| of each row, (N,). The length counts as a constant in the
@@ -106,17 +105,16 @@ class Adapter(Module):
         return (stretch - 1) * base + stretch * delta
 
 class FromInt8(torch.autograd.Function):
-    """y = x W^T with W = q s unpacked at every use: a plain product would keep the unpacked W of
-    every layer until the backward. x (..., K), q (N, K) int8, s (N,) -> (..., N)."""
-
+    """y = x W^T + b with W = q s unpacked at every use: a plain product would keep the unpacked W
+    of every layer until the backward. x (..., K), q (N, K) int8, s and b (N,) -> (..., N)."""
     @staticmethod
-    def forward(ctx, x: Tensor, q: Tensor, s: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, q: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(q, s)
-        return kernels.linear(x, unpack(q, s, x.dtype))
+        return kernels.linear(x, unpack(q, s, x.dtype), bias)
 
     @staticmethod
-    def backward(ctx, g: Tensor):
-        return g @ unpack(*ctx.saved_tensors, g.dtype), None, None
+    def backward(ctx, g: Tensor):                       # all but x is frozen
+        return g @ unpack(*ctx.saved_tensors, g.dtype), None, None, None
 
 def unpack(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
     return q.to(dtype) * s.to(dtype).unsqueeze(1)
@@ -128,12 +126,11 @@ class LoraLinear(Linear):
     name that it always had; the attribute `weight` is what the layer amounts to with its active
     adapters. So whoever reads a layer's weight, quantize.pack() say, gets the merged one.
     """
-
     @classmethod
     def convert(cls, layer: Linear, int8: bool = False) -> LoraLinear:
         if type(layer) is Linear:
             layer.__class__ = cls
-            layer.adapters, layer.active, layer.int8_scale = Module(), (), None
+            layer.adapters, layer.active, layer.int8_scale, layer.kind = Module(), (), None, None
         if int8 and layer.int8_scale is None:
             packed = quantize.Int8(layer.base.detach(), None)
             layer._parameters["weight"] = Parameter(packed.weight, requires_grad=False)
@@ -150,11 +147,8 @@ class LoraLinear(Linear):
     @property
     def weight(self) -> Tensor:
         base = self.base
-        if not self.active:
-            return base
-        # in float32: bfloat16 would round each adapter's share away by itself
-        wide = kernels.widen(base)
-        return (wide + sum(a.change(wide) for a in self.chosen())).to(base.dtype)
+        wide = kernels.widen(base)      # bfloat16 would round each adapter's share away by itself
+        return sum((a.change(wide) for a in self.chosen()), wide).to(self.kind or base.dtype)
 
     def chosen(self) -> list[Adapter]:
         return [getattr(self.adapters, name) for name in self.active]
@@ -162,20 +156,15 @@ class LoraLinear(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N)."""
         shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        W, bias, used = self._parameters["weight"], self.bias, self.chosen()
-        if self.int8_scale is None:
-            y = kernels.linear(x, W, bias)
-        else:
-            y = FromInt8.apply(x, W, self.int8_scale)
-            y = y if bias is None else y + bias.to(x.dtype)
+        W, s, bias, used = self._parameters["weight"], self.int8_scale, self.bias, self.chosen()
+        y = kernels.linear(x, W, bias) if s is None else FromInt8.apply(x, W, s, bias)
         if any(a.magnitude is not None for a in used):     # DoRA stretches W x, and not the bias
             plain = y if bias is None else y - bias.to(x.dtype)
         for a in used:
             B = a.B.to(x.dtype)
             if a.magnitude is None:
                 # added where the first product lies: no second pass over (..., N)
-                add = y.addmm_ if len(used) == 1 else y.addmm
-                y = add(a.narrow(x), B.T)
+                y = (y.addmm_ if len(used) == 1 else y.addmm)(a.narrow(x), B.T)
             else:
                 stretch = a.stretch(self.base).to(x.dtype)
                 y = y + (stretch - 1) * plain + stretch * kernels.linear(a.narrow(x), B)
@@ -195,8 +184,7 @@ def linears(model: Any) -> dict[str, Linear]:
 
 def names(model: Any) -> list[str]:
     """The adapters of a model, in the order in which they came."""
-    return list(dict.fromkeys(n for la in layers(model).values() for n, _ in
-                              la.adapters.named_children()))
+    return list(dict.fromkeys(n for la in layers(model).values() for n in la.adapters._modules))
 
 def matches(name: str, *targets: str) -> bool:
     """Whether a target means a layer: its name or the end of it, as in PEFT. "q_proj" is that of
@@ -223,8 +211,7 @@ def check_model(model: Any, name: str) -> Transformer:
                         "--quantize")
     # the name becomes an attribute and a part of parameter names
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(Module(), name):
-        raise UserError(f"{reprlib.repr(name)} cannot be an adapter's name: use other letters, "
-                        "digits, - and _")
+        raise UserError(f"{reprlib.repr(name)} cannot be an adapter's name: use letters and digits")
     if name in names(model):
         raise UserError(f"the model has an adapter {name!r} already: choose another name")
     return model
@@ -280,7 +267,8 @@ def describe(model: Any, name: str = "default") -> str:
     base = sum(p.numel() for n, p in raw(model).named_parameters() if ".adapters." not in n)
     return (f"LoRA {name!r} on {len(found)} linears "
             f"({', '.join(f'{n} x {k}' for k, n in counts.items())}): {size:,} of "
-            f"{base + size:,} parameters, {size / (base + size):.2%}")
+            f"{base + size:,} parameters, {size / (base + size):.2%}"
+            + ("; its routed experts get none" if raw(model).config.num_experts else ""))
 
 def activate(model: Any, *chosen: str) -> None:
     """Use these adapters from here on, the sum of their changes; none: the base alone. Those that
@@ -307,13 +295,22 @@ def disabled(model: Any) -> Iterator[None]:
         for layer, active in before.items():
             layer.active = active
 
+def halve(model: Any) -> None:
+    """Hold W of the layers with adapters in bfloat16 where that changes no bit of it, as in most
+    checkpoints: half the memory, and no cast at every use. Merged it is float32 again."""
+    for layer in layers(model).values():
+        W = layer._parameters["weight"]
+        if W.dtype == torch.float32 and torch.equal(half := W.detach().bfloat16(), W):
+            layer._parameters["weight"] = Parameter(half, requires_grad=False)
+            layer.kind = torch.float32                  # what its weight is to the outside
+
 def merge(model: Any) -> Transformer:
     """Make the model, in place, the plain Transformer that it amounts to with its active adapters:
     no adapters, all weights to be trained or saved. An int8 base comes back in float32."""
     model = raw(model)
     for layer in layers(model).values():
         weight = layer.weight.detach()
-        del layer.adapters, layer.active, layer.int8_scale
+        del layer.adapters, layer.active, layer.int8_scale, layer.kind
         layer.__class__ = Linear
         layer.weight = Parameter(weight)
     for name, p in model.named_parameters():        # which moves without gradients, in balance()
@@ -544,12 +541,13 @@ def start_from(cfg: Any) -> Any:
         cfg = replace(cfg, init_from=str(settings["base"]))
     return cfg
 
-def begin(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False) -> str:
+def begin(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False,
+          dtype: torch.dtype | None = None) -> str:
     """What a stage does with its model before fit(), if cfg.lora_rank: new adapters, or on resume
     those of the last checkpoint, which holds the merged weights and has them as a folder.
 
     grown: the model is no longer what lies at cfg.init_from, it has rows for new tokens, say: then
-    it is saved as out_dir/base. Returns describe()."""
+    it is saved as out_dir/base. dtype: of the activations; see halve(). Returns describe()."""
     if cfg.init_from == "resume":
         last = resolve(cfg.out_dir, "last") / FOLDER
         base = read_adapter_config(last / CONFIG)["base"]
@@ -560,6 +558,8 @@ def begin(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False) -> 
             save_model(base, model, tokenizer)
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2.0 * cfg.lora_rank, cfg.lora_dropout,
                  cfg.targets, cfg.rslora, cfg.dora, int8=cfg.lora_int8)
+    if dtype == torch.bfloat16:
+        halve(model)
     # called by save_checkpoint(), which itself saves what the layers amount to
     model.save_beside = lambda checkpoint: save_adapter(checkpoint / FOLDER, model, base=base)
     return describe(model)

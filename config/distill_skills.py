@@ -2,15 +2,16 @@
 
     python data/prepare.py skills && python sft.py config/sft_skills.py     # the teacher, once
     python distill.py config/distill_skills.py
-    python distill.py config/distill_skills.py --alpha=1 --out_dir=out/alone    # without a teacher
+    python distill.py config/distill_skills.py --alpha=1 --hidden=0 --hidden_layers=0 \\
+        --out_dir=out/student                       # the same student without a teacher
     python sample.py --out_dir=out/distill_skills --chat
 
 cost: a step reads its rows twice, the second time with the teacher, forward only; both meet the
-vocabulary with the answers alone. Minutes and accuracy of a whole run: not measured yet.
+vocabulary with the answers alone. Minutes and accuracy: RESULTS.md, "The life of a model".
 """
 dataset = "skills"              # the teacher: out/dpo_skills, or out/sft_skills where it is not
 out_dir = "out/distill_skills"
-epochs = 4.0
+epochs = 1.0
 batch_size = 4
 gradient_accumulation_steps = 1
 
@@ -25,6 +26,8 @@ tie_word_embeddings = True
 alpha = 0.5
 temperature = 1.5
 divergence = "forward"
+hidden = 1.0                    # where it looks helps more than what it says
+hidden_layers = 2
 
 optimizer = "muon"
 muon_learning_rate = 0.02

@@ -5,7 +5,7 @@
     python dpo.py --init_from=resume --out_dir=out/dpo_skills --eval_only=1
 
 cost: the pairs once, of whose rows and tokens dpo.py prints how many there are, and one forward
-over them for the reference. Minutes and accuracy of a whole run: not measured yet.
+over them for the reference. Minutes and accuracy: RESULTS.md, "The life of a model".
 """
 init_from = "out/sft_skills"
 dataset = "skills"

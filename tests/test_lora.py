@@ -36,12 +36,8 @@ LINEARS = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(name="llama", **changes) -> Transformer:
@@ -313,6 +309,46 @@ def test_bfloat16_base_has_float32_adapters():
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_frozen_weights_are_halved_where_no_bit_is_lost(dora):
+    """A bfloat16 checkpoint, read as float32: the same logits and gradients from half the memory;
+    what is merged is float32. A weight that bfloat16 would round stays as it is."""
+    ids, seen = ids_of(), []
+    for half in (False, True):
+        torch.manual_seed(5)                                # of A
+        model = build(qkv_bias=True).bfloat16().float()
+        odd = model.get_submodule("model.layers.1.mlp.up_proj")
+        with torch.no_grad():
+            odd.weight[3, 4] = 1 + 2 ** -10
+        lora.add_lora(model, rank=2, dora=dora)
+        stir(model)
+        if half:
+            lora.halve(model)
+        kinds = {n: la._parameters["weight"].dtype for n, la in lora.layers(model).items()}
+        assert {n for n, kind in kinds.items() if kind == torch.bfloat16} == (
+            set(kinds) - {"model.layers.1.mlp.up_proj"} if half else set())
+        our_loss(model.train(), ids).backward()
+        grads = [p.grad for p in lora.parameters(model).values()]
+        with lora.disabled(model):
+            base = model.logits(ids)
+        after = model.logits(ids)
+        quantize.pack(copy.deepcopy(model))                 # reads weights of one type
+        merged = lora.merge(model)
+        assert {p.dtype for p in merged.parameters()} == {torch.float32}
+        seen.append([after, base, *grads, *merged.state_dict().values()])
+    assert len(seen[0]) == len(seen[1])
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
+
+
+def test_experts_without_adapters_are_told():
+    model = build("qwen3_moe")
+    lora.add_lora(model)
+    assert lora.describe(model).endswith("; its routed experts get none")
+    model = build()
+    lora.add_lora(model)
+    assert "experts" not in lora.describe(model)
+
+
 def test_served_packed_the_adapter_counts():
     """pack() reads a layer's weight: it gets the merged one, not the base in silence."""
     model, ids = build(), ids_of()
@@ -555,6 +591,11 @@ def test_a_stage_begins_and_goes_on(tmp_path):
     again = load_model(lora.start_from(cfg).init_from, "cpu")
     lora.begin(cfg, again, None)
     assert torch.equal(again.logits(ids), model.logits(ids))
+    # on a machine that computes in bfloat16 a base that is exact in it is held in it
+    for dtype, kind in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        model = build().bfloat16().float()
+        lora.begin(Config(lora_int8=False), model, None, dtype=dtype)
+        assert {la.base.dtype for la in lora.layers(model).values()} == {kind}
     assert lora.start_from(lora.replace(cfg, lora_rank=0)).init_from == "resume"
 
 
