@@ -84,6 +84,66 @@ def _(x, weight, bias=None, eps=1e-5):
         return kernels.layer_norm.forms["torch"](x, weight, bias, eps)
     return LayerNormCPU.apply(x, weight, bias, eps)
 
+# ----------------------------------------------------------------------- linear and its gate
+
+
+class LinearCPU(Function):
+    """y = x [W1; W2; …]^T + b with float32 masters: autograd would keep their bfloat16 casts of all
+    layers until the backward, half of the weights' memory; casting again costs a pass over W."""
+    @staticmethod
+    def forward(ctx, x, bias, *weights):
+        ctx.save_for_backward(x, *weights)
+        ctx.biased = bias is not None
+        return torch.nn.functional.linear(x, LinearCPU.join(x, weights),
+                                          None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def join(x, weights):
+        cast = [w.to(x.dtype) for w in weights]
+        return torch.cat(cast) if len(cast) > 1 else cast[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, *weights = ctx.saved_tensors
+        dx = grad @ LinearCPU.join(grad, weights) if ctx.needs_input_grad[0] else None
+        rows = grad.reshape(-1, grad.shape[-1])
+        dw = [None] * len(weights)
+        if any(ctx.needs_input_grad[2:]):
+            whole = rows.T @ x.reshape(-1, x.shape[-1])
+            dw = whole.split([len(w) for w in weights])
+        return dx, rows.sum(0) if ctx.biased else None, *dw
+
+
+@kernels.linear.cpu
+def _(x, weight, bias=None):
+    if weight.dtype == torch.float32 and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        return LinearCPU.apply(x, bias, weight)
+    return kernels.linear.forms["torch"](x, weight, bias)
+
+
+class GluCPU(Function):
+    """silu(gate) * up, keeping what it was given and not silu(gate)."""
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return torch.nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up = ctx.saved_tensors
+        both = torch.empty(*gate.shape[:-1], 2 * gate.shape[-1], dtype=gate.dtype)
+        dgate, dup = both.chunk(2, -1)
+        torch.mul(grad, torch.nn.functional.silu(gate), out=dup)
+        dgate.copy_(torch.ops.aten.silu_backward(grad * up, gate))
+        return dgate, dup
+
+
+@kernels.glu.cpu
+def _(gate, up, activation="silu"):
+    if activation == "silu" and torch.is_grad_enabled() and gate.requires_grad:
+        return GluCPU.apply(gate, up)
+    return kernels.glu.reference(gate, up, activation)
+
 # ------------------------------------------------------------------------------- position
 
 
@@ -136,18 +196,25 @@ class AttentionCPU(Function):
         # a document mask differs by batch row: a group is one row's heads then
         step = AttentionCPU.GROUP if doc is None else BH // doc.shape[0]
         positions = torch.arange(T)
+        if doc is not None:
+            # where the document of each token begins, (B, T): no key before that is seen
+            numbers = torch.unique(doc, return_inverse=True)[1]
+            numbers += torch.arange(len(doc)).unsqueeze(1) * (numbers.max() + 1)
+            begin = torch.full((int(numbers.max()) + 1,), T).scatter_reduce_(
+                0, numbers.flatten(), positions.repeat(len(doc)), "amin")[numbers]
         for i in range(0, T, AttentionCPU.ROWS):
             end = min(i + AttentionCPU.ROWS, T)
-            start = max(0, i - window + 1) if window else 0
-            # without window or documents only the square on the diagonal has anything to hide
-            first = start if window or doc is not None else i
-            hidden = ~kernels.near(positions[i:end], positions[first:end], window)
             for h in range(0, BH, step):
+                start = max(0, i - window + 1) if window else 0
                 if doc is not None:
                     own = doc[h // step]
-                    other = own[i:end, None] != own[start:end]
-                yield (slice(h, h + step), slice(i, end), slice(start, end),
-                       hidden if doc is None else hidden | other)
+                    start = max(start, int(begin[h // step, i:end].min()))
+                # without window or documents only the square on the diagonal has anything to hide
+                first = start if window or doc is not None else i
+                hidden = ~kernels.near(positions[i:end], positions[first:end], window)
+                if doc is not None:
+                    hidden |= own[i:end, None] != own[start:end]
+                yield slice(h, h + step), slice(i, end), slice(start, end), hidden
 
     @staticmethod
     def weights(q, k, scale, softcap, hidden):
@@ -245,3 +312,29 @@ def rope_at(cos: Tensor, sin: Tensor, dtype: torch.dtype, interleaved: bool = Fa
         y = (part * cos).addcmul_(swapped, sin)
         return y if whole else torch.cat((y, x[..., 2 * half:]), -1)
     return turn
+
+# --------------------------------------------------------------------------------- the loss
+
+
+@kernels.linear_cross_entropy.cpu
+def _(x, weight, targets, *, reduction="sum", **options):
+    """Without softcap and the like the logits of a chunk are passed over once forth, to log p, and
+    once back in place, to their gradient p - onehot(target)."""
+    if torch.compiler.is_compiling() or any(
+            options.get(name) for name in ("softcap", "z_loss", "label_smoothing")):
+        return kernels.linear_cross_entropy.forms["torch"](x, weight, targets,
+                                                           reduction=reduction, **options)
+    right = targets.reshape(-1)
+    live = right != options.get("ignore_index", -100)
+    whole = bool(live.all())
+
+    def rule(logits, part, learn):
+        where, log_p = right[part].clamp(min=0).unsqueeze(-1), torch.log_softmax(logits, -1)
+        loss = torch.where(live[part], -log_p.gather(-1, where).squeeze(-1), 0.0)
+        if not learn:
+            return loss, None
+        dz = log_p.exp_().scatter_add_(-1, where, torch.full_like(log_p[:, :1], -1.0))
+        return loss, dz if whole else dz.mul_(live[part].unsqueeze(-1))
+
+    loss = kernels.ChunkedLoss.of(x.reshape(-1, x.shape[-1]), weight, rule, reduction)
+    return loss if reduction == "sum" else loss.view(targets.shape)

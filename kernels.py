@@ -385,6 +385,7 @@ class ChunkedLoss(Function):
     # elements of a chunk, 64 MB in float32: with half of it, or less than some 300 rows of a
     # vocabulary of 50k, a chunk no longer pays for its pass over dW
     LOGITS = 2 ** 24
+    ONE = object()          # the upstream gradient of a sum
 
     @staticmethod
     def of(x, weight, rule, reduction):
@@ -406,7 +407,8 @@ class ChunkedLoss(Function):
             part = slice(i, min(i + rows, x.shape[0]))
             loss[part], dz = rule(widen(x[part] @ w.T), part, upstream is not None)
             if upstream is not None:
-                dz = dz.mul_(upstream[part].unsqueeze(-1)).to(x.dtype)
+                dz = dz if upstream is ChunkedLoss.ONE else dz.mul_(upstream[part].unsqueeze(-1))
+                dz = dz.to(x.dtype)
                 dx[part] = dz @ w
                 if not frozen:
                     dw += dz.T @ x[part]
@@ -416,8 +418,7 @@ class ChunkedLoss(Function):
     def forward(ctx, x, weight, rule, reduction):
         summed = reduction == "sum"
         learn, frozen = summed and any(ctx.needs_input_grad[:2]), not ctx.needs_input_grad[1]
-        loss, dx, dw = ChunkedLoss.walk(
-            x, weight, rule, torch.ones(x.shape[0], device=x.device) if learn else None, frozen)
+        loss, dx, dw = ChunkedLoss.walk(x, weight, rule, ChunkedLoss.ONE if learn else None, frozen)
         ctx.rule, ctx.summed, ctx.frozen = rule, summed, frozen
         if any(ctx.needs_input_grad[:2]):
             ctx.save_for_backward(*((dx, dw) if summed else (x, weight)))
@@ -426,7 +427,8 @@ class ChunkedLoss(Function):
     @staticmethod
     def backward(ctx, grad):
         if ctx.summed:
-            dx, dw = (None if d is None else d * grad.to(d.dtype) for d in ctx.saved_tensors)
+            same = grad.is_cpu and grad.item() == 1     # where looking is free: no second dW
+            dx, dw = (d if d is None or same else d * grad.to(d.dtype) for d in ctx.saved_tensors)
         else:
             _, dx, dw = ChunkedLoss.walk(*ctx.saved_tensors, ctx.rule, grad, ctx.frozen)
         return dx, dw, None, None
@@ -444,8 +446,7 @@ def _(x, weight, targets, *, reduction="sum", **options):
         # d loss / d z = p (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V
         lse = lse.unsqueeze(-1)
         dz = torch.exp(z - lse).mul_(1 + 2 * z_loss * lse).sub_(smooth / z.shape[-1])
-        where = right[part].clamp(min=0).unsqueeze(-1)
-        dz.scatter_add_(-1, where, torch.full_like(lse, smooth - 1))
+        dz.scatter_add_(-1, right[part].clamp(min=0)[:, None], torch.full_like(lse, smooth - 1))
         if softcap:
             dz.mul_(1 - (z / softcap) ** 2)
         return loss, dz.mul_(live.unsqueeze(-1))

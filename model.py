@@ -251,11 +251,12 @@ class Norm(Module):
 
 
 def linear_together(x: Tensor, *layers: Linear) -> Tensor:
-    """Several layers of one input, side by side (..., their sum). In training as one matmul over
-    the joined weights: joining costs a pass over weights, which are small beside the activations.
-    For one token it is the other way round (quantize.py joins them once and for all)."""
+    """Several layers of one input, side by side (..., their sum). In training one matmul over the
+    joined weights, small beside activations; for one token quantize.py joins once and for all."""
     if not torch.is_grad_enabled() or any(type(layer) is not Linear for layer in layers):
         return torch.cat([layer(x) for layer in layers], -1)    # a layer with adapters, say
+    if kernels.best(x) == "cpu" and x.dtype == torch.bfloat16 and layers[0].bias is None:
+        return cpu_kernels.LinearCPU.apply(x, None, *(layer.weight for layer in layers))
     weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return kernels.linear(x, weight, bias)

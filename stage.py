@@ -227,7 +227,8 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
         if machine.main and not cfg.eval_only:
             train.prepare_out_dir(cfg)
         if adapters:
-            notes = [lora.begin(cfg, model, tokenizer, grown=tokenizer.vocab_size > known)]
+            notes = [lora.begin(cfg, model, tokenizer, grown=tokenizer.vocab_size > known,
+                                dtype=machine.dtype)]
         if machine.main:
             print(show(cfg), *notes[:adapters], f"{model.parameter_count():,} parameters | "
                   f"{rows * cfg.block_size:,} tokens a step | {machine.device} x {machine.world}, "

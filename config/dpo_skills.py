@@ -16,7 +16,8 @@ gradient_accumulation_steps = 1
 
 loss = "sigmoid"
 beta = 0.1
-learning_rate = 1e-4
+sft_weight = 3.0                # or near misses are unlearnt at the price of right answers
+learning_rate = 1.5e-4
 schedule = "linear"
 min_lr = 0.0
 

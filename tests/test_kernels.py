@@ -204,7 +204,8 @@ def test_every_operation_of_the_design_is_there_in_both_forms():
         assert "torch" in op.forms or name in ("glu", "rope"), name
     kernels.softmax(torch.zeros(1))                     # a first tensor on a CPU reads the forms
     by_hand = {name for name in wanted if "cpu" in kernels.OPERATIONS[name].forms}
-    assert by_hand == {"rms_norm", "layer_norm", "rope", "dropout", "attention"}
+    assert by_hand == {"rms_norm", "layer_norm", "rope", "dropout", "attention", "linear", "glu",
+                       "linear_cross_entropy"}
 
 
 def test_mistakes_in_bench_kernels_are_one_sentence():
@@ -956,3 +957,108 @@ def test_gradcheck_of_the_hand_counted_forms(op):
     tensors = [torch.randn(s, dtype=f64, requires_grad=True) for s in shapes]
     with backend("torch"):
         assert gradcheck(op, tensors)
+
+
+# --- forms by hand that keep less for the backward ----------------------------------------------
+
+
+def gradients(run, *leaves):
+    """(value, gradients) of sum(run(...) * a fixed random tensor)."""
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    y = run(*leaves)
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y)
+    (y * noise).sum().backward()
+    return y.detach(), [x.grad for x in leaves]
+
+
+def saved_bytes(run):
+    """What autograd keeps of a forward, each storage once, without that of parameters."""
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+        run()
+    return sum(t.untyped_storage().nbytes() for t in kept.values() if not t.is_leaf)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_linear_by_hand_is_autograds(biased):
+    """bfloat16 activations on float32 masters: the gradients of casting and multiplying, in the
+    masters' type; no cast of the weights is kept; joined layers are the layers side by side."""
+    import cpu_kernels
+    x, w, b = torch.randn(3, 5, 32).bfloat16(), torch.randn(24, 32), torch.randn(24)
+    leaves = [x, w, b] if biased else [x, w]
+
+    def plain(x, w, b=None):
+        return torch.nn.functional.linear(x, w.bfloat16(), None if b is None else b.bfloat16())
+    y, grads = gradients(kernels.linear, *leaves)
+    z, right = gradients(plain, *leaves)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, z)
+    for one, other, leaf in zip(grads, right, leaves):
+        assert one.dtype == leaf.dtype
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+    halves = w[:10], w[10:]
+    both, _ = gradients(lambda x, *ws: cpu_kernels.LinearCPU.apply(x, None, *ws), x, *halves)
+    assert torch.equal(both, plain(x, w))
+    joined = gradients(lambda x, *ws: cpu_kernels.LinearCPU.apply(x, None, *ws), x, *halves)[1]
+    split = gradients(plain, x, w)[1]
+    torch.testing.assert_close(joined[0], split[0], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(torch.cat(joined[1:]), split[1], rtol=1e-2, atol=1e-2)
+    leaf, above = w.clone().requires_grad_(), x.clone().requires_grad_()
+    assert saved_bytes(lambda: kernels.linear(above * 1, leaf)) == x.nbytes
+    frozen = x.clone().requires_grad_()
+    kernels.linear(frozen, w).sum().backward()          # a weight without a gradient
+    assert frozen.grad is not None
+
+
+def test_a_gate_by_hand_is_the_formulas():
+    """silu(gate) up against float64, and silu(gate) itself is not kept."""
+    gate, up = torch.randn(4, 7, 16), torch.randn(4, 7, 16)
+    y, grads = gradients(kernels.glu, gate, up)
+    right, true = gradients(kernels.glu.reference, gate.double(), up.double())
+    torch.testing.assert_close(y.double(), right, rtol=1e-5, atol=1e-6)
+    for one, other in zip(grads, true):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+    a, b = gate.bfloat16().requires_grad_(), up.bfloat16().requires_grad_()
+    assert saved_bytes(lambda: kernels.glu(a * 1, b * 1)) == a.nbytes + b.nbytes
+    other, exact = (gradients(lambda g, u: f(g, u, activation="gelu"), gate, up)[0]
+                    for f in (kernels.glu, kernels.glu.reference))
+    assert torch.equal(other, exact)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("ignored", [0, 3, 11])
+def test_the_loss_by_hand_is_the_formulas(monkeypatch, reduction, ignored):
+    """One pass forth and one back in place, over several chunks: loss and gradients of the formula
+    on whole logits, also where some or all targets do not count, and with a frozen matrix."""
+    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", 4 * 37)
+    x, w, y = torch.randn(11, 8), torch.randn(37, 8), torch.randint(37, (11,))
+    y[:ignored] = -100
+    value, grads = gradients(lambda x, w: kernels.linear_cross_entropy(x, w, y,
+                                                                       reduction=reduction), x, w)
+    right, true = gradients(lambda x, w: kernels.linear_cross_entropy.reference(
+        x, w, y, reduction=reduction), x.double(), w.double())
+    torch.testing.assert_close(value.double(), right, rtol=1e-5, atol=1e-5)
+    for one, other in zip(grads, true):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+    alone = gradients(lambda x: kernels.linear_cross_entropy(x, w, y, reduction=reduction), x)[1]
+    torch.testing.assert_close(alone[0], grads[0])
+
+
+def test_documents_behind_a_block_are_not_read():
+    """Attention of packed rows skips the keys of documents that ended before a block of queries
+    begins: they may hold anything. What it computes is that of each document alone."""
+    torch.manual_seed(0)
+    T, D = 200, 16
+    q, k, v = (torch.randn(2, 3, T, D, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    doc = torch.stack([torch.arange(T) // 60, torch.full((T,), 7)])
+    out = kernels.attention(q, k, v, doc=doc)
+    for start in range(0, T, 60):
+        part = slice(start, start + 60)
+        alone = kernels.attention.reference(*(t[:1, :, part].double() for t in (q, k, v)))
+        torch.testing.assert_close(out[:1, :, part].double(), alone, rtol=2e-2, atol=2e-2)
+    whole = kernels.attention.reference(*(t[1:].double() for t in (q, k, v)))
+    torch.testing.assert_close(out[1:].double(), whole, rtol=2e-2, atol=2e-2)
+    import cpu_kernels
+    keys = sum((ks.stop - ks.start) * (rs.stop - rs.start) * (hs.stop - hs.start)
+               for hs, rs, ks, _ in cpu_kernels.AttentionCPU.blocks(q.flatten(0, 1), 0, doc))
+    assert keys < 0.75 * 6 * T * T, "nothing was skipped"
