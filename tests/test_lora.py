@@ -32,7 +32,7 @@ MORE = {"gpt2": dict(n_kv_head=4), "gemma2": dict(sliding_window=6),
         "glm4_moe": dict(num_experts=4), "qwen3_moe": dict(num_experts=4)}
 OPTIONS = {"plain": {}, "rslora": dict(rslora=True), "dora": dict(dora=True),
            "both": dict(rslora=True, dora=True)}
-LINEARS = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
+LINEARS = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head"
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +223,9 @@ def test_targets_by_name():
 
 @pytest.mark.parametrize("wrong, listed", [
     (dict(targets="q_proj,c_attn"), f"'c_attn'.*choose from {LINEARS}$"),
-    (dict(targets="proj"), f"choose from {LINEARS}$"), (dict(targets="lm_head"), "choose from"),
+    (dict(targets="proj"), f"choose from {LINEARS}$"), (dict(targets="embed_tokens"), "choose from"),
+    (dict(targets="q_proj:x"), "the rank of q_proj is no number above 0"),
+    (dict(targets="q_proj,v_proj:0"), "the rank of v_proj is no number above 0"),
     (dict(rank=0), "rank is at least 1"), (dict(alpha=0.0), "alpha above 0"),
     (dict(alpha=float("nan")), "alpha above 0"), (dict(dropout=1.0), "dropout from 0 up to 1"),
     (dict(name="a.b"), "cannot be an adapter's name"),
@@ -408,6 +410,46 @@ def test_peft_opens_ours(tmp_path, name, targets):
     assert all(torch.equal(a, b) for a, b in zip(mine.values(), its.values()))
     layer = next(iter(lora.adapters(again, "other").values()))
     assert (layer.dropout, layer.alpha, layer.rslora) == (0.1, 6, bool(targets))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_output_matrix_and_ranks_of_their_own(tmp_path, rslora):
+    """lm_head has an adapter where it is named, of its own rank at everybody's scale; it gets the
+    gradients that peft's gets, and its file is one that peft opens."""
+    model, hf = saved(tmp_path, tie_word_embeddings=False)
+    made = lora.add_lora(model, rank=4, alpha=6, targets="q_proj,lm_head:2", rslora=rslora)
+    assert list(made) == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
+                          "lm_head"]
+    ranks = {n: (len(a.A), a.scale) for n, a in lora.adapters(model).items()}
+    assert {r for r, _ in ranks.values()} == {2, 4} and ranks["lm_head"][0] == 2
+    scale = 6 / 4 ** (0.5 if rslora else 1)
+    assert all(s == pytest.approx(scale) for _, s in ranks.values())
+    stir(model)
+    lora.save_adapter(tmp_path / "adapter", model, base="elsewhere")
+    theirs = peft.PeftModel.from_pretrained(hf, tmp_path / "adapter", is_trainable=True)
+    ids = ids_of()
+    our_loss(model, ids).backward()
+    theirs(ids, labels=ids).loss.backward()
+    their = {n: p.grad for n, p in theirs.named_parameters() if "lm_head.lora_" in n}
+    head = lora.adapters(model)["lm_head"]
+    for ours, letter in ((head.A, "A"), (head.B, "B")):
+        assert away(ours.grad, next(g for n, g in their.items() if f"lora_{letter}" in n)) < 1e-4
+    with torch.no_grad():
+        assert away(theirs(ids).logits, model.logits(ids)) < 1e-5
+    again = build(tie_word_embeddings=False)
+    lora.load_adapter(tmp_path / "adapter", again)
+    assert torch.equal(again.logits(ids), model.logits(ids))
+    before = model.logits(ids)
+    assert away(lora.merge(model).logits(ids), before) < 1e-5
+    with pytest.raises(UserError, match="names no linear layer"):       # tied: there is none
+        lora.add_lora(build(tie_word_embeddings=True), targets="lm_head")
+
+
+def test_what_is_one_matrix_on_disk_has_one_rank():
+    """GPT-2's q, k and v are c_attn in its files, and so is their adapter: told before training."""
+    with pytest.raises(UserError, match="c_attn is one matrix on disk"):
+        lora.add_lora(build("gpt2"), targets="q_proj:2,v_proj")
+    lora.add_lora(build("gpt2"), targets="q_proj:2,v_proj:2,o_proj:3")
 
 
 def same_files(folder):
