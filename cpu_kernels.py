@@ -114,11 +114,14 @@ class LinearCPU(Function):
         return dx, rows.sum(0) if ctx.biased else None, *dw
 
 
+plain_linear = kernels.linear.forms["torch"]
+
+
 @kernels.linear.cpu
 def _(x, weight, bias=None):
     if weight.dtype == torch.float32 and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
         return LinearCPU.apply(x, bias, weight)
-    return kernels.linear.forms["torch"](x, weight, bias)
+    return plain_linear(x, weight, bias)
 
 
 class GluCPU(Function):

@@ -77,11 +77,8 @@ def last(folder: str, key: str) -> float | None:
 
 def parameters(folder: str) -> int:
     """Trained or not, of the last checkpoint; a tied matrix counts once."""
-    from checkpoint import read_config, resolve         # torch: only where a stage has run
-    from model import Transformer
-    import torch
-    with torch.device("meta"):
-        return Transformer(read_config(resolve(ROOT / folder, "last"))).parameter_count()
+    from checkpoint import load_model, resolve      # with torch: only where a stage has run
+    return load_model(resolve(ROOT / folder, "last"), "cpu").parameter_count()
 
 
 def main(cfg: Config) -> None:

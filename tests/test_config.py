@@ -4,6 +4,7 @@ What is protected: nanoGPT's way of giving settings, and that no mistake of a us
 traceback. The settings a file or a flag gives are typed here, so no script checks them again.
 """
 import errno
+import importlib
 import json
 import os
 import re
@@ -487,9 +488,9 @@ def test_nanogpts_command_line_runs_unchanged():
     assert all(str(getattr(cfg, k)) == str(v) for k, v in flags.items())
 
 
-# those of pretraining; tests/test_sft.py holds those of sft.py
-SHIPPED = sorted(p.name for p in (ROOT / "config").glob("[a-z]*.py")
-                 if not p.name.startswith("sft_"))
+# those of pretraining, and those of the stages after it, which are named after their script
+STAGES = sorted(p.stem for p in (ROOT / "config").glob("*_skills.py"))
+SHIPPED = sorted(p.name for p in (ROOT / "config").glob("[a-z]*.py") if p.stem not in STAGES)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -501,6 +502,23 @@ def test_a_shipped_config_file_resolves(name):
     head = path.read_text().split("\n\n")[0]
     assert head.startswith(("#", '"""')), "its head says what the run costs"
     json.dumps(asdict(cfg))                             # what is saved beside the checkpoint
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_shipped_config_file_of_a_stage_resolves(name):
+    """With its own script's settings; its head names the command that it is for."""
+    script = name.removesuffix("_skills")
+    module = importlib.import_module("sft" if script == "lora" else script)
+    path = ROOT / "config" / f"{name}.py"
+    cfg = configure(module.Config, [str(path)])
+    assert cfg.dataset == "skills" and cfg.out_dir == f"out/{name}"
+    assert f"python {script}.py config/{name}.py" in path.read_text().split('"""')[1]
+    assert (cfg.lora_rank > 0) == (script == "lora")
+    json.dumps(asdict(cfg))
+
+
+def test_every_stage_has_a_config_file():
+    assert STAGES == ["distill_skills", "dpo_skills", "lora_skills", "sft_skills"]
 
 
 def test_the_config_files_that_the_readme_promises_are_there():

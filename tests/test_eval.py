@@ -191,6 +191,11 @@ def test_the_life_of_a_model_is_its_commands(life, capsys):
     assert len([row for row in rows if row.startswith("| ")]) == 1 + 4 + 4
 
 
+def test_parameters_are_counted_in_the_last_checkpoint(model):
+    net = checkpoint.load_model(model["chatml"], "cpu")
+    assert lifecycle.parameters(str(model["chatml"])) == sum(p.numel() for p in net.parameters())
+
+
 def test_every_stage_starts_from_one_before_it():
     """A stage's init_from or teacher, in its config file, is the folder of an earlier stage."""
     made, read = set(), []
