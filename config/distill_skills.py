@@ -11,8 +11,8 @@ vocabulary with the answers alone. Minutes and accuracy: RESULTS.md, "The life o
 """
 dataset = "skills"              # the teacher: out/dpo_skills, or out/sft_skills where it is not
 out_dir = "out/distill_skills"
-epochs = 1.0
-batch_size = 4
+epochs = 1.25
+batch_size = 8
 gradient_accumulation_steps = 1
 
 init_from = "scratch"           # less than a third of the demo
