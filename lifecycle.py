@@ -8,7 +8,7 @@ Every stage is a command that you could type yourself, and is shown before it ru
 folder under out/, to talk to: python sample.py --out_dir=out/dpo_skills --chat. One GPU or many
 run the same commands. After each stage the model answers the test set of skills, whose questions
 no stage trains on. What to expect: the table that goes to stdout, as it stands in RESULTS.md under
-"The life of a model", in under twenty minutes.
+"The life of a model", in about twenty minutes.
 """
 from __future__ import annotations
 
