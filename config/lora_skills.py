@@ -3,7 +3,7 @@
     python lora.py config/lora_skills.py
     python sample.py --out_dir=out/lora_skills --chat
 
-cost: a quarter more steps, without the gradients of frozen weights; 4.7% of the parameters
+cost: half again as many steps, without the gradients of frozen weights; 4.7% of the parameters
 train. What counted: rank in attention rather than width over all linears, and an output matrix
 that moves. Accuracy beside the full fine-tuning's: RESULTS.md, "The life of a model".
 """
@@ -13,7 +13,7 @@ out_dir = "out/lora_skills"
 lora_rank = 54
 lora_alpha = 432.0              # Muon's steps have a fixed length: so much of it arrives
 targets = "q_proj,k_proj,v_proj,o_proj,lm_head:8"
-epochs = 2.5
+epochs = 3.0
 batch_size = 4
 gradient_accumulation_steps = 1
 
