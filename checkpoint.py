@@ -91,8 +91,10 @@ def save_checkpoint(path: str | Path, model: Any, tokenizer: Any, trainer: dict 
     """save_model, with `trainer` (tensors and plain values: what resuming needs) as trainer.pt."""
     def fill(directory: Path) -> None:
         model_ = raw(model)
-        # what a LoRA layer holds as integers is saved as float32
-        dtypes = {n: p.dtype if p.is_floating_point() else torch.float32
+        # what a LoRA layer holds as integers or halves is saved as what it amounts to, float32
+        amounts = {f"{n}.weight": torch.float32 for n, m in model_.named_modules()
+                   if isinstance(getattr(m, "kind", None), torch.dtype)}
+        dtypes = {n: amounts.get(n, p.dtype if p.is_floating_point() else torch.float32)
                   for n, p in model_.named_parameters()}
 
         def get(name: str, expert: int | None) -> Tensor:

@@ -445,6 +445,30 @@ def test_the_output_matrix_and_ranks_of_their_own(tmp_path, rslora):
         lora.add_lora(build(tie_word_embeddings=True), targets="lm_head")
 
 
+def test_a_base_in_halves_is_saved_in_full(tmp_path):
+    """A frozen base whose weights are bfloat16 is held as such (halve()); what is saved of it with
+    its adapter is float32 all the same: bfloat16 would round the adapter's share away."""
+    model = build()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16())
+    lora.add_lora(model, rank=3)
+    lora.halve(model)
+    assert all(la._parameters["weight"].dtype == torch.bfloat16
+               for la in lora.layers(model).values())
+    stir(model)
+    ids = ids_of()
+    before = model.logits(ids)
+    save_model(tmp_path / "merged", model)
+    for again in (lora.load_model(tmp_path / "merged", "cpu"),
+                  T.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()):
+        with torch.no_grad():
+            logits = again.logits(ids) if hasattr(again, "logits") else again(ids).logits
+        assert away(logits, before) < 1e-5
+    stored = safetensors.torch.load_file(tmp_path / "merged" / "model.safetensors")
+    assert {t.dtype for t in stored.values()} == {torch.float32}
+
+
 def test_what_is_one_matrix_on_disk_has_one_rank():
     """GPT-2's q, k and v are c_attn in its files, and so is their adapter: told before training."""
     with pytest.raises(UserError, match="c_attn is one matrix on disk"):
