@@ -64,7 +64,7 @@ def run(folder, data, *flags):
 
 
 def put_words(monkeypatch, tokenizer, words):
-    """sample.generate says words[question], whatever the model; returns the prompts it was given."""
+    """sample.generate says words(prompt), whatever the model; returns the prompts it was given."""
     given = []
 
     def generate(model, prompts, n, how, seed, vocab_size, ends, *rest):

@@ -223,7 +223,8 @@ def test_targets_by_name():
 
 @pytest.mark.parametrize("wrong, listed", [
     (dict(targets="q_proj,c_attn"), f"'c_attn'.*choose from {LINEARS}$"),
-    (dict(targets="proj"), f"choose from {LINEARS}$"), (dict(targets="embed_tokens"), "choose from"),
+    (dict(targets="proj"), f"choose from {LINEARS}$"),
+    (dict(targets="embed_tokens"), "choose from"),
     (dict(targets="q_proj:x"), "the rank of q_proj is no number above 0"),
     (dict(targets="q_proj,v_proj:0"), "the rank of v_proj is no number above 0"),
     (dict(rank=0), "rank is at least 1"), (dict(alpha=0.0), "alpha above 0"),
