@@ -255,17 +255,6 @@ def get(cfg: prepare.Config, public: Public, found: str) -> Path:
         raise UserError(f"{e}; `python data/prepare.py skills` makes chats that need none") from e
 
 
-def report(out: Path, script: str) -> None:
-    """What there is now and what to do next, on stdout."""
-    files = json.loads((out / "meta.json").read_text(encoding="utf-8"))["files"]
-    print(f"{out}: {sum(about['records'] for about in files.values()):,} records")
-    print("file            records           bytes")
-    for name, about in files.items():
-        print(f"{name:<10}{about['records']:>13,} {about['bytes']:>15,}")
-    home = out.resolve().parent == ROOT / "data"
-    print(f"next: python {script} --dataset={out.name if home else out}")
-
-
 def main(cfg: prepare.Config) -> None:
     name = cfg.source[0]
     public, out = SETS[name], Path(cfg.out or ROOT / "data" / name).expanduser()
@@ -278,7 +267,7 @@ def main(cfg: prepare.Config) -> None:
                 "val_fraction": share, "input": source}
     if not cfg.force and skills.finished(out, settings):
         prepare.note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
-        return report(out, public.script)
+        return skills.report(out, public.script)
     path, reader = get(cfg, public, source), loader.Reader(cfg.skip_bad)
     labels, prefix = public.kind == "labels", chats.PREFIX.get(public.kind, "")
     with prepare.building(out) as folder:
@@ -307,4 +296,4 @@ def main(cfg: prepare.Config) -> None:
                 "source": name, "script": public.script, "settings": settings,
                 "left_out": reader.left_out, "bad": reader.bad, "files": files}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    report(out, public.script)
+    skills.report(out, public.script)

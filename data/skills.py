@@ -548,15 +548,15 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
         return False
 
 
-def report(out: Path) -> None:
-    """What there is now and what to do next, on stdout."""
+def report(out: Path, script: str = "sft.py") -> None:
+    """What there is now and the script to go on with, on stdout."""
     files = json.loads((out / "meta.json").read_text(encoding="utf-8"))["files"]
     print(f"{out}: {sum(about['records'] for about in files.values()):,} records")
     print("file            records           bytes")
     for name, about in files.items():
         print(f"{name:<10}{about['records']:>13,} {about['bytes']:>15,}")
     home = out.resolve().parent == ROOT / "data"
-    print(f"next: python sft.py --dataset={out.name if home else out}")
+    print(f"next: python {script} --dataset={out.name if home else out}")
 
 
 def inherit(cfg: Any) -> Config:
