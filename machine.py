@@ -80,13 +80,24 @@ def find_machine(cfg: Any) -> Machine:
         dtype = torch.bfloat16 if fast else torch.float32
     machine = Machine(device, dtype)
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join_ranks("nccl" if device.type == "cuda" else "gloo")
         machine.rank, machine.world = dist.get_rank(), dist.get_world_size()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")      # tf32 for what stays in float32
     if device.type == "cpu":
         keep_freed_memory()
     return machine
+
+def join_ranks(backend: str, **how: Any) -> None:
+    """`dist.init_process_group`, in such a way that `dist.destroy_process_group` ends its threads.
+
+    PyTorch's trap: the first DistributedDataParallel imports the module below, whose functions keep
+    the group of that moment as a default argument for ever. gloo's threads then outlive the group,
+    and one that lets go of its last tensor while Python shuts down aborts a run that is complete.
+    Imported before there is a group, it has none to keep.
+    """
+    from torch.distributed.nn import functional         # noqa: F401
+    dist.init_process_group(backend, **how)
 
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed blocks instead of returning each large tensor to the kernel.

@@ -128,7 +128,7 @@ def assert_same_run(a, b):
 
 # Reads a job a line: {"wait": pid} -> its exit status; anything else forks a run -> its pid
 SERVER = """
-import json, os, re, resource, signal, sys, traceback
+import glob, json, os, re, resource, signal, sys, traceback
 import config, torch, train
 torch.set_num_threads(1)
 for line in sys.stdin:
@@ -167,6 +167,11 @@ for line in sys.stdin:
     except BaseException:
         traceback.print_exc()
         status = 1
+    # a thread of gloo's that outlives the run may abort the process while Python shuts down
+    names = [open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")]
+    if any("gloo" in name for name in names):
+        print("left running:", names, file=sys.stderr)
+        status = status or 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
