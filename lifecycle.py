@@ -3,20 +3,25 @@
     python lifecycle.py                     # or `make lifecycle`: a laptop, no network, two cores
     python lifecycle.py --seeds=1           # one student of each kind instead of three
     python lifecycle.py --first=dpo         # go on from a stage; those before it are there
+    python lifecycle.py --jobs=1            # one student after the other
 
 Every stage is a command that you could type yourself, and is shown before it runs; each leaves its
 folder under out/, to talk to: python sample.py --out_dir=out/dpo_skills --chat. One GPU or many
 run the same commands. After each stage the model answers the test set of skills, whose questions
-no stage trains on. What to expect: the table that goes to stdout, as it stands in RESULTS.md under
+no stage trains on. On a CPU the students are taught beside each other, a core each: a model so small
+leaves a second core idle. What to expect: the table that goes to stdout, as it stands in RESULTS.md under
 "The life of a model", in about twenty minutes.
 """
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +34,7 @@ ROOT = Path(__file__).resolve().parent
 class Config:
     first: str = "data"             # the stage to begin with; see STAGES
     seeds: int = 3                  # students with a teacher, and as many without one
+    jobs: int = 0                   # students at a time; 0: as many as a CPU has cores, or one
     limit: int = 0                  # questions of the test set, the first ones; 0: all
     device: str = "auto"
 
@@ -48,12 +54,24 @@ STAGES = {
 }
 
 
-def command(line: str) -> tuple[float, str]:
-    """Run `python LINE`, its progress on our stderr: (seconds, what it wrote to stdout)."""
+SCREEN = threading.Lock()                       # held by the command whose progress is shown
+
+
+def command(line: str, threads: int = 0) -> tuple[float, str]:
+    """Run `python LINE`: (seconds, what it wrote to stdout). Its progress goes to our stderr, and
+    at its end if another one has the screen. threads: of the CPU; 0: as many as PyTorch takes."""
     print(f"\n$ python {line}", file=sys.stderr, flush=True)
-    began = time.perf_counter()
-    done = subprocess.run([sys.executable, *line.split()], cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE)
+    shown, began = SCREEN.acquire(blocking=False), time.perf_counter()
+    try:
+        done = subprocess.run([sys.executable, *line.split()], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, stderr=None if shown else subprocess.PIPE,
+                              env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads
+                                                    else {})})
+    finally:
+        if shown:
+            SCREEN.release()
+    if not shown:
+        print(f"\n$ python {line}\n{done.stderr}", file=sys.stderr, flush=True)
     if done.returncode:
         # it said itself, on stderr, what is wrong
         raise UserError(f"`python {line}` ended with status {done.returncode}: see above, then go "
@@ -81,37 +99,45 @@ def parameters(folder: str) -> int:
     return load_model(resolve(ROOT / folder, "last"), "cpu").parameter_count()
 
 
+def model_of(cfg: Config, title: str, line: str, threads: int = 0) -> str:
+    """Make one model, ask it the test set, and tell of it: a row of the table."""
+    folder = out_dir(line)
+    seconds, _ = command(f"{line} --device={cfg.device}", threads)
+    _, said = command(f"eval.py --out_dir={folder} --limit={cfg.limit} --device={cfg.device}",
+                      threads)
+    print(said, file=sys.stderr)
+    accuracy = float(re.search(r"^accuracy ([\d.]+)", said, re.M)[1])
+    preferred = last(folder, "val_accuracy")
+    share = "" if preferred is None else f"{preferred:.1%}"
+    return (f"| {title} | {parameters(folder):,} | {seconds:.0f} | {accuracy:.1%} | "
+            f"{last(folder, 'val_loss'):.3f} | {share} |")
+
+
 def main(cfg: Config) -> None:
     if cfg.first not in STAGES:
         raise UserError(f"first={cfg.first!r} does not exist: {', '.join(STAGES)}")
-    if cfg.seeds < 1 or cfg.limit < 0:
-        raise UserError("--seeds must be at least 1, --limit at least 0")
-    began, rows = time.perf_counter(), []
+    if cfg.seeds < 1 or min(cfg.limit, cfg.jobs) < 0:
+        raise UserError("--seeds must be at least 1, --limit and --jobs at least 0")
+    from checkpoint import pick_device              # with torch
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    began, rows, students = time.perf_counter(), [], []
     for name in list(STAGES)[list(STAGES).index(cfg.first):]:
         title, line = STAGES[name]
         if not title:
             command(line)
-            continue
-        many = name in ("distill", "student")
-        for seed in range(cfg.seeds if many else 1):
-            this = f"{line} --device={cfg.device}"
-            folder = out_dir(this)
-            if many:
-                this = this.replace(f"--out_dir={folder}", "") + (
-                    f" --seed={seed} --out_dir={folder}_{seed}")
-                folder = f"{folder}_{seed}"
-            seconds, _ = command(this)
-            _, said = command(f"eval.py --out_dir={folder} --limit={cfg.limit} "
-                              f"--device={cfg.device}")
-            accuracy = float(re.search(r"^accuracy ([\d.]+)", said, re.M)[1])
-            print(said, file=sys.stderr)
-            rows.append((title + (f", seed {seed}" if many else ""), parameters(folder), seconds,
-                         accuracy, last(folder, "val_loss"), last(folder, "val_accuracy")))
+        elif name in ("distill", "student"):        # the last ones: none waits for another
+            folder = out_dir(line)
+            line = line.replace(f"--out_dir={folder}", "")
+            students += [(f"{title}, seed {seed}", f"{line} --seed={seed} --out_dir="
+                          f"{folder}_{seed}") for seed in range(cfg.seeds)]
+        else:
+            rows.append(model_of(cfg, title, line))
+    jobs = min(len(students), cfg.jobs or (cores if pick_device(cfg.device).type == "cpu" else 1))
+    with ThreadPoolExecutor(jobs) as pool:          # threads that wait for processes
+        rows += pool.map(lambda student: model_of(
+            cfg, *student, threads=max(cores // jobs, 1) if jobs > 1 else 0), students)
     print("| stage | parameters | seconds | exact match | val_loss | preferences |")
-    print("|---|---|---|---|---|---|")
-    for title, count, seconds, accuracy, loss, preferred in rows:
-        share = "" if preferred is None else f"{preferred:.1%}"
-        print(f"| {title} | {count:,} | {seconds:.0f} | {accuracy:.1%} | {loss:.3f} | {share} |")
+    print("|---|---|---|---|---|---|", *rows, sep="\n")
     print(f"\n{time.perf_counter() - began:.0f} seconds in all, tests included")
 
 

@@ -4,6 +4,7 @@ A model that knows nothing, and one whose answers are put into its mouth, are th
 """
 import json
 import re
+import threading
 
 import pytest
 import torch
@@ -158,7 +159,7 @@ def life(monkeypatch, tmp_path):
     """Commands that lifecycle.py starts, which are answered and not run."""
     started = []
 
-    def command(line):
+    def command(line, threads=0):
         started.append(line)
         return 1.5, "add  1 of 2  50%\naccuracy 0.5000 (1 of 2)\n"
     monkeypatch.setattr(lifecycle, "command", command)
@@ -172,7 +173,7 @@ def life(monkeypatch, tmp_path):
 def test_the_life_of_a_model_is_its_commands(life, capsys):
     """Every stage once, each in the folder that the next one starts from, every model asked;
     students in folders of their own."""
-    lifecycle.main(lifecycle.Config(seeds=2, device="cpu"))
+    lifecycle.main(lifecycle.Config(seeds=2, jobs=1, device="cpu"))
     scripts = [line.split()[0] for line in life]
     assert scripts == ["data/prepare.py"] * 2 + ["train.py", "eval.py", "sft.py", "eval.py",
                        "lora.py", "eval.py", "dpo.py", "eval.py"] + ["distill.py", "eval.py"] * 4
@@ -189,6 +190,43 @@ def test_the_life_of_a_model_is_its_commands(life, capsys):
     assert "| DPO after SFT | 1,000 | 2 | 50.0% | 0.250 | 95.0% |" in rows
     assert "| student without one, seed 1 | 1,000 | 2 | 50.0% | 0.250 |  |" in rows
     assert len([row for row in rows if row.startswith("| ")]) == 1 + 4 + 4
+
+
+def test_students_share_the_cores(life, monkeypatch, capsys):
+    """Two at a time: one half of the cores each, all asked, their rows in the order of the table."""
+    both, given = threading.Barrier(2, timeout=30), []
+    answer = lifecycle.command
+
+    def command(line, threads=0):
+        given.append((line.split()[0], threads))
+        if line.startswith("distill.py"):
+            both.wait()                             # passes only if two are at it at once
+        return answer(line)
+    monkeypatch.setattr(lifecycle, "command", command)
+    monkeypatch.setattr(lifecycle.os, "sched_getaffinity", lambda pid: range(6), raising=False)
+    lifecycle.main(lifecycle.Config(first="dpo", seeds=2, jobs=2, device="cpu"))
+    assert given[:2] == [("dpo.py", 0), ("eval.py", 0)]
+    assert sorted(given[2:]) == [("distill.py", 3)] * 4 + [("eval.py", 3)] * 4
+    rows = capsys.readouterr().out.splitlines()
+    assert [re.search(r"student with(out)? .*seed (\d)", row).groups() for row in rows[3:7]] == [
+        (None, "0"), (None, "1"), ("out", "0"), ("out", "1")]
+
+
+def test_of_two_commands_the_second_is_shown_when_it_is_over(tmp_path, monkeypatch, capfd):
+    """Two live lines would overwrite each other; what the hidden one said is not lost."""
+    monkeypatch.setattr(lifecycle, "ROOT", tmp_path)
+    (tmp_path / "say.py").write_text(
+        "import os, sys, time\nprint('said', os.environ.get('OMP_NUM_THREADS'), file=sys.stderr)\n"
+        "print('answer')\nsys.exit(int(sys.argv[1]))")
+    assert lifecycle.command("say.py 0", threads=5)[1] == "answer\n"
+    assert capfd.readouterr().err.split("$ ")[1:] == ["python say.py 0\nsaid 5\n"]
+    with lifecycle.SCREEN:
+        with pytest.raises(UserError, match="`python say.py 3` ended with status 3"):
+            lifecycle.command("say.py 3", threads=1)
+        assert capfd.readouterr().err.split("$ ")[1:] == [
+            "python say.py 3\n\n", "python say.py 3\nsaid 1\n\n"]
+    assert lifecycle.SCREEN.acquire(blocking=False)         # given back, whatever happened
+    lifecycle.SCREEN.release()
 
 
 def test_parameters_are_counted_in_the_last_checkpoint(model):
@@ -218,6 +256,8 @@ def test_a_life_may_begin_later_and_says_what_is_wrong(life, monkeypatch, capfd)
         lifecycle.main(lifecycle.Config(first="birth"))
     with pytest.raises(UserError, match="--seeds must be at least 1"):
         lifecycle.main(lifecycle.Config(seeds=0))
+    with pytest.raises(UserError, match="--jobs at least 0"):
+        lifecycle.main(lifecycle.Config(jobs=-1))
     monkeypatch.undo()
     with pytest.raises(UserError, match="`python config/nowhere.py` ended with status 2"):
         lifecycle.command("config/nowhere.py")
