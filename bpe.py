@@ -105,7 +105,6 @@ def members(escape: str) -> list[list[int]]:
     encoding drops what the pattern does not match: of a text of all characters, tiktoken returns
     exactly the members.
     """
-    everything = "".join(map(chr, chain(range(0xD800), range(0xE000, 0x110000))))
     single = {bytes([b]): b for b in range(256)}
     try:
         sieve = tiktoken.Encoding("sieve", pat_str=f"(?:{escape})+", mergeable_ranks=single,
@@ -113,11 +112,13 @@ def members(escape: str) -> list[list[int]]:
     except ValueError:
         raise UserError(f"split pattern: {escape} is not a character class") from None
     ranges: list[list[int]] = []
-    for code in map(ord, sieve.decode_bytes(sieve.encode_ordinary(everything)).decode()):
-        if ranges and code == ranges[-1][1] + 1:
-            ranges[-1][1] = code
-        else:
-            ranges.append([code, code])
+    for start in chain(range(0, 0xD800, 2048), range(0xE000, 0x110000, 2048)):  # no surrogates
+        some = sieve.encode_ordinary("".join(map(chr, range(start, start + 2048))))
+        for code in map(ord, sieve.decode_bytes(some).decode()):
+            if ranges and code == ranges[-1][1] + 1:
+                ranges[-1][1] = code
+            else:
+                ranges.append([code, code])
     return ranges
 
 

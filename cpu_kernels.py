@@ -92,8 +92,10 @@ class LinearCPU(Function):
     layers until the backward, half of the weights' memory; casting again costs a pass over W."""
     @staticmethod
     def forward(ctx, x, bias, *weights):
-        ctx.save_for_backward(x, *weights)
-        ctx.biased = bias is not None
+        # after a gate x is made again from what its own backward keeps anyway, an eighth of a layer
+        source = getattr(x, "glu_of", None) or (x,)
+        ctx.save_for_backward(*source, *weights)
+        ctx.biased, ctx.sources = bias is not None, len(source)
         return torch.nn.functional.linear(x, LinearCPU.join(x, weights),
                                           None if bias is None else bias.to(x.dtype))
 
@@ -104,11 +106,13 @@ class LinearCPU(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, *weights = ctx.saved_tensors
+        saved = ctx.saved_tensors                   # asked once: checkpointing remakes it each time
+        source, weights = saved[:ctx.sources], saved[ctx.sources:]
         dx = grad @ LinearCPU.join(grad, weights) if ctx.needs_input_grad[0] else None
         rows = grad.reshape(-1, grad.shape[-1])
         dw = [None] * len(weights)
         if any(ctx.needs_input_grad[2:]):
+            x = source[0] if len(source) == 1 else GluCPU.product(*source)
             whole = rows.T @ x.reshape(-1, x.shape[-1])
             dw = whole.split([len(w) for w in weights])
         return dx, rows.sum(0) if ctx.biased else None, *dw
@@ -129,6 +133,10 @@ class GluCPU(Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
+        return GluCPU.product(gate, up)
+
+    @staticmethod
+    def product(gate, up):
         return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
@@ -144,7 +152,9 @@ class GluCPU(Function):
 @kernels.glu.cpu
 def _(gate, up, activation="silu"):
     if activation == "silu" and torch.is_grad_enabled() and gate.requires_grad:
-        return GluCPU.apply(gate, up)
+        y = GluCPU.apply(gate, up)
+        y.glu_of = (gate, up)                       # for the linear that follows
+        return y
     return kernels.glu.reference(gate, up, activation)
 
 # ------------------------------------------------------------------------------- position
@@ -231,6 +241,8 @@ class AttentionCPU(Function):
 
     @staticmethod
     def forward(ctx, q, k, v, scale, window, softcap, doc, dropout_p):
+        ctx.save_for_backward(q, k, v)              # GQA: only the heads that there are are kept
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
         out, masks = torch.empty_like(q), []
         for h, rows, keys, hidden in AttentionCPU.blocks(q, window, doc):
             p, _ = AttentionCPU.weights(q[h, rows], k[h, keys], scale, softcap, hidden)
@@ -238,14 +250,14 @@ class AttentionCPU(Function):
                 masks.append(kernels.keep_mask(p.shape, dropout_p, p.device))
                 p = p.mul_(masks[-1]).div_(1 - kernels.quantised(dropout_p))
             out[h, rows] = torch.bmm(p, v[h, keys])
-        ctx.save_for_backward(q, k, v)
         ctx.rest = (scale, window, softcap, doc, dropout_p, masks)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
+        q, *kept = ctx.saved_tensors
         scale, window, softcap, doc, dropout_p, masks = ctx.rest
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in kept)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for n, (h, rows, keys, hidden) in enumerate(AttentionCPU.blocks(q, window, doc)):
             p, tanh = AttentionCPU.weights(q[h, rows], k[h, keys], scale, softcap, hidden)
@@ -260,6 +272,7 @@ class AttentionCPU(Function):
                 ds = ds * (1 - tanh * tanh)
             dq[h, rows] = torch.bmm(ds, k[h, keys])
             dk[h, keys] += torch.bmm(ds.transpose(1, 2), q[h, rows])
+        dk, dv = (d.unflatten(0, (len(x), -1)).sum(1) for d, x in zip((dk, dv), kept))
         return dq, dk, dv, None, None, None, None, None
 
 
@@ -274,9 +287,8 @@ def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, d
         return kernels.attention.forms["torch"](
             q, k, v, scale=scale, window=window, softcap=softcap, doc=doc, positions=positions,
             dropout_p=dropout_p)
-    if H > K:
-        k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
-    flat = [x.reshape(B * H, T, D) for x in (q, k, v)]
+    # v is a view of what q, k and v were computed in: kept as it is, it would keep all of that
+    flat = [x.reshape(-1, T, D).contiguous() for x in (q, k, v)]
     scale = D ** -0.5 if scale is None else scale
     return AttentionCPU.apply(*flat, scale, window, softcap, doc, dropout_p).view(B, H, T, D)
 

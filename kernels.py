@@ -397,21 +397,21 @@ class ChunkedLoss(Function):
     def walk(x, weight, rule, upstream, frozen=False):
         """(loss (N,), dx, dweight); gradients are scaled by upstream (N,); None asks for none.
         frozen: the weight gets none, which is a third of the work (LoRA)."""
-        w, wide, dx, dw = weight.to(x.dtype), widen(x[:0]).dtype, None, None
+        w, wide, dw = weight.to(x.dtype), widen(x[:0]).dtype, None
         loss = torch.zeros(x.shape[0], dtype=wide, device=x.device)
-        if upstream is not None:
-            dx = torch.empty_like(x)
-            dw = None if frozen else torch.zeros(weight.shape, dtype=wide, device=x.device)
+        dx = None if upstream is None else torch.empty_like(x)
         rows = max(1, ChunkedLoss.LOGITS * (8 if x.is_cuda else 1) // weight.shape[0])
-        for i in range(0, x.shape[0], rows):
+        for i in range(0, max(x.shape[0], 1), rows):
             part = slice(i, min(i + rows, x.shape[0]))
             loss[part], dz = rule(widen(x[part] @ w.T), part, upstream is not None)
             if upstream is not None:
                 dz = dz if upstream is ChunkedLoss.ONE else dz.mul_(upstream[part].unsqueeze(-1))
                 dz = dz.to(x.dtype)
                 dx[part] = dz @ w
-                if not frozen:
-                    dw += dz.T @ x[part]
+                if not frozen:      # slice by slice: in a CPU's cache, and no second dW beside it
+                    dw = torch.zeros_like(weight, dtype=wide) if dw is None else dw
+                    for some, d in zip(dw.split(rows * 16), dz.T.split(rows * 16)):
+                        some += d @ x[part]
         return loss, dx, dw
 
     @staticmethod

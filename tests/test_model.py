@@ -469,9 +469,11 @@ def test_every_weight_learns(name):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_checkpointing_gives_the_same_gradients(name, dropout):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_checkpointing_gives_the_same_gradients(name, dropout, dtype):
     """Recomputed blocks draw the same dropout masks again, and documents are handed on."""
     model, ids = make(FLAGS[name], dropout=dropout).train(), some_ids(2, 16)
+    model.compute_dtype = dtype
     doc = (torch.arange(16) >= 5).long().expand(2, -1)
     torch.manual_seed(5)
     plain = gradients(model, ids, doc=doc)
@@ -495,6 +497,27 @@ def test_checkpointing_saves_the_memory_it_is_for():
             model(some_ids(4, 24)).square().mean()
         return sum(n for where, n in sizes.items() if where not in weights)
     assert held(True) < 0.3 * held(False)
+
+
+@pytest.mark.parametrize("heads", [4, 1])
+def test_what_a_block_keeps_on_a_cpu_in_bfloat16(heads):
+    """Six tensors of a row's width, q, k and v as they are, gate and up: not the cast weights, not
+    gate times up, not keys repeated for every head that shares them."""
+    def held(layers):
+        model = make(FLAGS["llama"], n_layer=layers, n_kv_head=heads).train()
+        model.compute_dtype, sizes = torch.bfloat16, {}
+
+        def pack(t):
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes(), t
+            return t
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(some_ids(1, 24)).square().mean()
+        return sum(n for where, (n, _) in sizes.items() if where not in weights), model
+    c = held(1)[1].config
+    widths = 6 * c.n_embd + 2 * heads * c.head_dim + 2 * c.intermediate_size
+    kept = (held(3)[0] - held(1)[0]) / 2 / 24 / 2          # numbers a token and block, 2 bytes each
+    assert 0.9 * widths < kept < 1.02 * widths, (kept, widths)
 
 
 # not the mixtures: a last bit may send a token to another expert
