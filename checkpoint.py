@@ -21,6 +21,7 @@ weights.py, how the published architectures spell settings and parameters is fam
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -290,6 +291,28 @@ def resolve(path: str | Path, which: str = "best") -> Path:
     state = "has no config.json" if path.is_dir() else "does not exist"
     raise UserError(f"no checkpoint at {path}, which {state}: give the directory of a model or "
                     "the out_dir of a training run")
+
+
+def digest(*parts: Any) -> str:
+    """16 hexadecimal digits: equal for equal files (given as a Path), arrays, and values."""
+    found = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as f:
+                while block := f.read(1 << 24):
+                    found.update(block)
+        elif hasattr(part, "tobytes"):
+            # with its type and shape, or two arrays could be one that was cut elsewhere
+            found.update(repr((part.dtype, part.shape)).encode() + part.tobytes())
+        else:
+            found.update(repr(part).encode())
+    return found.hexdigest()
+
+
+def fingerprint(directory: Path) -> str:
+    """What model a folder holds: the digest of its weights and their config."""
+    return digest(*sorted(f for f in directory.iterdir() if f.name == "config.json"
+                          or f.suffix in (".safetensors", ".bin", ".pth")))
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], str]:

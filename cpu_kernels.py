@@ -278,7 +278,7 @@ class AttentionCPU(Function):
 
 @kernels.attention.cpu
 def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
-    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    (B, H, T, D), S = q.shape, k.shape[2]
     plain = not window and not softcap and doc is None and not dropout_p
     # SDPA is as good for a few tokens over a cache, for short prompts, and in float32, whose
     # products cost so much that the rest matters less

@@ -1,11 +1,11 @@
 """A teacher into a smaller student: knowledge distillation (Hinton 2015, arXiv:1503.02531).
 
-    python distill.py                                       # out/dpo_skills, on any machine
+    python distill.py                                       # out/dpo, on any machine
     python distill.py --teacher=DIR --init_from=scratch --family=qwen3 --n_layer=4 --n_embd=128
     python distill.py --teacher=DIR --init_from=STUDENT --dataset=chats.jsonl
     python distill.py --teacher=DIR --dataset=stdlib        # text: every token is learnt from
     torchrun --nproc_per_node=8 distill.py --teacher=DIR --init_from=STUDENT    # eight GPUs
-    python distill.py --init_from=resume --out_dir=out/distill_skills
+    python distill.py --init_from=resume --out_dir=out/distill
 
 The student learns what comes next and what else the teacher would have said, at each token that
 sft.py trains on (p the teacher, q the student, both softened by the temperature T):
@@ -25,7 +25,6 @@ teacher (--alpha=1, which is sft.py's loss) compare. What to expect: config/dist
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -54,14 +53,14 @@ from machine import Machine
 from model import ModelConfig, Transformer
 from presets import PRESETS, from_settings
 
-TEACHERS = ("out/dpo_skills", "out/sft_skills")     # the last of the demo's chain that is there
+TEACHERS = ("out/dpo", "out/sft")     # the last of the demo's chain that is there
 PROJECTIONS = "projections.safetensors"             # beside a checkpoint's weights, for resuming
 ANSWERS = 32                                        # conversations that a teacher answers at once
 
 @dataclass
 class Config(stage.Config):
     # --- the teacher
-    teacher: str = ""                   # a folder: any checkpoint; empty: out/dpo_skills, or sft's
+    teacher: str = ""                   # a folder: any checkpoint; empty: out/dpo, or sft's
     alpha: float = 0.5                  # share of the cross entropy; 1: no teacher
     temperature: float = 1.5            # softens both distributions
     divergence: str = "forward"         # forward, reverse or js
@@ -87,7 +86,7 @@ class Config(stage.Config):
     optimizer: str = "muon"
     learning_rate: float = 3e-3
     epochs: float = 4.0
-    out_dir: str = "out/distill_skills"
+    out_dir: str = "out/distill"
 
 Config.task = "chat"                    # for sft.read(); no field: there is nothing to choose
 
@@ -267,14 +266,6 @@ class Numbered(chats.Packed):
 
 # --------------------------------------------------------------- what the teacher says, once
 
-def fingerprint(cfg: Config, *more: Any) -> str:
-    """16 hexadecimal digits of the teacher's files and of whatever else a result depends on."""
-    digest, directory = hashlib.sha256(), checkpoint.resolve(cfg.teacher)
-    files = sorted([*directory.glob("model*.safetensors"), directory / "config.json"])
-    for part in (*map(loader.hash_file, files), *more):
-        digest.update(part if isinstance(part, bytes) else repr(part).encode())
-    return digest.hexdigest()[:16]
-
 def ranks() -> tuple[int, int]:
     """(rank, world), which is 0 of 1 without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -308,8 +299,9 @@ def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
     records, held, _ = chats.splits(cfg.dataset, "sft", cfg.skip_bad)
     # at temperature 0 a second answer to a prompt would be the first one
     count = cfg.generate if cfg.generate_temperature else min(cfg.generate, len(records))
-    name = fingerprint(cfg, records, held, count, cfg.generate_temperature, cfg.generate_tokens,
-                       cfg.block_size, cfg.seed, tokenizer.template)
+    name = checkpoint.digest(
+        checkpoint.fingerprint(checkpoint.resolve(cfg.teacher)), records, held, count,
+        cfg.generate_temperature, cfg.generate_tokens, cfg.block_size, cfg.seed, tokenizer.template)
     (rank, world), folder = ranks(), Path(cfg.cache_dir, name)
     parts = folder.with_name(f".{name}.parts")
     if not folder.is_dir():
@@ -382,8 +374,9 @@ class TopK:
         # of one token; 16 bits hold most vocabularies' ids
         kind = np.dtype([("ids", np.uint16 if cut <= 2 ** 16 else np.uint32, (k,)),
                          ("log_probs", np.float32, (k + 1,))])
-        name = fingerprint(cfg, *(a.tobytes() for pair in data.conversations for a in pair), kind,
-                           cut, cfg.temperature, machine.dtype)
+        name = checkpoint.digest(
+            checkpoint.fingerprint(checkpoint.resolve(cfg.teacher)), kind, cut, cfg.temperature,
+            machine.dtype, *(array for pair in data.conversations for array in pair))
         self.file, self.cut = Path(cfg.cache_dir, f"{name}.npy"), cut
         made = self.file.is_file()
         together()                                  # all have looked before any of them writes
@@ -483,6 +476,10 @@ class Loss:
         self.options = dict(temperature=cfg.temperature, divergence=cfg.divergence, beta=cfg.beta,
                             alpha=cfg.alpha, cut=cut, softcap=caps[0], teacher_softcap=caps[1])
         self.matching = model.matching if cfg.hidden else None
+        if cfg.compile or cfg.compile is None and model.output_weight.is_cuda:
+            # a graph would unroll the walk over chunks of logits. Not a decorator: naming the
+            # compiler imports it, seconds of every start
+            self.head = torch.compiler.disable(self.head)
         if cfg.hidden:      # between the embedding and the final states, which are matched anyway
             self.mine, self.theirs = (
                 watch(m, spread(cfg.hidden_layers + 1, m.config.n_layer)[:-1])
@@ -515,7 +512,6 @@ class Loss:
         total, count, metrics = self.plain(Taught(student, self.head), batch)
         return total, count, {**metrics, **self.reports}
 
-    @torch.compiler.disable         # the walk over chunks of logits would be unrolled into a graph
     def head(self, h: Tensor, w: Tensor) -> Tensor:
         """(B, T, C), (V, C) -> the sum of all losses."""
         cfg, rows = self.cfg, h.flatten(0, 1).index_select(0, self.live)

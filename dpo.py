@@ -1,7 +1,7 @@
 """Preferences: DPO and its relatives on pairs of a better and a worse answer (Rafailov 2023).
 
     python data/prepare.py skills                               # once: pairs, no download
-    python dpo.py                                               # of out/sft_skills, anywhere
+    python dpo.py                                               # of out/sft, on any machine
     python dpo.py --init_from=DIR --dataset=pairs.jsonl         # any checkpoint, any layout
     python dpo.py --show=3                                      # what is trained on, in colour
     torchrun --nproc_per_node=8 dpo.py --init_from=DIR --learning_rate=1e-6
@@ -32,7 +32,6 @@ and a resumed run whose file is lost load one, before there are gradients, and f
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import sys
 import time
@@ -72,7 +71,7 @@ class Config(stage.Config):
     reference: str = ""                 # a folder; empty: the model that training starts from
     reference_free: bool = False        # as if the reference found all answers equally likely
     origin: str = ""                    # kept by a run: digest and folder of its reference
-    init_from: str = "out/sft_skills"   # a folder: a run of sft.py, any checkpoint; or resume
+    init_from: str = "out/sft"          # a folder: a run of sft.py, any checkpoint; or resume
     out_dir: str = "out/dpo"
     learning_rate: float = 1e-4         # of a small model; 5e-7 to 5e-6 suits one of billions
     epochs: float = 1.0
@@ -80,8 +79,10 @@ class Config(stage.Config):
 # ------------------------------------------------------------------------- log-probabilities
 
 
-def log_probs(model: Any, batch: train.Batch, D: int) -> tuple[Tensor, Tensor]:
-    """(sum of log p over the targets of each document, their number), each (B, D) float32.
+def log_probs(model: Any, batch: train.Batch, D: int, router: str = ""
+              ) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(sum of log p over the targets of each document, their number), each (B, D) float32; and
+    what the routers saw, if they are asked.
 
     A row has up to D documents; one that is not there has 0 and 0. Only places with a target meet
     the vocabulary.
@@ -94,12 +95,13 @@ def log_probs(model: Any, batch: train.Batch, D: int) -> tuple[Tensor, Tensor]:
     def head(h: Tensor, w: Tensor) -> Tensor:
         return kernels.linear_cross_entropy(h.flatten(0, 1).index_select(0, live), w, right,
                                             softcap=softcap, reduction="none")
-    nll = model(batch["ids"], doc=batch["doc"], head=head)                  # (targets,)
+    nll = model(batch["ids"], doc=batch["doc"], router=router, head=head)   # (targets,)
+    nll, seen = nll if router else (nll, None)
     B, T = batch["ids"].shape
     place = live // T * D + doc[live]
     zeros = nll.new_zeros(B * D)
     size = zeros.index_add(0, place, (right >= 0).to(nll.dtype))
-    return zeros.index_add(0, place, -nll).view(B, D), size.view(B, D)
+    return zeros.index_add(0, place, -nll).view(B, D), size.view(B, D), seen
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -150,12 +152,13 @@ def preference_loss(cfg: Config, policy: Tensor, reference: Tensor, sizes: Tenso
 
 
 def pair_loss(cfg: Config) -> train.Loss:
-    """The loss of a batch of packed pairs: a sum over pairs, and their number. Of a mixture the
-    routers learn by it too, without the balance losses of pretraining."""
+    """The loss of a batch of packed pairs: a sum over pairs, and their number; of a mixture with
+    the routers' losses of pretraining."""
     def loss(model: Any, batch: train.Batch) -> tuple[Tensor, Tensor, dict]:
         reference = batch["reference"]                      # (B, D), two of D to a pair
-        policy, sizes = (x.view(len(x), -1, 2)
-                         for x in log_probs(model, batch, reference.shape[1]))
+        *found, seen = log_probs(model, batch, reference.shape[1],
+                                 train.router_of(cfg, checkpoint.raw(model).config))
+        policy, sizes = (x.view(len(x), -1, 2) for x in found)
         there = (sizes > 0).all(-1)                         # (B, pairs of a row)
         z = batch["z"][0] if cfg.loss == "kto" else 0.0
         value, rewards = preference_loss(
@@ -166,7 +169,11 @@ def pair_loss(cfg: Config) -> train.Loss:
         if cfg.loss == "kto":
             metrics["kl"] = z * there.sum()
         # all of policy, so that a batch without a pair has a gradient as well, of zeros
-        return value.sum() + 0.0 * policy.sum(), there.sum(), metrics
+        total, count = value.sum() + 0.0 * policy.sum(), there.sum()
+        if seen is not None:
+            more, routed = train.router_loss(cfg, seen, batch["targets"].numel(), count)
+            total, metrics = total + more, {**metrics, **routed}
+        return total, count, metrics
     return loss
 
 # ------------------------------------------------------------------------------- the data
@@ -259,27 +266,12 @@ def of_conversations(model: Transformer, packed: chats.Packed, batch_size: int, 
     return machine.add(found.to(machine.device, torch.float32)).cpu().numpy()
 
 
-def digest(folder: Path) -> str:
-    """What the weights in a folder are: equal for equal files."""
-    found = hashlib.blake2b(digest_size=8)
-    for file in sorted(f for f in folder.iterdir()
-                       if f.name == "config.json" or f.suffix in (".safetensors", ".bin", ".pth")):
-        with file.open("rb") as f:
-            while block := f.read(1 << 24):
-                found.update(block)
-    return found.hexdigest()
-
-
 def cache_name(cfg: Config, parts: list[chats.Rendered], machine: Machine) -> str:
     """File of the reference's log-probabilities, by all that they depend on."""
-    found = hashlib.blake2b(digest_size=8)
     int8 = bool(cfg.lora_int8 and cfg.lora_rank and not cfg.reference)
-    found.update(repr((cfg.origin.split()[0], str(machine.dtype), int8)).encode())
-    for part in parts:
-        found.update(len(part).to_bytes(8, "little"))
-        for ids, mask in part:
-            found.update(len(ids).to_bytes(8, "little") + ids.tobytes() + mask.tobytes())
-    return f"reference_{found.hexdigest()}.npy"
+    arrays = (array for part in parts for pair in part for array in pair)
+    return "reference_%s.npy" % checkpoint.digest(
+        cfg.origin.split()[0], machine.dtype, int8, [len(part) for part in parts], *arrays)
 
 
 def read_cache(file: Path, count: int) -> np.ndarray | None:
@@ -305,13 +297,13 @@ def origin(cfg: Config) -> str:
     if cfg.init_from == "resume" and cfg.origin and "reference" not in getattr(cfg, "given", ()):
         return cfg.origin
     folder = checkpoint.resolve(cfg.reference or cfg.init_from)
-    return f"{digest(folder)} {os.path.abspath(folder)}"
+    return f"{checkpoint.fingerprint(folder)} {os.path.abspath(folder)}"
 
 
 def load_reference(cfg: Config, tokenizer: Any, data: stage.Data, machine: Machine) -> Transformer:
     """The reference's own weights, for as long as they are needed."""
     known, _, folder = cfg.origin.partition(" ")
-    if not Path(folder).is_dir() or digest(Path(folder)) != known:
+    if not Path(folder).is_dir() or checkpoint.fingerprint(Path(folder)) != known:
         raise UserError(f"the reference at {folder} is gone or has changed, and so has the file of "
                         f"its log-probabilities in {cfg.out_dir}: put one of them back, or name "
                         "another with --reference=DIR")

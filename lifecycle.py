@@ -6,7 +6,7 @@
     python lifecycle.py --jobs=1            # one student after the other
 
 Every stage is a command that you could type yourself, and is shown before it runs; each leaves its
-folder under out/, to talk to: python sample.py --out_dir=out/dpo_skills --chat. One GPU or many
+folder under out/, to talk to: python sample.py --out_dir=out/dpo --chat. One GPU or many
 run the same commands. After each stage the model answers the test set of skills, whose questions
 no stage trains on. On a CPU the students are taught beside each other, a core each: a model so small
 leaves a second core idle. What to expect: the table that goes to stdout, as it stands in RESULTS.md under

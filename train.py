@@ -37,7 +37,7 @@ import tokenizer as tokenizers
 from config import UserError, run, show
 from data import loader
 from machine import PEAK_TFLOPS, Machine, find_machine, memory_used, utilisation
-from model import Transformer
+from model import ModelConfig, Transformer
 from optim import Optimizer, clip_grad_norm
 from presets import PRESETS, from_settings
 
@@ -416,6 +416,21 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
 
 # ------------------------------------------------------------------------------ pretraining
 
+def router_of(cfg: Config, shape: ModelConfig) -> str:
+    """What to ask a model's forward of its routers: nothing of a dense one, or without learning."""
+    if not shape.num_experts or not torch.is_grad_enabled():
+        return ""
+    return "sequence" if cfg.router_sequence_wise else "batch"
+
+def router_loss(cfg: Config, seen: Tensor, tokens: int, count: Tensor) -> tuple[Tensor, dict]:
+    """(the routers' balance and z losses, to be added to a sum of `count` terms; their metrics).
+
+    seen (layers, E + 2): MoE.statistics of `tokens` tokens, whose losses are sums over these.
+    """
+    balance, z = seen[:, -2:].mean(0) / tokens
+    return (count * (cfg.router_aux_loss_coef * balance + cfg.router_z_loss_coef * z),
+            {"load": seen[:, :-2], "balance": balance.detach() * count})
+
 def next_token_loss(cfg: Config, masked: bool = False) -> Loss:
     """The loss of pretraining: cross entropy of each next token, summed, with its token count.
 
@@ -427,8 +442,7 @@ def next_token_loss(cfg: Config, masked: bool = False) -> Loss:
         config = checkpoint.raw(model).config
         options = dict(z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing) if learn else {}
         options["softcap"] = config.final_logit_softcapping
-        routed = ("sequence" if cfg.router_sequence_wise else "batch") if (
-            learn and config.num_experts) else ""
+        routed = router_of(cfg, config)
         count, metrics, live = (targets >= 0).sum(), {}, None
         if masked:
             live = (targets.flatten() >= 0).nonzero()[:, 0]
@@ -442,12 +456,9 @@ def next_token_loss(cfg: Config, masked: bool = False) -> Loss:
 
         total = model(batch["ids"], doc=batch.get("doc"), router=routed, head=head)
         if routed:
-            # both are sums over all tokens: scaled to the tokens that count in the other sum
             total, seen = total
-            balance, z = seen[:, -2:].mean(0) / targets.numel()
-            total = total + count * (cfg.router_aux_loss_coef * balance
-                                     + cfg.router_z_loss_coef * z)
-            metrics = {"load": seen[:, :-2], "balance": balance.detach() * count}
+            more, metrics = router_loss(cfg, seen, targets.numel(), count)
+            total = total + more
         return total, count, metrics
     return loss
 

@@ -4,13 +4,13 @@
     python distill.py config/distill_skills.py
     python distill.py config/distill_skills.py --alpha=1 --hidden=0 --hidden_layers=0 \\
         --out_dir=out/student                       # the same student without a teacher
-    python sample.py --out_dir=out/distill_skills --chat
+    python sample.py --out_dir=out/distill --chat
 
 cost: a step reads its rows twice, the second time with the teacher, forward only; both meet the
 vocabulary with the answers alone. Minutes and accuracy: RESULTS.md, "The life of a model".
 """
-dataset = "skills"              # the teacher: out/dpo_skills, or out/sft_skills where it is not
-out_dir = "out/distill_skills"
+dataset = "skills"              # the teacher: out/dpo, or out/sft where it is not
+out_dir = "out/distill"
 epochs = 1.25
 batch_size = 8
 gradient_accumulation_steps = 1

@@ -1,15 +1,15 @@
-"""The demo's chat model learns which answers are preferred: DPO of out/sft_skills on skills' pairs.
+"""The demo's chat model learns which answers are preferred: DPO of out/sft on skills' pairs.
 
     python sft.py config/sft_skills.py                          # the chat model, once
     python dpo.py config/dpo_skills.py
-    python dpo.py --init_from=resume --out_dir=out/dpo_skills --eval_only=1
+    python dpo.py --init_from=resume --out_dir=out/dpo --eval_only=1
 
 cost: the pairs once, of whose rows and tokens dpo.py prints how many there are, and one forward
 over them for the reference. Minutes and accuracy: RESULTS.md, "The life of a model".
 """
-init_from = "out/sft_skills"
+init_from = "out/sft"
 dataset = "skills"
-out_dir = "out/dpo_skills"
+out_dir = "out/dpo"
 epochs = 1.0
 batch_size = 8
 gradient_accumulation_steps = 1

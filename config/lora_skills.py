@@ -1,7 +1,7 @@
 """The demo learns to answer by adapters alone: the corpus of config/sft_skills.py.
 
     python lora.py config/lora_skills.py
-    python sample.py --out_dir=out/lora_skills --chat
+    python sample.py --out_dir=out/lora --chat
 
 cost: half again as many steps, without the gradients of frozen weights; 4.7% of the parameters
 train. What counted: rank in attention rather than width over all linears, and an output matrix
@@ -9,7 +9,7 @@ that moves. Accuracy beside the full fine-tuning's: RESULTS.md, "The life of a m
 """
 init_from = "out/demo"
 dataset = "skills"
-out_dir = "out/lora_skills"
+out_dir = "out/lora"
 lora_rank = 54
 lora_alpha = 432.0              # Muon's steps have a fixed length: so much of it arrives
 targets = "q_proj,k_proj,v_proj,o_proj,lm_head:8"

@@ -2,14 +2,14 @@
 
     python data/prepare.py && python train.py config/demo.py        # the text model, once
     python data/prepare.py skills && python sft.py config/sft_skills.py
-    python sample.py --out_dir=out/sft_skills --chat
+    python sample.py --out_dir=out/sft --chat
 
 cost: twice the corpus, whose rows and tokens sft.py prints; the vocabulary's matrix, most of
 the demo's work, meets the answers alone. Minutes and accuracy: RESULTS.md, "The life of a model".
 """
 init_from = "out/demo"
 dataset = "skills"
-out_dir = "out/sft_skills"
+out_dir = "out/sft"
 epochs = 2.0
 batch_size = 4
 gradient_accumulation_steps = 1

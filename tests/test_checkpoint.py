@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import safetensors.torch
+import numpy as np
 import torch
 import transformers
 
@@ -714,3 +715,20 @@ def test_the_header_reader_is_what_the_loader_trusts(saved):
     assert header[WTE].shape == (V, 16) and header[WTE].dtype == "F32"
     size = (saved / "model.safetensors").stat().st_size
     assert max(s.end for s in header.values()) == size
+
+
+def test_a_fingerprint_is_of_weights_and_config_alone(tmp_path):
+    """Caches of what a model said are found by it: another model is another, a moved one is not."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(b"x" * 99)
+        (tmp_path / name / "trainer.pt").write_bytes(name.encode())
+    one = checkpoint.fingerprint(tmp_path / "one")
+    assert one == checkpoint.fingerprint(tmp_path / "two") and len(one) == 16
+    (tmp_path / "two" / "model.safetensors").write_bytes(b"x" * 98 + b"y")
+    assert one != checkpoint.fingerprint(tmp_path / "two")
+    a = np.arange(6, dtype=np.int32)
+    assert checkpoint.digest(a[:3], a[3:]) != checkpoint.digest(a[:2], a[2:])
+    assert checkpoint.digest(a) != checkpoint.digest(a.astype(np.int64))
+    assert checkpoint.digest(1, "a") != checkpoint.digest("a", 1)

@@ -511,7 +511,7 @@ def test_a_shipped_config_file_of_a_stage_resolves(name):
     module = importlib.import_module("sft" if script == "lora" else script)
     path = ROOT / "config" / f"{name}.py"
     cfg = configure(module.Config, [str(path)])
-    assert cfg.dataset == "skills" and cfg.out_dir == f"out/{name}"
+    assert cfg.dataset == "skills" and cfg.out_dir == f"out/{script}"
     assert f"python {script}.py config/{name}.py" in path.read_text().split('"""')[1]
     assert (cfg.lora_rank > 0) == (script == "lora")
     json.dumps(asdict(cfg))

@@ -746,8 +746,16 @@ def test_on_the_command_line_a_mistake_ends_with_status_2(fork, tmp_path):
     assert f"no checkpoint at {tmp_path}" in complaint(run.wait())
 
 
+def test_without_compilation_the_compiler_is_not_imported():
+    """It takes longer to import than all the rest, and a chain starts distill.py six times."""
+    done = subprocess.run([sys.executable, "-c", "import sys, distill; "
+                           "print('torch._dynamo' in sys.modules)"], cwd=ROOT, text=True,
+                          capture_output=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_the_teacher_is_found_on_the_demo_s_chain(model, talk, monkeypatch, tmp_path):
-    """out/dpo_skills, or out/sft_skills where that is not; or how to make one."""
+    """out/dpo, or out/sft where that is not; or how to make one."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="python sft.py config/sft_skills.py.*--teacher=DIR"):
         distill.main(configure(distill.Config, []))

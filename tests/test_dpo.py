@@ -168,7 +168,7 @@ def test_log_probabilities_of_packed_pairs_are_those_of_each_answer_alone(base, 
     assert len(batches) < 20                                # several in a row
     batch = batches.gather(range(6))
     with torch.no_grad():
-        sums, sizes = dpo.log_probs(model, batch, batches.documents)
+        sums, sizes, _ = dpo.log_probs(model, batch, batches.documents)
         for b in range(6):
             for k in range(batches.documents):
                 if k >= len(batches.rows[b]):
@@ -180,6 +180,27 @@ def test_log_probabilities_of_packed_pairs_are_those_of_each_answer_alone(base, 
                 assert sizes[b, k] == mask.sum()
                 assert batches.columns["reference"][i] == pytest.approx(sums[b, k].item(), abs=1e-4)
                 assert batch["reference"][b, k] == batches.columns["reference"][i]
+
+
+def test_of_a_mixture_the_routers_losses_are_added_for_each_pair(base, words):
+    """As in trl, loss + coefficient x balance; without them experts may fall idle in DPO."""
+    batches = packed(words, pairs(12, 5))
+    model = judged(base("qwen3_moe"), batches)
+    batch = batches.gather(range(len(batches)))
+
+    def total(**settings):
+        return dpo.pair_loss(dpo.Config(**settings))(model, batch)
+    bare, count, _ = total(router_aux_loss_coef=0.0)
+    whole, _, metrics = total(router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
+    seen = model(batch["ids"], doc=batch["doc"], router="batch", head=lambda h, w: h.sum())[1]
+    balance, z = (seen[:, -2:].mean(0) / batch["ids"].numel()).tolist()
+    assert balance > 1 and z > 0 and count == 12
+    assert (whole - bare).item() == pytest.approx(12 * (0.5 * balance + 0.25 * z), rel=1e-4)
+    assert metrics["balance"].item() == pytest.approx(12 * balance, rel=1e-5)
+    assert torch.equal(metrics["load"], seen[:, :-2])
+    with torch.no_grad():                                   # a validation loss has none of it
+        value, _, metrics = total(router_aux_loss_coef=0.5)
+    assert value.item() == pytest.approx(bare.item(), rel=1e-5) and "load" not in metrics
 
 # ------------------------------------------------------------------------ the same as trl
 
@@ -737,6 +758,6 @@ def test_the_shipped_config_resolves():
     path = ROOT / "config" / "dpo_skills.py"
     cfg = configure(dpo.Config, [str(path)])
     dpo.check(train.replace(cfg, block_size=256))
-    assert (cfg.dataset, cfg.init_from, cfg.out_dir) == ("skills", "out/sft_skills",
-                                                         "out/dpo_skills")
+    assert (cfg.dataset, cfg.init_from, cfg.out_dir) == ("skills", "out/sft",
+                                                         "out/dpo")
     assert "python dpo.py config/dpo_skills.py" in path.read_text()

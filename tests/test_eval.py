@@ -10,9 +10,12 @@ import pytest
 import torch
 
 import checkpoint
+import distill
+import dpo
 import eval as evaluation
 import lifecycle
 import sample
+import sft
 import tokenizer as tokenizers
 from config import UserError, configure
 from data import skills
@@ -165,7 +168,7 @@ def life(monkeypatch, tmp_path):
     monkeypatch.setattr(lifecycle, "command", command)
     monkeypatch.setattr(lifecycle, "parameters", lambda folder: 1000)
     monkeypatch.setattr(lifecycle, "last", lambda folder, key:
-                        0.95 if (folder, key) == ("out/dpo_skills", "val_accuracy") else
+                        0.95 if (folder, key) == ("out/dpo", "val_accuracy") else
                         0.25 if key == "val_loss" else None)
     return started
 
@@ -247,6 +250,19 @@ def test_every_stage_starts_from_one_before_it():
             read.append(name)
         made.add(lifecycle.out_dir(line))
     assert {"sft", "lora", "dpo"} <= set(read)
+
+
+def test_without_a_flag_each_stage_starts_where_the_one_before_it_wrote():
+    """`python sft.py`, `python dpo.py`, `python distill.py`, `python eval.py`: the config files'
+    folders, so that they mix with the commands of the chain."""
+    pretrained = lifecycle.out_dir(lifecycle.STAGES["pretrain"][1])
+    assert sft.Config().init_from == pretrained
+    assert dpo.Config().init_from == evaluation.Config().out_dir == sft.Config().out_dir
+    assert list(distill.TEACHERS) == [dpo.Config().out_dir, sft.Config().out_dir]
+    for name, config in (("sft", sft.Config()), ("dpo", dpo.Config()),
+                         ("distill", distill.Config())):
+        assert config.out_dir == lifecycle.out_dir(lifecycle.STAGES[name][1])
+        assert config.dataset == "skills"
 
 
 def test_a_life_may_begin_later_and_says_what_is_wrong(life, monkeypatch, capfd):
