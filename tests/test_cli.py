@@ -10,8 +10,8 @@ import pytest
 import lora
 from conftest import ROOT
 # the fixtures of the stages' tests: a model, conversations, and a server that forks runs
+from runs import complaint
 from test_sft import base, fork, forks, go, talk, words       # noqa: F401
-from test_train import complaint
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -32,8 +32,8 @@ from machine import Machine
 from model import Transformer
 from presets import family
 from test_sft import sums
-from test_train import (SERVER, Forked, assert_same_run, close, complaint, curve, last, log,
-                        quiet_machine, ranks, weights)
+from runs import (assert_same_run, close, complaint, curve, forks_of, last, log, quiet_machine,
+                  ranks, starter, weights)
 
 ROOT = Path(distill.__file__).parent
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -108,33 +108,13 @@ def go_on(out, *flags):
                                                    "--device=cpu", *flags]))
 
 
-@pytest.fixture(scope="session")
-def forks():
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER.replace("import config, torch, train",
-         "import config, torch, distill").replace("train.", "distill.")], cwd=ROOT, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    yield server
-    server.stdin.close()
-    server.wait(timeout=30)
+forks = forks_of("distill")
 
 
 @pytest.fixture
 def fork(forks, model, talk, tmp_path):
     """fork(*flags): start distill.py in a process; name its folder with --out_dir."""
-    made = []
-
-    def start(*flags, env=None, kill_at=(), limit=90):
-        folder = tmp_path / f"process{len(made)}"
-        folder.mkdir()
-        job = {"argv": [f"--teacher={model()}", f"--dataset={talk}", *RUN, *flags],
-               "env": env or {}, "file_size": 0, "kill_at": kill_at, "limit": limit,
-               "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr")}
-        forks.stdin.write(json.dumps(job) + "\n")
-        forks.stdin.flush()
-        made.append(Forked(forks, int(forks.stdout.readline()), folder))
-        return made[-1]
-    return start
+    return starter(forks, tmp_path, lambda: [f"--teacher={model()}", f"--dataset={talk}", *RUN])
 
 # ------------------------------------------------------------- the divergences: linear_kl
 

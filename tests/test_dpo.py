@@ -8,8 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -25,8 +23,8 @@ from data import chats
 from machine import Machine
 from model import Transformer
 from presets import family
-from test_train import (SERVER, Forked, Grads, assert_same_run, close, complaint, curve, last,
-                        log, quiet_machine, ranks, weights)
+from runs import (Grads, assert_same_run, close, complaint, curve, forks_of, last, log,
+                  quiet_machine, ranks, said, starter, weights)
 
 ROOT = train.Path(dpo.__file__).parent
 CPU = Machine(torch.device("cpu"), torch.float32)
@@ -35,10 +33,6 @@ assert quiet_machine                # a fixture that every test here uses by its
 RUN = ["--batch_size=3", "--gradient_accumulation_steps=2", "--max_iters=6", "--eval_interval=3",
        "--eval_iters=3", "--learning_rate=3e-3", "--warmup_iters=2", "--device=cpu",
        "--dtype=float32", "--log_interval=1"]
-
-
-def said(*turns):
-    return [{"role": r, "content": c} for r, c in zip(turns[::2], turns[1::2])]
 
 
 def pairs(n, seed):
@@ -111,32 +105,13 @@ def go_on(out, *flags):
                                            "--device=cpu", *flags]))
 
 
-@pytest.fixture(scope="session")
-def forks():
-    server = subprocess.Popen([sys.executable, "-c", SERVER.replace("import config, torch, train",
-                               "import config, torch, dpo").replace("train.", "dpo.")], cwd=ROOT,
-                              text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    yield server
-    server.stdin.close()
-    server.wait(timeout=30)
+forks = forks_of("dpo")
 
 
 @pytest.fixture
 def fork(forks, base, taste, tmp_path):
     """fork(*flags): start dpo.py in a process; name its folder with --out_dir."""
-    made = []
-
-    def start(*flags, env=None, limit=90, kill_at=()):
-        folder = tmp_path / f"process{len(made)}"
-        folder.mkdir()
-        first = [f"--init_from={base()}", f"--dataset={taste}", *RUN]
-        job = {"argv": [*first, *flags], "env": env or {}, "file_size": 0, "kill_at": kill_at,
-               "limit": limit, "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr")}
-        forks.stdin.write(json.dumps(job) + "\n")
-        forks.stdin.flush()
-        made.append(Forked(forks, int(forks.stdout.readline()), folder))
-        return made[-1]
-    return start
+    return starter(forks, tmp_path, lambda: [f"--init_from={base()}", f"--dataset={taste}", *RUN])
 
 
 def packed(words, records, batch_size=4, block_size=128, seed=3):

@@ -10,8 +10,9 @@ import train
 from config import UserError, configure
 from model import MoE, ModelConfig, Transformer
 from presets import family
-from test_train import (CALM, assert_same_run, close, curve, data, fork, forks, go,  # noqa: F401
-                        go_on, last, log, quiet_machine, ranks, weights)
+from runs import (assert_same_run, close, curve, last, log, quiet_machine,  # noqa: F401
+                  ranks, weights)
+from test_train import CALM, data, fork, forks, go, go_on       # noqa: F401
 
 SMALL = dict(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=32, num_experts=4,
              moe_intermediate_size=16)

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 
@@ -27,8 +26,8 @@ from data import chats
 from machine import Machine
 from model import Transformer
 from presets import family
-from test_train import (SERVER, Forked, Grads, assert_same_run, close, complaint, curve, last,
-                        log, quiet_machine, ranks, same, trainer, weights)
+from runs import (Grads, assert_same_run, close, complaint, curve, forks_of, last, log,
+                  quiet_machine, ranks, said, same, starter, trainer, weights)
 
 ROOT = train.Path(sft.__file__).parent
 U, A = "user", "assistant"
@@ -36,10 +35,6 @@ assert quiet_machine                # a fixture that every test here uses by its
 RUN = ["--batch_size=3", "--gradient_accumulation_steps=2", "--max_iters=10", "--eval_interval=5",
        "--eval_iters=3", "--learning_rate=3e-3", "--warmup_iters=2", "--device=cpu",
        "--dtype=float32", "--log_interval=1"]
-
-
-def said(*turns):
-    return [{"role": r, "content": c} for r, c in zip(turns[::2], turns[1::2])]
 
 
 def sums(n, seed):
@@ -103,32 +98,13 @@ def go_on(out, *flags):
                                            "--device=cpu", *flags]))
 
 
-@pytest.fixture(scope="session")
-def forks():
-    server = subprocess.Popen([sys.executable, "-c", SERVER.replace("import config, torch, train",
-                               "import config, torch, sft").replace("train.", "sft.")], cwd=ROOT,
-                              text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    yield server
-    server.stdin.close()
-    server.wait(timeout=30)
+forks = forks_of("sft")
 
 
 @pytest.fixture
 def fork(forks, base, talk, tmp_path):
     """fork(*flags): start sft.py in a process; name its folder with --out_dir."""
-    made = []
-
-    def start(*flags, env=None, limit=90, bare=False):
-        folder = tmp_path / f"process{len(made)}"
-        folder.mkdir()
-        first = [] if bare else [f"--init_from={base()}", f"--dataset={talk}", *RUN]
-        job = {"argv": [*first, *flags], "env": env or {}, "file_size": 0, "kill_at": (),
-               "limit": limit, "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr")}
-        forks.stdin.write(json.dumps(job) + "\n")
-        forks.stdin.flush()
-        made.append(Forked(forks, int(forks.stdout.readline()), folder))
-        return made[-1]
-    return start
+    return starter(forks, tmp_path, lambda: [f"--init_from={base()}", f"--dataset={talk}", *RUN])
 
 
 def prepared(base_dir, talk, block_size=64, batch_size=4, seed=3):

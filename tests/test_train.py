@@ -1,9 +1,4 @@
-"""train.py as its user meets it: the same run whatever stops it, splits it or goes wrong in it.
-
-Most runs happen inside pytest. Those that are killed, signalled, starved of disk or made of
-several ranks are forks of one process that has imported train.py and computed nothing: a fork
-costs a tenth of a second, a fresh interpreter with PyTorch two to three.
-"""
+"""train.py as its user meets it: the same run whatever stops it, splits it or goes wrong in it."""
 import json
 import math
 import os
@@ -11,41 +6,31 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import checkpoint
-import kernels
 import train
 from config import configure, run
 from data import loader, prepare
 from model import ModelConfig
 from optim import Optimizer
+from runs import (Grads, assert_same_run, close, complaint, curve, forks_of, last, log,
+                  quiet_machine, ranks, same, starter, trainer, weights)
 
 ROOT = Path(train.__file__).parent
+assert quiet_machine                # a fixture that every test here uses by itself
 SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=16"]
 TINY = [*SHAPE, "--batch_size=4", "--gradient_accumulation_steps=2", "--max_iters=20",
         "--warmup_iters=2", "--learning_rate=1e-2", "--eval_interval=10", "--eval_iters=4",
         "--device=cpu", "--dtype=float32"]
-TIMINGS = {"seconds", "tokens_per_second", "memory", "mfu"}
-
-
-@pytest.fixture(autouse=True)
-def quiet_machine():
-    """The form of the operations as it was before."""
-    backend = kernels.use("auto")
-    yield
-    kernels.use(backend)
 
 
 @pytest.fixture(scope="session")
@@ -80,164 +65,13 @@ def go_on(out, *flags):
                                                "--device=cpu", *flags]))
 
 
-def last(out, which="last"):
-    return out / json.loads((out / "checkpoints.json").read_text())[which]
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def trainer(folder):
-    return torch.load(folder / "trainer.pt", weights_only=True)
-
-
-def log(out):
-    """The rows of log.jsonl without what a clock measured; strict JSON: NaN is refused."""
-    def refuse(word):
-        raise AssertionError(f"{word} is not JSON")
-    lines = (out / "log.jsonl").read_text().split("\n")
-    assert lines.pop() == ""                                # the last line is whole
-    return [{k: v for k, v in json.loads(line, parse_constant=refuse).items()
-             if k not in TIMINGS} for line in lines]
-
-
-def curve(out, key="loss"):
-    return [row[key] for row in log(out) if key in row]
-
-
-def same(a, b):
-    """Equal bit for bit, through dictionaries of tensors and numbers."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-def assert_same_run(a, b):
-    """Weights, optimizer, counters and log of two runs are equal bit for bit."""
-    one, two = last(a), last(b)
-    assert one.name == two.name
-    assert same(weights(one), weights(two))
-    one, two = trainer(one), trainer(two)
-    assert same(one["optimizer"], two["optimizer"])
-    assert {**one["state"], "seconds": 0} == {**two["state"], "seconds": 0}
-    assert log(a) == log(b)
-
-
-# ------------------------------------------------------------- runs in processes of their own
-
-# Reads a job a line: {"wait": pid} -> its exit status; anything else forks a run -> its pid
-SERVER = """
-import glob, json, os, re, resource, signal, sys, traceback
-import config, torch, train
-torch.set_num_threads(1)
-for line in sys.stdin:
-    job = json.loads(line)
-    if "wait" in job:
-        print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
-        continue
-    pid = os.fork()
-    if pid:
-        print(pid, flush=True)
-        continue
-    signal.alarm(job["limit"])                              # a hung run dies, and the test fails
-    os.environ.update(job["env"])
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    if job["file_size"]:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"], resource.RLIM_INFINITY))
-    if job["kill_at"]:
-        pattern, left = job["kill_at"]
-        def watch(event, args):
-            # Python announces every opening, renaming and removing of a file before it happens
-            global left
-            if event == "open" and isinstance(args[1], str) and args[1][0] in "wax":
-                event = "write"
-            if event.startswith(("write", "os.")) and re.fullmatch(pattern, f"{event} {args[0]}"):
-                left -= 1
-                if not left:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(watch)
-    sys.argv = ["train.py", *job["argv"]]
-    status = 0
-    try:
-        config.run(train.main, train.Config)
-    except SystemExit as e:
-        status = e.code or 0
-    except BaseException:
-        traceback.print_exc()
-        status = 1
-    # a thread of gloo's that outlives the run may abort the process while Python shuts down
-    names = [open(path).read().strip() for path in glob.glob("/proc/self/task/*/comm")]
-    if any("gloo" in name for name in names):
-        print("left running:", names, file=sys.stderr)
-        status = status or 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-"""
-
-
-@dataclass
-class Forked:
-    """A run in a process of its own."""
-    server: subprocess.Popen
-    pid: int
-    folder: Path
-
-    def wait(self):
-        """(exit status, stdout, stderr); the status of a killed run is minus the signal."""
-        self.server.stdin.write(json.dumps({"wait": self.pid}) + "\n")
-        self.server.stdin.flush()
-        status = int(self.server.stdout.readline())
-        return status, *((self.folder / n).read_text() for n in ("stdout", "stderr"))
-
-
-@pytest.fixture(scope="session")
-def forks():
-    server = subprocess.Popen([sys.executable, "-c", SERVER], cwd=ROOT, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    yield server
-    server.stdin.close()
-    server.wait(timeout=30)
+forks = forks_of("train")
 
 
 @pytest.fixture
 def fork(forks, data, tmp_path):
     """fork(*flags): start train.py in a process; name its folder with --out_dir."""
-    made = []
-
-    def start(*flags, tiny=True, env=None, file_size=0, kill_at=(), limit=90):
-        folder = tmp_path / f"process{len(made)}"
-        folder.mkdir()
-        job = {"argv": [f"--dataset={data}", *TINY, *flags] if tiny else flags,
-               "stdout": str(folder / "stdout"), "stderr": str(folder / "stderr"),
-               "env": env or {}, "file_size": file_size, "kill_at": kill_at, "limit": limit}
-        forks.stdin.write(json.dumps(job) + "\n")
-        forks.stdin.flush()
-        made.append(Forked(forks, int(forks.stdout.readline()), folder))
-        return made[-1]
-    return start
-
-
-def ranks(fork, count, *flags, **how):
-    """Start `count` ranks of one run, as torchrun would."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [fork(*flags, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, **how)
-            for r in range(count)]
-
-
-def complaint(outcome):
-    """The one sentence of a run that ended by the user's mistake; stdout stays empty."""
-    status, stdout, stderr = outcome
-    assert status == 2, stderr
-    assert stdout == "" and "Traceback" not in stderr
-    found = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(found) == 1 and stderr.endswith(found[0] + "\n"), stderr
-    return found[0]
+    return starter(forks, tmp_path, lambda: [f"--dataset={data}", *TINY])
 
 
 # ------------------------------------------------------------------------- exact: resuming
@@ -285,12 +119,6 @@ def test_resume_without_its_log_starts_a_new_one(go):
 CALM = "--learning_rate=3e-3"
 
 
-def close(a, b, tolerance=1e-5):
-    for key in ("loss", "val_loss", "grad_norm"):
-        one, two = np.array(curve(a, key)), np.array(curve(b, key))
-        assert one.shape == two.shape and len(one) and np.abs(one - two).max() < tolerance, key
-
-
 def test_one_rank_is_two_ranks_under_torchrun(go, data, tmp_path):
     """9 rows for 2 ranks, in micro-batches of 3: 3 + 1 on one, 3 + 2 on the other."""
     rows = ["--batch_size=3", "--gradient_accumulation_steps=3", CALM]
@@ -322,7 +150,7 @@ def test_a_run_of_one_rank_goes_on_with_two(go, fork, tmp_path):
     """A checkpoint does not know how many ranks wrote it."""
     one, two = go("one", CALM), go("two", CALM, "--max_iters=10", "--lr_decay_iters=20")
     more = ["--init_from=resume", f"--out_dir={two}", "--max_iters=20", "--device=cpu"]
-    outcomes = [r.wait() for r in ranks(fork, 2, *more, tiny=False)]
+    outcomes = [r.wait() for r in ranks(fork, 2, *more, bare=True)]
     assert [o[0] for o in outcomes] == [0, 0], outcomes
     close(one, two)
 
@@ -343,17 +171,6 @@ def test_a_batch_of_8_is_4_times_2_is_8_times_1(go):
         close(whole, parts)
         a, b = weights(last(whole)), weights(last(parts))
         assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
-
-
-class Grads(Optimizer):
-    """An optimizer that keeps the gradient of the last step and moves nothing."""
-
-    def __init__(self, model):
-        Optimizer.__init__(self, model.named_parameters())
-        self.model, self.last = model, None
-
-    def step(self, lr_scale=1.0):
-        self.last = {n: p.grad.clone() for n, p in self.model.named_parameters()}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
@@ -668,8 +485,8 @@ def test_two_ranks_score_as_one(go, fork):
     out = go("out", "--max_iters=5")
     flags = ["--init_from=resume", f"--out_dir={out}", "--device=cpu", "--eval_only",
              "--batch_size=5", "--eval_iters=1000"]
-    one = fork(*flags, tiny=False).wait()
-    two = [r.wait() for r in ranks(fork, 2, *flags, tiny=False)]
+    one = fork(*flags, bare=True).wait()
+    two = [r.wait() for r in ranks(fork, 2, *flags, bare=True)]
     assert one[0] == two[0][0] == two[1][0] == 0
     # sums of float32 in another order: the same numbers, to the last but one digit printed
     alone, shared = (dict(zip(words[::2], map(float, words[1::2])))
@@ -785,7 +602,7 @@ def test_a_full_disk_while_saving_is_one_sentence_and_the_run_goes_on(go, fork):
     """No file may pass 60 kB: the weights do. The checkpoint before is whole and resumes."""
     straight, out = go("straight"), go("out", "--max_iters=10", "--lr_decay_iters=20")
     more = ["--init_from=resume", f"--out_dir={out}", "--max_iters=20", "--device=cpu"]
-    sentence = complaint(fork(*more, tiny=False, file_size=60_000).wait())
+    sentence = complaint(fork(*more, bare=True, file_size=60_000).wait())
     assert "cannot save" in sentence and "step_000020" in sentence
     assert last(out).name == "step_000010" and not list(out.glob(".step_*"))
     go_on(out, "--max_iters=20")
@@ -797,7 +614,7 @@ def test_a_full_disk_at_the_start_does_not_lose_the_log(go, fork):
     out = go("out")
     before = (out / "log.jsonl").read_bytes()
     more = ["--init_from=resume", f"--out_dir={out}", "--max_iters=30", "--device=cpu"]
-    assert fork(*more, tiny=False, file_size=1000).wait()[0] != 0
+    assert fork(*more, bare=True, file_size=1000).wait()[0] != 0
     assert (out / "log.jsonl").read_bytes() == before
 
 
@@ -1073,7 +890,7 @@ def test_a_damaged_checkpoint_is_one_sentence(fork, base, tmp_path, damage, says
     damage(last(out))
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     flags = ["--init_from=resume", f"--out_dir={out}", "--max_iters=6", "--device=cpu"]
-    assert says in complaint(fork(*flags, tiny=False).wait())
+    assert says in complaint(fork(*flags, bare=True).wait())
     assert not (ROOT / "owned").exists()
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
