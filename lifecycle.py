@@ -3,13 +3,13 @@
     python lifecycle.py                     # or `make lifecycle`: a laptop, no network, two cores
     python lifecycle.py --seeds=1           # one student of each kind instead of three
     python lifecycle.py --first=dpo         # go on from a stage; those before it are there
-    python lifecycle.py --jobs=1            # one student after the other
+    python lifecycle.py --jobs=1            # one after the other
 
 Every stage is a command that you could type yourself, and is shown before it runs; each leaves its
 folder under out/, to talk to: python sample.py --out_dir=out/dpo --chat. One GPU or many
 run the same commands. After each stage the model answers the test set of skills, whose questions
-no stage trains on. On a CPU the students are taught beside each other, a core each: a model so small
-leaves a second core idle. What to expect: the table that goes to stdout, as it stands in RESULTS.md under
+no stage trains on. On a CPU those that no other stage waits for, LoRA and the students, run beside
+each other, a core each: models so small leave a second core idle. What to expect: the table that goes to stdout, as it stands in RESULTS.md under
 "The life of a model", in about twenty minutes.
 """
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent
 class Config:
     first: str = "data"             # the stage to begin with; see STAGES
     seeds: int = 3                  # students with a teacher, and as many without one
-    jobs: int = 0                   # students at a time; 0: as many as a CPU has cores, or one
+    jobs: int = 0                   # at a time of those at the end; 0: a CPU's cores, or one
     limit: int = 0                  # questions of the test set, the first ones; 0: all
     device: str = "auto"
 
@@ -45,8 +45,9 @@ STAGES = {
     "skills": ("", "data/prepare.py skills"),
     "pretrain": ("pretrained on text", "train.py config/demo.py"),
     "sft": ("SFT", "sft.py config/sft_skills.py"),
-    "lora": ("LoRA instead of SFT", "lora.py config/lora_skills.py"),
     "dpo": ("DPO after SFT", "dpo.py config/dpo_skills.py"),
+    # no stage waits for these
+    "lora": ("LoRA instead of SFT", "lora.py config/lora_skills.py"),
     "distill": ("student with a teacher", "distill.py config/distill_skills.py"),
     "student": ("student without one",
                 "distill.py config/distill_skills.py --alpha=1 --hidden=0 --hidden_layers=0 "
@@ -120,22 +121,24 @@ def main(cfg: Config) -> None:
         raise UserError("--seeds must be at least 1, --limit and --jobs at least 0")
     from checkpoint import pick_device              # with torch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    began, rows, students = time.perf_counter(), [], []
+    began, rows, waiting = time.perf_counter(), [], []
     for name in list(STAGES)[list(STAGES).index(cfg.first):]:
         title, line = STAGES[name]
         if not title:
             command(line)
-        elif name in ("distill", "student"):        # the last ones: none waits for another
+        elif name in ("distill", "student"):        # once a seed
             folder = out_dir(line)
             line = line.replace(f"--out_dir={folder}", "")
-            students += [(f"{title}, seed {seed}", f"{line} --seed={seed} --out_dir="
-                          f"{folder}_{seed}") for seed in range(cfg.seeds)]
+            waiting += [(f"{title}, seed {seed}", f"{line} --seed={seed} --out_dir="
+                         f"{folder}_{seed}") for seed in range(cfg.seeds)]
+        elif name == "lora":
+            waiting.append((title, line))
         else:
             rows.append(model_of(cfg, title, line))
-    jobs = min(len(students), cfg.jobs or (cores if pick_device(cfg.device).type == "cpu" else 1))
+    jobs = min(len(waiting), cfg.jobs or (cores if pick_device(cfg.device).type == "cpu" else 1))
     with ThreadPoolExecutor(jobs) as pool:          # threads that wait for processes
-        rows += pool.map(lambda student: model_of(
-            cfg, *student, threads=max(cores // jobs, 1) if jobs > 1 else 0), students)
+        rows += pool.map(lambda model: model_of(
+            cfg, *model, threads=max(cores // jobs, 1) if jobs > 1 else 0), waiting)
     print("| stage | parameters | seconds | exact match | val_loss | preferences |")
     print("|---|---|---|---|---|---|", *rows, sep="\n")
     print(f"\n{time.perf_counter() - began:.0f} seconds in all, tests included")

@@ -179,7 +179,7 @@ def test_the_life_of_a_model_is_its_commands(life, capsys):
     lifecycle.main(lifecycle.Config(seeds=2, jobs=1, device="cpu"))
     scripts = [line.split()[0] for line in life]
     assert scripts == ["data/prepare.py"] * 2 + ["train.py", "eval.py", "sft.py", "eval.py",
-                       "lora.py", "eval.py", "dpo.py", "eval.py"] + ["distill.py", "eval.py"] * 4
+                       "dpo.py", "eval.py", "lora.py", "eval.py"] + ["distill.py", "eval.py"] * 4
     for k, line in enumerate(life):
         if line.startswith("eval.py"):
             folder = lifecycle.out_dir(line)
@@ -196,23 +196,26 @@ def test_the_life_of_a_model_is_its_commands(life, capsys):
 
 
 def test_students_share_the_cores(life, monkeypatch, capsys):
-    """Two at a time: one half of the cores each, all asked, their rows in the order of the table."""
+    """Two at a time, and LoRA with them, for which nobody waits: one half of the cores each, all
+    asked, their rows in the order of the table."""
     both, given = threading.Barrier(2, timeout=30), []
     answer = lifecycle.command
 
     def command(line, threads=0):
         given.append((line.split()[0], threads))
-        if line.startswith("distill.py"):
-            both.wait()                             # passes only if two are at it at once
+        if line.startswith("lora.py") or "--seed=0 --out_dir=out/distill_0" in line:
+            both.wait()                             # passes only if the two are at it at once
         return answer(line)
     monkeypatch.setattr(lifecycle, "command", command)
     monkeypatch.setattr(lifecycle.os, "sched_getaffinity", lambda pid: range(6), raising=False)
     lifecycle.main(lifecycle.Config(first="dpo", seeds=2, jobs=2, device="cpu"))
     assert given[:2] == [("dpo.py", 0), ("eval.py", 0)]
-    assert sorted(given[2:]) == [("distill.py", 3)] * 4 + [("eval.py", 3)] * 4
+    assert sorted(given[2:]) == [("distill.py", 3)] * 4 + [("eval.py", 3)] * 5 + [("lora.py", 3)]
     rows = capsys.readouterr().out.splitlines()
-    assert [re.search(r"student with(out)? .*seed (\d)", row).groups() for row in rows[3:7]] == [
-        (None, "0"), (None, "1"), ("out", "0"), ("out", "1")]
+    assert [row.split(" | ")[0] for row in rows[2:8]] == [
+        "| DPO after SFT", "| LoRA instead of SFT", "| student with a teacher, seed 0",
+        "| student with a teacher, seed 1", "| student without one, seed 0",
+        "| student without one, seed 1"]
 
 
 def test_of_two_commands_the_second_is_shown_when_it_is_over(tmp_path, monkeypatch, capfd):
@@ -266,7 +269,7 @@ def test_without_a_flag_each_stage_starts_where_the_one_before_it_wrote():
 
 
 def test_a_life_may_begin_later_and_says_what_is_wrong(life, monkeypatch, capfd):
-    lifecycle.main(lifecycle.Config(first="dpo", seeds=1))
+    lifecycle.main(lifecycle.Config(first="dpo", seeds=1, jobs=1))
     assert life[0].startswith("dpo.py config/dpo_skills.py")
     with pytest.raises(UserError, match="first='birth' does not exist: data, skills, pretrain"):
         lifecycle.main(lifecycle.Config(first="birth"))

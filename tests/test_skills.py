@@ -190,9 +190,9 @@ def test_levels_are_harder():
     ("4", "\ud800", False), ("4", None, False), ("4", 4, False), ("4", b"4", False),
 ])
 def test_checker(answer, text, right):
-    start = time.perf_counter()
+    start = time.process_time()                 # of this process: another may have the core
     assert skills.check("reverse", answer, text) is right
-    assert time.perf_counter() - start < 0.1, "a long answer must not take long to refuse"
+    assert time.process_time() - start < 0.1, "a long answer must not take long to refuse"
 
 
 def test_checker_knows_its_tasks():
