@@ -1,5 +1,5 @@
 # make demo: text on this machine -> tokenizer -> model -> samples, about three minutes on two cores
-# make lifecycle: text -> model -> chat -> preferences -> student, about twenty minutes on two cores
+# make lifecycle: text -> model -> chat -> preferences -> student, some seventeen minutes on two cores
 # make test: every test, a process a core, each test file in one of them
 # make bench: the tables of RESULTS.md
 

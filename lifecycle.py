@@ -1,4 +1,4 @@
-"""The life of a small model in one command: text, chat, preferences, and a student of a third.
+"""The life of a small model in one command: text, chat, preferences, and a small student.
 
     python lifecycle.py                     # or `make lifecycle`: a laptop, no network, two cores
     python lifecycle.py --seeds=1           # one student of each kind instead of three
@@ -10,7 +10,7 @@ folder under out/, to talk to: python sample.py --out_dir=out/dpo --chat. One GP
 run the same commands. After each stage the model answers the test set of skills, whose questions
 no stage trains on. On a CPU those that no other stage waits for, LoRA and the students, run beside
 each other, a core each: models so small leave a second core idle. What to expect: the table that goes to stdout, as it stands in RESULTS.md under
-"The life of a model", in about twenty minutes.
+"The life of a model", in some seventeen minutes.
 """
 from __future__ import annotations
 
