@@ -92,7 +92,7 @@ class LinearCPU(Function):
     layers until the backward, half of the weights' memory; casting again costs a pass over W."""
     @staticmethod
     def forward(ctx, x, bias, *weights):
-        # after a gate x is made again from what its own backward keeps anyway, an eighth of a layer
+        # after a gate x is made again from what the gate's own backward keeps anyway
         source = getattr(x, "glu_of", None) or (x,)
         ctx.save_for_backward(*source, *weights)
         ctx.biased, ctx.sources = bias is not None, len(source)

@@ -218,6 +218,20 @@ def test_students_share_the_cores(life, monkeypatch, capsys):
         "| student without one, seed 1"]
 
 
+def test_after_a_command_that_fails_no_other_is_begun(life, monkeypatch):
+    """An hour of students would hide the one sentence that says what went wrong."""
+    answer = lifecycle.command
+
+    def command(line, threads=0):
+        if line.startswith("lora.py"):
+            raise UserError("the disk is full")
+        return answer(line)
+    monkeypatch.setattr(lifecycle, "command", command)
+    with pytest.raises(UserError, match="the disk is full"):
+        lifecycle.main(lifecycle.Config(first="lora", jobs=1, device="cpu"))
+    assert len(life) <= 1                           # the next one may have been on its way
+
+
 def test_of_two_commands_the_second_is_shown_when_it_is_over(tmp_path, monkeypatch, capfd):
     """Two live lines would overwrite each other; what the hidden one said is not lost."""
     monkeypatch.setattr(lifecycle, "ROOT", tmp_path)
