@@ -136,9 +136,18 @@ def main(cfg: Config) -> None:
         else:
             rows.append(model_of(cfg, title, line))
     jobs = min(len(waiting), cfg.jobs or (cores if pick_device(cfg.device).type == "cpu" else 1))
+    share, failed = max(cores // jobs, 1) if jobs > 1 else 0, threading.Event()
+
+    def teach(model: tuple[str, str]) -> str:
+        if failed.is_set():                         # what went wrong is to be the last word
+            return ""
+        try:
+            return model_of(cfg, *model, threads=share)
+        except BaseException:
+            failed.set()
+            raise
     with ThreadPoolExecutor(jobs) as pool:          # threads that wait for processes
-        rows += pool.map(lambda model: model_of(
-            cfg, *model, threads=max(cores // jobs, 1) if jobs > 1 else 0), waiting)
+        rows += pool.map(teach, waiting)
     print("| stage | parameters | seconds | exact match | val_loss | preferences |")
     print("|---|---|---|---|---|---|", *rows, sep="\n")
     print(f"\n{time.perf_counter() - began:.0f} seconds in all, tests included")
