@@ -93,7 +93,8 @@ class LinearCPU(Function):
     @staticmethod
     def forward(ctx, x, bias, *weights):
         # after a gate x is made again from what the gate's own backward keeps anyway
-        source = getattr(x, "glu_of", None) or (x,)
+        source, version = getattr(x, "glu_of", (None, None))
+        source = source if source and x._version == version else (x,)
         ctx.save_for_backward(*source, *weights)
         ctx.biased, ctx.sources = bias is not None, len(source)
         return torch.nn.functional.linear(x, LinearCPU.join(x, weights),
@@ -153,7 +154,8 @@ class GluCPU(Function):
 def _(gate, up, activation="silu"):
     if activation == "silu" and torch.is_grad_enabled() and gate.requires_grad:
         y = GluCPU.apply(gate, up)
-        y.glu_of = (gate, up)                       # for the linear that follows
+        # for the linear that follows, unless y is changed in place before
+        y.glu_of = (gate, up), y._version
         return y
     return kernels.glu.reference(gate, up, activation)
 

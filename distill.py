@@ -478,7 +478,7 @@ class Loss:
         self.matching = model.matching if cfg.hidden else None
         if cfg.compile or cfg.compile is None and model.output_weight.is_cuda:
             # a graph would unroll the walk over chunks of logits. Not a decorator: naming the
-            # compiler imports it, seconds of every start
+            # compiler imports it, at every start
             self.head = torch.compiler.disable(self.head)
         if cfg.hidden:      # between the embedding and the final states, which are matched anyway
             self.mine, self.theirs = (

@@ -1,6 +1,6 @@
 """What a chat model gets right: exact match on tasks whose answers a program can check.
 
-    python eval.py --out_dir=out/sft                 # the test set of skills, any device
+    python eval.py --out_dir=out/sft                        # the test set of skills, any device
     python eval.py --model=DIR --wrong=10                   # any checkpoint; show ten mistakes
     python eval.py --model=DIR --dataset=chats.jsonl        # last answers, compared as text
 
@@ -32,7 +32,7 @@ from train import clock
 
 @dataclass
 class Config:
-    out_dir: str = "out/sft"     # of a training run
+    out_dir: str = "out/sft"            # of a training run
     model: str = ""                     # a checkpoint directory, ours or Hugging Face's; wins
     which: str = "last"                 # of a training run: best or last
     dataset: str = "skills"             # a name under data/, a folder, or a file of conversations

@@ -6,11 +6,11 @@
     python lifecycle.py --jobs=1            # one after the other
 
 Every stage is a command that you could type yourself, and is shown before it runs; each leaves its
-folder under out/, to talk to: python sample.py --out_dir=out/dpo --chat. One GPU or many
-run the same commands. After each stage the model answers the test set of skills, whose questions
-no stage trains on. On a CPU those that no other stage waits for, LoRA and the students, run beside
-each other, a core each: models so small leave a second core idle. What to expect: the table that goes to stdout, as it stands in RESULTS.md under
-"The life of a model", in some seventeen minutes.
+folder under out/, to talk to: python sample.py --out_dir=out/dpo --chat. One GPU or many run the
+same commands. After each stage the model answers the test set of skills, whose questions no stage
+trains on. On a CPU those that no other stage waits for, LoRA and the students, run beside each
+other, a core each: models so small leave a second core idle. What to expect: the table that goes
+to stdout, as it stands in RESULTS.md under "The life of a model", in some seventeen minutes.
 """
 from __future__ import annotations
 

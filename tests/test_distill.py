@@ -727,7 +727,7 @@ def test_on_the_command_line_a_mistake_ends_with_status_2(fork, tmp_path):
 
 
 def test_without_compilation_the_compiler_is_not_imported():
-    """It takes longer to import than all the rest, and a chain starts distill.py six times."""
+    """It is as long in coming as PyTorch itself, and the chain starts distill.py six times."""
     done = subprocess.run([sys.executable, "-c", "import sys, distill; "
                            "print('torch._dynamo' in sys.modules)"], cwd=ROOT, text=True,
                           capture_output=True, check=True)

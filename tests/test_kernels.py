@@ -1010,6 +1010,19 @@ def test_linear_by_hand_is_autograds(biased):
     assert frozen.grad is not None
 
 
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_linear_after_a_gate_learns_from_what_it_was_given(changed):
+    """It keeps gate and up instead of their product: unless that was changed in place since."""
+    gate, up = (torch.randn(5, 24).bfloat16().requires_grad_() for _ in range(2))
+    weight = torch.randn(16, 24, requires_grad=True)
+    y = kernels.glu(gate, up)
+    y = y.mul_(3) if changed else y
+    kernels.linear(y, weight).sum().backward()
+    x = torch.nn.functional.silu(gate.detach()) * up.detach() * (3 if changed else 1)
+    right = torch.ones(16, 5).bfloat16() @ x
+    torch.testing.assert_close(weight.grad, right.float(), rtol=1e-2, atol=1e-2)
+
+
 def test_a_gate_by_hand_is_the_formulas():
     """silu(gate) up against float64, and silu(gate) itself is not kept."""
     gate, up = torch.randn(4, 7, 16), torch.randn(4, 7, 16)
