@@ -275,7 +275,8 @@ def train(cfg: Config) -> dict[str, Any]:
                 note("README command: nanoGPT, seconds", seconds)
                 note("README command: nanoGPT, val loss",
                      float(re.findall(r"step 2000: .*val loss ([\d.]+)", text)[-1]))
-            for title, args in (("README command: ours", [str(config), *SMALL]),
+            # 30 x 8 windows to validate on are nanoGPT's 20 batches of 12
+            for title, args in (("README command: ours", [str(config), *SMALL, "--eval_iters=30"]),
                                 ("config/shakespeare_char.py", ["config/shakespeare_char.py"])):
                 seconds, text = script(ROOT, *args, where)
                 note(f"{title}, seconds", seconds)

@@ -212,8 +212,8 @@ class Text(loader.Batches):
         batch = loader.gather(self.tokens, np.asarray(starts), self.block_size, self.eot)
         return {"doc": torch.zeros_like(batch["ids"]), **batch}
 
-    def fixed(self, batch_size: int, count: int) -> loader.FixedBatches:
-        return loader.eval_batches(self.tokens, batch_size, self.block_size, count, self.eot,
+    def fixed(self, batch_size: int, rows: int) -> loader.FixedBatches:
+        return loader.eval_batches(self.tokens, batch_size, self.block_size, rows, self.eot,
                                    self.eot is not None)
 
 def read(cfg: Config, shape: ModelConfig, tokenizer: Any, rows: int, notes: list[str]
@@ -504,13 +504,17 @@ class Loss:
             self.known = self.states.flatten(0, 1)[self.live]
             self.taught = self.teacher.output_weight
         if self.matching is not None:
-            # padding is a document without a target: every conversation has one
-            has = torch.zeros_like(targets) if doc is None else doc.long()
-            told = torch.zeros(len(has), int(has.max()) + 1, device=has.device).scatter_reduce_(
-                1, has, (targets >= 0).float(), "amax")
-            self.counts = told.gather(1, has)               # (B, T)
+            self.counts = loader.valid_tokens(batch).float()    # (B, T)
         total, count, metrics = self.plain(Taught(student, self.head), batch)
         return total, count, {**metrics, **self.reports}
+
+    def count_flops(self, student: Transformer, T: int, tokens: int, targets: int) -> float:
+        """Return the FLOPs of the student, the teacher's forward, and the projections."""
+        total = train.count_flops(student, T, tokens, targets)
+        if self.teacher:
+            total += tokens * self.teacher.flops_per_token(T, False, targets / max(1, tokens))
+        projections = self.matching.parameters() if self.matching else ()
+        return total + 6 * tokens * sum(P.numel() for P in projections)
 
     def head(self, h: Tensor, w: Tensor) -> Tensor:
         """(B, T, C), (V, C) -> the sum of all losses."""

@@ -23,7 +23,8 @@ With r = log pi(answer) - log ref(answer), summed over the answer's tokens, and 
     simpo    -log s(b (m+ - m-) - gamma), m the mean of log pi      Meng 2024; wants b = 2, gamma 1
     orpo     -m+ - b log s(log odds(m+) - log odds(m-))             Hong 2024
 
-KTO's z is max(0, mean r) of the batch's prompts, each with the answer to another one.
+KTO's z is max(0, mean r) of a step's prompts (of all validation prompts), each with the answer to
+another one.
 
 The reference is the model as training starts. Its log-probabilities are computed once, before it
 moves, and lie in out_dir from then on: no second model is held while training. (--reference=DIR
@@ -37,7 +38,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -49,9 +50,10 @@ import lora
 import stage
 import train
 from config import UserError, run
-from data import chats
+from data import chats, loader
 from machine import Machine
 from model import ModelConfig, Transformer
+from training import router
 
 LOSSES = ("sigmoid", "hinge", "ipo", "robust", "simpo", "orpo", "kto")
 ALONE = ("simpo", "orpo")               # have no reference
@@ -79,8 +81,8 @@ class Config(stage.Config):
 # ------------------------------------------------------------------------- log-probabilities
 
 
-def log_probs(model: Any, batch: train.Batch, D: int, router: str = ""
-              ) -> tuple[Tensor, Tensor, Tensor | None]:
+def log_probs(model: Any, batch: train.Batch, D: int, routed: bool = False
+              ) -> tuple[Tensor, Tensor, list]:
     """(sum of log p over the targets of each document, their number), each (B, D) float32; and
     what the routers saw, if they are asked.
 
@@ -95,13 +97,13 @@ def log_probs(model: Any, batch: train.Batch, D: int, router: str = ""
     def head(h: Tensor, w: Tensor) -> Tensor:
         return kernels.linear_cross_entropy(h.flatten(0, 1).index_select(0, live), w, right,
                                             softcap=softcap, reduction="none")
-    nll = model(batch["ids"], doc=batch["doc"], router=router, head=head)   # (targets,)
-    nll, seen = nll if router else (nll, None)
+    nll = model(batch["ids"], doc=batch["doc"], router=routed, head=head)   # (targets,)
+    nll, routes = nll if routed else (nll, [])
     B, T = batch["ids"].shape
     place = live // T * D + doc[live]
     zeros = nll.new_zeros(B * D)
     size = zeros.index_add(0, place, (right >= 0).to(nll.dtype))
-    return zeros.index_add(0, place, -nll).view(B, D), size.view(B, D), seen
+    return zeros.index_add(0, place, -nll).view(B, D), size.view(B, D), routes
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -151,13 +153,20 @@ def preference_loss(cfg: Config, policy: Tensor, reference: Tensor, sizes: Tenso
     return loss, b * (score if alone else ratio).detach()
 
 
+def count_pairs(batch: train.Batch) -> Tensor:
+    """Return the number of pairs, of whose answers both have targets."""
+    found = loader.trained_documents(batch)
+    pairs = found.shape[1] // 2             # the document that is left over is padding
+    return (found[:, :2 * pairs:2] & found[:, 1:2 * pairs:2]).sum()
+
+
 def pair_loss(cfg: Config) -> train.Loss:
     """The loss of a batch of packed pairs: a sum over pairs, and their number; of a mixture with
     the routers' losses of pretraining."""
     def loss(model: Any, batch: train.Batch) -> tuple[Tensor, Tensor, dict]:
         reference = batch["reference"]                      # (B, D), two of D to a pair
-        *found, seen = log_probs(model, batch, reference.shape[1],
-                                 train.router_of(cfg, checkpoint.raw(model).config))
+        routed = router.needs_routes(checkpoint.raw(model).config)
+        *found, routes = log_probs(model, batch, reference.shape[1], routed)
         policy, sizes = (x.view(len(x), -1, 2) for x in found)
         there = (sizes > 0).all(-1)                         # (B, pairs of a row)
         z = batch["z"][0] if cfg.loss == "kto" else 0.0
@@ -170,10 +179,16 @@ def pair_loss(cfg: Config) -> train.Loss:
             metrics["kl"] = z * there.sum()
         # all of policy, so that a batch without a pair has a gradient as well, of zeros
         total, count = value.sum() + 0.0 * policy.sum(), there.sum()
-        if seen is not None:
-            more, routed = train.router_loss(cfg, seen, batch["targets"].numel(), count)
-            total, metrics = total + more, {**metrics, **routed}
+        if routed:
+            more, extra = router.compute_losses(cfg, routes, batch, count_pairs)
+            total, metrics = total + more, {**metrics, **extra}
         return total, count, metrics
+
+    def count_flops(model: Transformer, T: int, tokens: int, targets: int) -> float:
+        share = targets / max(1, tokens)
+        again = model.flops_per_token(T, training=False, targets=share)     # for KTO's z
+        return train.count_flops(model, T, tokens, targets) + tokens * again * (cfg.loss == "kto")
+    loss.count_flops = count_flops
     return loss
 
 # ------------------------------------------------------------------------------- the data
@@ -188,12 +203,30 @@ class Pairs(chats.Packed):
         super().__init__(rendered, *args, unit=2, **kwargs)
         self.columns["reference"] = np.zeros(len(rendered), np.float32)
 
-    def gather(self, rows: Sequence[int]) -> train.Batch:
+    def gather(self, rows: Sequence[int], z: float | None = None) -> train.Batch:
+        """Packed.gather, with KTO's z, which is that of these rows unless it is given."""
         batch = super().gather(rows)
         if self.baseline:
-            z = self.baseline([i for row in rows for i in self.rows[row]])
+            z = self.estimate(rows) if z is None else z
             batch["z"] = torch.full((len(rows),), z)
         return batch
+
+    def estimate(self, rows: Sequence[int]) -> float:
+        """Return KTO's z over the pairs of some rows."""
+        return self.baseline([i for row in rows for i in self.rows[row]])
+
+    def fixed(self, batch_size: int, rows: int) -> FixedPairs:
+        return FixedPairs(self, super().fixed(batch_size, rows).rows)
+
+
+class FixedPairs(chats.Fixed):
+    """Rows to validate on, whose z is that of all of them, whatever batch they are in."""
+
+    def __iter__(self) -> Iterator[train.Batch]:
+        all_rows = [row for rows in self.rows for row in rows]
+        z = self.packed.estimate(all_rows) if self.packed.baseline else None
+        for rows in self.rows:
+            yield self.packed.gather(rows, z)
 
 
 def strangers_of(pairs: Pairs) -> chats.Packed:
@@ -374,6 +407,9 @@ def check(cfg: Config) -> None:
     if not 0 <= cfg.label_smoothing < 0.5 or cfg.label_smoothing and cfg.loss not in NOISY:
         raise UserError(f"label_smoothing={cfg.label_smoothing} is the share of wrong labels, "
                         f"below 0.5, and only {', '.join(NOISY)} know it: leave it out")
+    if cfg.z_loss:
+        raise UserError(f"--z_loss={cfg.z_loss} is of a cross entropy over the vocabulary, and the "
+                        f"loss {cfg.loss} has none: leave it out")
     if cfg.eval_only and cfg.init_from != "resume" and not (
             cfg.reference or cfg.reference_free or cfg.loss in ALONE):
         raise UserError("to evaluate a model against itself says nothing: evaluate a run with "

@@ -26,6 +26,7 @@ import cpu_kernels
 import kernels
 from cache import Cache
 from config import UserError, run
+from layers.flops import count_flops
 
 
 @dataclass
@@ -366,22 +367,6 @@ class MoE(Module):
             y = y + self.shared_experts(x)
         return y, {"scores": scores, "logits": logits, "chosen": chosen}
 
-    @staticmethod
-    def statistics(seen: dict[str, Tensor], sequence_wise: bool) -> Tensor:
-        """(E + 2,) float32 sums over the tokens: the load of each expert, balance and z loss.
-
-        balance = E sum_i f_i P_i, with f_i the share of tokens that chose expert i and P_i its
-        mean probability, of the batch or of each sequence (Fedus 2021; DeepSeek-V3, 2024): k at
-        its least. z = (log sum exp logits)^2 keeps the logits small (Zoph 2022). Times tokens.
-        """
-        scores, logits, (B, T, E) = seen["scores"], seen["logits"], seen["scores"].shape
-        hits = torch.zeros_like(scores).scatter_(-1, seen["chosen"], 1.0)       # (B, T, E)
-        p = scores / scores.sum(-1, keepdim=True)       # sigmoid scores do not add up to 1
-        over = (1,) if sequence_wise else (0, 1)
-        balance = E * (hits.mean(over) * p.mean(over)).sum(-1).mean() * (B * T)
-        z = torch.logsumexp(logits, -1).square().sum()
-        return torch.cat((hits.detach().sum((0, 1)), torch.stack((balance, z))))
-
 
 class Block(Module):
     """x + attention(norm(x)), then x + mlp(norm(x)); norms before, after, both, or in parallel."""
@@ -481,11 +466,11 @@ class Transformer(Module):
                 for cos, sin in self.tables[length, device]]
 
     def forward(self, ids: Tensor, *, doc: Tensor | None = None, cache: Cache | None = None,
-                head: Callable[[Tensor, Tensor], Tensor] | None = None, router: str = ""):
+                head: Callable[[Tensor, Tensor], Tensor] | None = None, router: bool = False):
         """ids (B, T) int64 -> head(hidden (B, T, C), weight (V, C)), or logits (B, T, V).
 
         doc (B, T): each document is as it were alone. With a cache, ids go on where it ends.
-        router "batch" or "sequence": returns (that, MoE.statistics of each such layer (L, E + 2)).
+        router: returns (that, what each MoE layer's router saw, as MoE.forward gives it).
         """
         c, T = self.config, ids.shape[1]
         start, positions = 0, None
@@ -523,14 +508,14 @@ class Transformer(Module):
                 # a packed model has no use for the hooks of Module.__call__
                 x, seen = (block.forward if self.output else block)(x, rope, doc, cache)
             if router and seen is not None:
-                routes.append(MoE.statistics(seen, router == "sequence"))
+                routes.append(seen)
         if cache is not None:
             cache.advance(T)
         x = self.model.norm(x)
         if c.logits_scaling != 1:
             x = x / c.logits_scaling
         out = (head or self.to_logits)(x, self.output_weight)
-        return (out, torch.stack(routes)) if router else out
+        return (out, routes) if router else out
 
     def to_logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """The plain head: (..., C), (V, C) -> (..., V)."""
@@ -546,10 +531,12 @@ class Transformer(Module):
     @torch.no_grad()
     def balance(self, load: Tensor, rate: float) -> None:
         """Move each router's bias by `rate` towards the experts that got less than their share;
-        load (layers with experts, E). Bias instead of a balance loss, which costs quality."""
+        load (layers with experts, E). Bias instead of a balance loss, which costs quality. No
+        gradient moves it, so its router's weight says whether it is frozen (LoRA, --unfreeze)."""
         routers = [m.gate for m in self.modules() if isinstance(m, MoE)]
         for gate, counts in zip(routers, load):
-            gate.e_score_correction_bias += rate * torch.sign(counts.mean() - counts)
+            if gate.weight.requires_grad:
+                gate.e_score_correction_bias += rate * torch.sign(counts.mean() - counts)
 
     # ------------------------------------------------------------------ what it costs
 
@@ -566,22 +553,10 @@ class Transformer(Module):
             total += share
         return total
 
-    def flops_per_token(self, T: int, training: bool = True) -> int:
-        """Multiplications and additions of the matmuls a token of a context of T costs.
-
-        2 for each weight of a matrix that it meets, plus q k^T and p v over T keys, or a window's
-        (counted whole, as PaLM's appendix B does, though a causal kernel skips half); a backward
-        costs twice a forward.
-        """
-        c = self.config
-        vectors = sum(p.numel() for n, p in self.named_parameters() if p.ndim < 2)
-        tables = sum(p.numel() for n, p in self.named_parameters() if ".embed_" in n)
-        matrices = self.parameter_count(active=True) - vectors - tables
-        if c.tie_word_embeddings:
-            matrices += c.vocab_size * c.n_embd
-        keys = sum(min(T, c.window(i) or T) for i in range(c.n_layer))
-        forward = 2 * matrices + 4 * keys * c.n_head * c.head_dim
-        return 3 * forward if training else forward
+    def flops_per_token(self, T: int, training: bool = True, targets: float = 1.0) -> float:
+        """Multiplications and additions of the matmuls that a token of a context of T costs, with
+        the backward of what trains; see layers/flops.py. targets: share of tokens with one."""
+        return count_flops(self, T, training, targets)
 
 
 @dataclass

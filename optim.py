@@ -116,14 +116,15 @@ def _(grads, max_norm, scale=1.0):
 class Optimizer:
     """AdamW on everything, or Muon on the hidden matrices and AdamW on the rest.
 
-    Weight decay falls on tensors of two dimensions or more, as in nanoGPT. Embeddings and the
-    output matrix stay with AdamW: their rows are independent vectors, not one linear map.
+    Weight decay falls on tensors of two dimensions or more under both rules, as in nanoGPT; it is
+    decoupled, so a step shrinks a matrix by its own rule's learning rate x weight_decay. Embeddings
+    and the output matrix stay with AdamW: their rows are independent vectors, not one linear map.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Parameter]], kind: str = "adamw",
                  learning_rate: float = 6e-4, beta1: float = 0.9, beta2: float = 0.95,
                  eps: float = 1e-8, weight_decay: float = 0.1, muon_learning_rate: float = 0.02,
-                 muon_momentum: float = 0.95, muon_weight_decay: float = 0.0):
+                 muon_momentum: float = 0.95):
         if kind not in ("adamw", "muon"):
             raise UserError(f"optimizer={kind!r} does not exist: choose adamw or muon")
         self.count = 0                                   # steps taken
@@ -138,7 +139,7 @@ class Optimizer:
         chosen = {id(p) for p in hidden}
         rest = [p for _, p in named if id(p) not in chosen]
         # (rule, parameters, weight decay)
-        self.groups = [("muon", hidden, muon_weight_decay),
+        self.groups = [("muon", hidden, weight_decay),
                        ("adamw", [p for p in rest if p.ndim >= 2], weight_decay),
                        ("adamw", [p for p in rest if p.ndim < 2], 0.0)]
         self.groups = [g for g in self.groups if g[1]]

@@ -37,6 +37,7 @@ from config import UserError, run
 from data import chats
 from machine import Machine
 from model import ModelConfig, Transformer
+from training import router
 
 
 @dataclass
@@ -83,13 +84,17 @@ def texts(tokenizer: Any, records: list[dict], max_length: int) -> chats.Rendere
     return out
 
 
-def class_loss(ids: list[int], confusion: Tensor | None = None) -> train.Loss:
+def class_loss(cfg: Config, ids: list[int], confusion: Tensor | None = None) -> train.Loss:
     """Cross entropy over the rows of the labels, at the last token of each text.
 
     confusion (labels, labels), where given, is counted up: [truth, answer].
     """
     def loss(model: Any, batch: train.Batch) -> tuple[Tensor, Tensor, dict]:
         targets, config = batch["targets"].flatten(), checkpoint.raw(model).config
+        routed = router.needs_routes(config)
+        options = dict(softcap=config.final_logit_softcapping)
+        if torch.is_grad_enabled():             # a score is that of the labels as they are
+            options.update(z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing)
         rows = torch.tensor(ids, device=targets.device)                         # (labels,)
         live = (targets >= 0).nonzero()[:, 0]
         truth = torch.searchsorted(rows, targets[live])                         # ids ascend
@@ -101,11 +106,18 @@ def class_loss(ids: list[int], confusion: Tensor | None = None) -> train.Loss:
                 pairs = torch.stack((truth, z.argmax(-1))).cpu()
                 confusion.index_put_(tuple(pairs), torch.ones(len(truth), dtype=confusion.dtype),
                                      accumulate=True)
-            value = kernels.cross_entropy(z, truth, softcap=config.final_logit_softcapping)
+            value = kernels.cross_entropy(z, truth, **options)
             return torch.stack((value.float(), right.float()))
 
-        total, right = model(batch["ids"], doc=batch["doc"], head=head)
-        return total, (targets >= 0).sum(), {"accuracy": right}
+        out = model(batch["ids"], doc=batch["doc"], router=routed, head=head)
+        (total, right), routes = out if routed else (out, [])
+        more, metrics = router.compute_losses(cfg, routes, batch, train.count_targets)
+        return total + more, train.count_targets(batch), {"accuracy": right, **metrics}
+
+    def count_flops(model: Transformer, T: int, tokens: int, targets: int) -> float:
+        head = 6 * len(ids) * model.config.n_embd       # the rows of the labels alone
+        return tokens * model.flops_per_token(T, targets=0.0) + targets * head
+    loss.count_flops = count_flops
     return loss
 
 
@@ -127,8 +139,8 @@ def freeze(model: Transformer) -> None:
     last = f"model.layers.{model.config.n_layer - 1}."
     output = model.output_weight
     for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith((last, "model.norm.")) or p is output)
-
+        chosen = name.startswith((last, "model.norm.")) or p is output
+        p.requires_grad_(p.requires_grad and chosen)        # a router's bias never has a gradient
 
 
 def check(cfg: Config) -> None:
@@ -163,7 +175,8 @@ def losses(cfg: Config, model: Transformer, data: stage.Data, tokenizer: Any, ma
     if cfg.unfreeze == "last":
         freeze(model)
     ids = list(label_ids(tokenizer).values())
-    return class_loss(ids) if cfg.task == "classify" else train.next_token_loss(cfg, masked=True)
+    return (class_loss(cfg, ids) if cfg.task == "classify" else
+            train.next_token_loss(cfg, masked=True))
 
 
 def main(cfg: Config) -> train.State | None:
@@ -177,7 +190,7 @@ def main(cfg: Config) -> train.State | None:
         ids, held_out = label_ids(done.tokenizer), done.data.held_out
         confusion = torch.zeros(len(ids), len(ids))
         train.evaluate(done.model, held_out.fixed(cfg.batch_size, len(held_out)),
-                       class_loss(list(ids.values()), confusion),
+                       class_loss(cfg, list(ids.values()), confusion),
                        replace(done.machine, rank=0, world=1))
         print(report(list(ids), confusion))
     return done.state

@@ -10,6 +10,7 @@ setting that is not given is the saved run's; adapters, ranks, --show and --eval
 """
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Callable, NamedTuple
@@ -56,7 +57,7 @@ class Config(train.Config, lora.Settings):
     # --- evaluation, logs, checkpoints
     out_dir: str = "out/sft"
     eval_interval: int = 200
-    eval_iters: int = 50                # batches of the validation set
+    eval_iters: int = 50                # times 8 rows: the validation set, at any batch_size
     log_interval: int = 10
 
 
@@ -178,6 +179,14 @@ def answer(model: Transformer, tokenizer: Any, messages: list[dict], seed: int) 
                           tokenizer.vocab_size, lambda _, token: token in stops)
     return tokenizer.decode(ids + [row[0] for row in new])
 
+
+def steps_of(epochs: float, rows: int, batch: int) -> int:
+    """Steps in which every row is seen `epochs` times: rounded up, as transformers' Trainer does.
+
+    Rounded to the nearest, 11 rows in steps of 8 would be one step, and 3 of them never seen.
+    """
+    return max(1, math.ceil(round(epochs * rows / batch, 9)))    # 0.1 x 30 is 3.0000000000000004
+
 # ----------------------------------------------------------------------------- the way it goes
 
 
@@ -206,7 +215,9 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
         rows = train.rows_of_step(cfg, machine)
         data = read(cfg, shape, tokenizer, rows, notes)
         # how many steps follows from the size of the data
-        cfg.max_iters = cfg.max_iters or max(1, round(cfg.epochs * len(data.batches) / rows))
+        cfg.max_iters = cfg.max_iters or steps_of(cfg.epochs, len(data.batches), rows)
+        notes.append(f"{cfg.max_iters:,} steps of {rows:,} rows are "
+                     f"{cfg.max_iters * rows / len(data.batches):.4g} epochs")
         if cfg.warmup_iters < 0:
             cfg.warmup_iters = cfg.max_iters // 20
         if machine.main:
@@ -235,7 +246,7 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
                   f"{str(machine.dtype).split('.')[-1]}", sep="\n", file=sys.stderr)
         # ------ train it
         loss = losses(cfg, model, data, tokenizer, machine)
-        held = data.held_out.fixed(cfg.batch_size, cfg.eval_iters) if data.held_out else ()
+        held = data.held_out.fixed(cfg.batch_size, train.eval_rows(cfg)) if data.held_out else ()
         sample = (lambda: answer(model, tokenizer, data.records[0]["messages"], cfg.seed)) if (
             chat and data.records) else None
         state = train.fit(cfg, model, data.batches, loss, machine, tokenizer=tokenizer,

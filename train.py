@@ -37,12 +37,15 @@ import tokenizer as tokenizers
 from config import UserError, run, show
 from data import loader
 from machine import PEAK_TFLOPS, Machine, find_machine, memory_used, utilisation
-from model import ModelConfig, Transformer
+from model import Transformer
 from optim import Optimizer, clip_grad_norm
 from presets import PRESETS, from_settings
+from training import router
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]                  # tensors; of a micro-batch, "whole" is what it is part of
 Loss = Callable[[Any, Batch], tuple[Tensor, Tensor, dict]]
+
+EVAL_ROWS = 8                           # of the validation set, for each of eval_iters
 
 @dataclass
 class Config:
@@ -80,7 +83,7 @@ class Config:
     learning_rate: float = 6e-4         # of AdamW
     muon_learning_rate: float = 0.02
     max_iters: int = 600000
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1           # of matrices, under AdamW and Muon alike
     beta1: float = 0.9
     beta2: float = 0.95
     grad_clip: float = 1.0              # 0: never clip
@@ -100,7 +103,7 @@ class Config:
     # --- evaluation, logs, checkpoints
     out_dir: str = "out"
     eval_interval: int = 2000
-    eval_iters: int = 200               # batches of the fixed validation set
+    eval_iters: int = 200               # times 8 rows: the validation set, at any batch_size
     eval_only: bool = False
     log_interval: int = 1
     always_save_checkpoint: bool = True     # at every evaluation, not only at a better one
@@ -276,24 +279,33 @@ def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
               optimizer: Optimizer, state: State, asked: bool) -> dict[str, Any]:
     """Forward, backward and update on a global batch: this rank's rows, in micro-batches.
 
-    Returns loss, grad_norm, finite and asked (whether any rank was asked to stop).
+    Returns loss, grad_norm, finite, asked (whether any rank was asked to stop), and how many tokens
+    of the batch are no padding, how many of these are targets.
     """
     # a step's randomness is its own: a resumed run needs no generator state
-    torch.manual_seed((cfg.seed * 1_000_003 + state.step) * machine.world + machine.rank)
-    mine = machine.rows(batch)
-    parts = range(0, len(mine["ids"]), cfg.batch_size)
+    seed = (cfg.seed * 1_000_003 + state.step) * machine.world + machine.rank
+    mine, net = machine.rows(batch), checkpoint.raw(model)
+    parts = [{k: v[i:i + cfg.batch_size] for k, v in mine.items()}
+             for i in range(0, len(mine["ids"]), cfg.batch_size)]
+    whole = router.GlobalBatch(batch, machine) if net.config.num_experts else None
+    ahead = whole and router.is_product_of_means(cfg) and len(parts) > 1
+    if ahead:
+        whole.count_ahead(getattr(model, "module", model), parts, seed)
+    torch.manual_seed(seed)
     total = weight = torch.zeros((), device=machine.device)
     sums: dict[str, Tensor] = {}                         # of what the loss reports
-    for i in parts:
-        micro = {k: v[i:i + cfg.batch_size] for k, v in mine.items()}
+    for i, micro in enumerate(parts):
+        if ahead:
+            router.seed_micro_batch(seed, i)
+        micro["whole"] = whole
         # gradients travel between ranks once, with the last micro-batch
-        wait = machine.world > 1 and i != parts[-1]
+        wait = machine.world > 1 and i < len(parts) - 1
         with model.no_sync() if wait else contextlib.nullcontext():
             value, count, metrics = loss(model, micro)
             (value * state.scale).backward()
         total, weight = total + value.detach(), weight + count
         sums = {k: v.detach() + sums.get(k, 0) for k, v in metrics.items()}
-    load = sums.pop("load", None)                        # (layers, experts) tokens
+    load, probability = sums.pop("load", None), sums.pop("probability", None)
     total, weight, asked, *values = machine.sum(total, weight, float(asked), *sums.values())
     # DDP averages over ranks; the gradient wanted is the sum over ranks / the tokens of all
     weight = max(1.0, weight)
@@ -305,12 +317,10 @@ def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
     optimizer.zero_grad()
     reports = {k: v / weight for k, v in zip(sums, values)}
     if load is not None:
-        load = machine.add(load)
-        if finite and checkpoint.raw(model).config.router_bias:
-            checkpoint.raw(model).balance(load, cfg.router_bias_rate)
-        # of the busiest expert as a multiple of an even share; experts that no token chose
-        reports["load_max"] = (load.amax(-1) / load.mean(-1)).max().item()
-        reports["idle_experts"] = int((load == 0).sum())
+        load, probability = machine.add(load), machine.add(probability)
+        if finite and net.config.router_bias:
+            net.balance(load, cfg.router_bias_rate)
+        reports.update(router.report(cfg, whole, load, probability))
     state.step, state.skipped = state.step + 1, state.skipped + (not finite)
     state.in_a_row = 0 if finite else state.in_a_row + 1
     if machine.dtype == torch.float16:                   # dynamic loss scaling (Micikevicius 2018)
@@ -321,8 +331,9 @@ def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
         raise UserError(f"step {state.step}: 10 steps in a row gave a loss or gradient that is "
                         "not finite; lower --learning_rate or try --dtype=float32 (the last "
                         f"checkpoint in {cfg.out_dir} is untouched)")
+    tokens, targets = int(loader.valid_tokens(batch).sum()), int(count_targets(batch))
     return {"loss": total / weight, **reports, "grad_norm": norm, "finite": finite,
-            "asked": asked > 0}
+            "asked": asked > 0, "tokens": tokens, "targets": targets}
 
 def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: Loss,
         machine: Machine, *, eval_batches: Iterable[Batch] = (), tokenizer=None,
@@ -333,7 +344,7 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
     its slice and walks it in micro-batches of cfg.batch_size rows. loss(model, batch) returns
     (sum, weight, metrics): the gradient of a step is that of sum / weight over the whole global
     batch, so that accumulation and ranks never change the maths. metrics are sums too, and logged
-    as means. Saves to cfg.out_dir.
+    as means. tokens/s and MFU count neither padding nor what is frozen. Saves to cfg.out_dir.
     """
     optimizer = Optimizer(model.named_parameters(), cfg.optimizer, cfg.learning_rate, cfg.beta1,
                           cfg.beta2, weight_decay=cfg.weight_decay,
@@ -363,25 +374,28 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
     if state.step >= cfg.max_iters:
         journal.say(f"{cfg.out_dir} is already at step {state.step}: raise --max_iters to go on")
     model.train()
-    timed, tokens = 0.0, 0                              # since the last line of the log
+    steps, timed, tokens, targets = 0, 0.0, 0, 0        # since the last line of the log
+    cost = getattr(loss, "count_flops", count_flops)
     with Stop() as stop:
         while state.step < cfg.max_iters:
             began, scale = time.perf_counter(), lr_scale(cfg, state.step)
             batch = batches(state.step)
             done = take_step(cfg, ranks, batch, loss, machine, optimizer, state, stop.asked)
             finite, leaving = done.pop("finite"), done.pop("asked")
-            timed, tokens = timed + time.perf_counter() - began, tokens + batch["ids"].numel()
-            state.seconds += time.perf_counter() - began
+            spent = time.perf_counter() - began
+            state.seconds += spent
+            steps, timed = steps + 1, timed + spent
+            tokens, targets = tokens + done.pop("tokens"), targets + done.pop("targets")
             # ------ say how it goes
             final = state.step >= cfg.max_iters
             if state.step % cfg.log_interval == 0 or final or not finite:
                 rate = tokens / timed
-                mfu = utilisation(rate / machine.world * model.flops_per_token(cfg.block_size),
-                                  machine.device)
+                flops = cost(model, cfg.block_size, tokens, targets)
+                mfu = utilisation(flops / timed / machine.world, machine.device)
                 journal.record(step=state.step, **done, lr=scale * cfg.learning_rate,
                                tokens_per_second=rate, mfu=mfu, seconds=state.seconds,
                                memory=memory_used(machine.device), skipped=state.skipped)
-                left = (cfg.max_iters - state.step) * batch["ids"].numel() / rate
+                left = (cfg.max_iters - state.step) * timed / steps
                 share = "n/a" if mfu is None else f"{mfu:.1%}"
                 odd = f" | load {done['load_max']:.2f}" if "load_max" in done else ""
                 odd += f" | {state.skipped} skipped" if state.skipped else ""
@@ -389,7 +403,7 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
                     f"step {state.step}/{cfg.max_iters} | loss {done['loss']:.4f} | lr "
                     f"{scale * cfg.learning_rate:.2e} | norm {done['grad_norm']:.2f} | {rate:,.0f} "
                     f"tok/s | mfu {share}{odd} | {clock(left)} left", passing=not final)
-                timed, tokens = 0.0, 0
+                steps, timed, tokens, targets = 0, 0.0, 0, 0
             # ------ evaluate and save
             due, better = state.step % cfg.eval_interval == 0 or final, False
             if due and not leaving and eval_batches:
@@ -416,20 +430,15 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
 
 # ------------------------------------------------------------------------------ pretraining
 
-def router_of(cfg: Config, shape: ModelConfig) -> str:
-    """What to ask a model's forward of its routers: nothing of a dense one, or without learning."""
-    if not shape.num_experts or not torch.is_grad_enabled():
-        return ""
-    return "sequence" if cfg.router_sequence_wise else "batch"
+def count_targets(batch: Batch) -> Tensor:
+    """Return the number of tokens that are trained on."""
+    return (batch["targets"] >= 0).sum()
 
-def router_loss(cfg: Config, seen: Tensor, tokens: int, count: Tensor) -> tuple[Tensor, dict]:
-    """(the routers' balance and z losses, to be added to a sum of `count` terms; their metrics).
-
-    seen (layers, E + 2): MoE.statistics of `tokens` tokens, whose losses are sums over these.
-    """
-    balance, z = seen[:, -2:].mean(0) / tokens
-    return (count * (cfg.router_aux_loss_coef * balance + cfg.router_z_loss_coef * z),
-            {"load": seen[:, :-2], "balance": balance.detach() * count})
+def count_flops(model: Transformer, T: int, tokens: int, targets: int) -> float:
+    """Return the FLOPs of steps with so many valid tokens and targets: padding is no work, and only
+    targets meet the vocabulary. A loss with other costs, a teacher's forward say, has a count_flops
+    of its own."""
+    return tokens * model.flops_per_token(T, targets=targets / max(1, tokens))
 
 def next_token_loss(cfg: Config, masked: bool = False) -> Loss:
     """The loss of pretraining: cross entropy of each next token, summed, with its token count.
@@ -442,8 +451,8 @@ def next_token_loss(cfg: Config, masked: bool = False) -> Loss:
         config = checkpoint.raw(model).config
         options = dict(z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing) if learn else {}
         options["softcap"] = config.final_logit_softcapping
-        routed = router_of(cfg, config)
-        count, metrics, live = (targets >= 0).sum(), {}, None
+        routed = router.needs_routes(config)
+        count, metrics, live = count_targets(batch), {}, None
         if masked:
             live = (targets.flatten() >= 0).nonzero()[:, 0]
             live = live if len(live) else live.new_zeros(1)     # no kernel likes an empty tensor
@@ -456,8 +465,8 @@ def next_token_loss(cfg: Config, masked: bool = False) -> Loss:
 
         total = model(batch["ids"], doc=batch.get("doc"), router=routed, head=head)
         if routed:
-            total, seen = total
-            more, metrics = router_loss(cfg, seen, targets.numel(), count)
+            total, routes = total
+            more, metrics = router.compute_losses(cfg, routes, batch, count_targets)
             total = total + more
         return total, count, metrics
     return loss
@@ -527,6 +536,11 @@ def rows_of_step(cfg: Config, machine: Machine) -> int:
                         f"gradient_accumulation_steps to give each at least one")
     return rows
 
+def eval_rows(cfg: Config) -> int:
+    """Return the rows of the validation set: eight for each of eval_iters, and not batch_size, so
+    that a run is judged by the same rows whatever fits its memory."""
+    return cfg.eval_iters * EVAL_ROWS
+
 def main(cfg: Config) -> State:
     if cfg.init_from == "resume":
         cfg = inherit(cfg)
@@ -539,14 +553,15 @@ def main(cfg: Config) -> State:
     batches = loader.Batches(dataset.tokens("train"), rows, cfg.block_size, seed=cfg.seed,
                              eot=dataset.eot, documents=cfg.document_mask)
     held_out = loader.eval_batches(dataset.tokens("val"), cfg.batch_size, cfg.block_size,
-                                   cfg.eval_iters, eot=dataset.eot, documents=cfg.document_mask)
+                                   eval_rows(cfg), eot=dataset.eot, documents=cfg.document_mask)
     model = build_model(cfg, dataset.vocab_size, machine)
     if machine.main and not cfg.eval_only:
         prepare_out_dir(cfg)
     if machine.main:
         print(show(cfg), file=sys.stderr)
-        cost = model.flops_per_token(cfg.block_size) * rows * cfg.block_size
-        print(f"{model.parameter_count():,} parameters | {rows * cfg.block_size:,} tokens and "
+        tokens = rows * cfg.block_size
+        cost = count_flops(model, cfg.block_size, tokens, tokens)
+        print(f"{model.parameter_count():,} parameters | {tokens:,} tokens and "
               f"{cost / 1e9:,.0f} GFLOPs a step | {machine.device} x {machine.world}, "
               f"{str(machine.dtype).split('.')[-1]}", file=sys.stderr)
 

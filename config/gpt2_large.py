@@ -24,4 +24,4 @@ weight_decay = 0.1
 max_iters = 20345
 warmup_iters = 700
 eval_interval = 500
-eval_iters = 100
+eval_iters = 50

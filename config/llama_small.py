@@ -28,4 +28,4 @@ warmup_iters = 100
 schedule = "wsd"
 min_lr = 0.0
 eval_interval = 500
-eval_iters = 100
+eval_iters = 150

@@ -24,5 +24,5 @@ schedule = "linear"
 min_lr = 0.0
 
 eval_interval = 500
-eval_iters = 50
+eval_iters = 25
 log_interval = 50

@@ -446,9 +446,10 @@ class Packed:
         places = [divmod(sample, len(self.rows)) for sample in samples]
         return self.gather([int(self.epoch(number)[place]) for number, place in places])
 
-    def fixed(self, batch_size: int, count: int) -> "Fixed":
-        """Up to `count` batches, the same in every run: evenly spaced rows, none twice."""
-        rows = min(len(self), batch_size * count)
+    def fixed(self, batch_size: int, rows: int) -> "Fixed":
+        """Up to `rows` rows, the same in every run and for every batch_size: evenly spaced, none
+        twice."""
+        rows = min(len(self), rows)
         numbers = [k * len(self) // rows for k in range(rows)]
         return Fixed(self, [numbers[i:i + batch_size] for i in range(0, rows, batch_size)])
 

@@ -363,6 +363,25 @@ def gather(tokens: Tokens, starts: np.ndarray, block_size: int,
     return batch
 
 
+def trained_documents(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mask (B, D) of the documents, by number, that have a target; D is one more than the largest
+    number in "doc". Without "doc" a row is one document."""
+    targets = batch["targets"]
+    doc = batch["doc"].long() if "doc" in batch else torch.zeros_like(targets)
+    found = torch.zeros(len(doc), int(doc.max()) + 1, device=doc.device)
+    return found.scatter_reduce_(1, doc, (targets >= 0).float(), "amax") > 0
+
+
+def valid_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mask (B, T) of the tokens that are not padding: those of a document with a target. Every
+    conversation has an answer, and of text every token is a target."""
+    is_target = batch["targets"] >= 0
+    if is_target.all():
+        return is_target
+    doc = batch["doc"].long() if "doc" in batch else torch.zeros_like(batch["targets"])
+    return trained_documents(batch).gather(1, doc)
+
+
 def mask_eot(tokens: Tokens, eot: int | None, documents: bool) -> int | None:
     """The id that separates documents, or None when no document numbers are wanted."""
     if documents and eot is None:
@@ -440,18 +459,19 @@ class FixedBatches:
         return gather(self.tokens, starts, self.block_size, self.eot)
 
 
-def eval_batches(tokens: Tokens, batch_size: int, block_size: int, eval_iters: int,
+def eval_batches(tokens: Tokens, batch_size: int, block_size: int, rows: int,
                  eot: int | None = None, documents: bool = False) -> FixedBatches:
-    """Up to eval_iters batches of a split, the same in every run: a fixed sample to score.
+    """Up to `rows` windows of a split, the same in every run: a fixed sample to score.
 
     The windows are evenly spaced over the whole split and none comes twice, so a short split
-    gives fewer batches, the last one perhaps with fewer rows.
+    gives fewer. Which ones they are does not depend on batch_size, the number that goes through the
+    model at once: a validation loss is the same for all of them.
     """
-    if batch_size < 1 or eval_iters < 1:
-        raise UserError(f"batch_size is {batch_size} and eval_iters {eval_iters}; both must be "
-                        "at least 1")
+    if batch_size < 1 or rows < 1:
+        raise UserError(f"batch_size is {batch_size} and there are {rows} rows to validate on "
+                        "(eval_iters); both must be at least 1")
     whole = windows_in(tokens, block_size)
-    count = min(whole, eval_iters * batch_size)
+    count = min(whole, rows)
     # whole >= count, so neighbours are at least one window apart: no duplicates
     starts = np.arange(count, dtype=np.int64) * whole // count * block_size
     return FixedBatches(tokens, starts, batch_size, block_size, mask_eot(tokens, eot, documents))

@@ -392,11 +392,11 @@ def test_ranks_share_the_batch_of_a_step(packed):
 
 
 def test_fixed_batches_are_rows_without_repetition(packed):
-    fixed = packed.fixed(8, 2)
+    fixed = packed.fixed(8, 16)
     assert len(fixed) == 2 and len(packed.fixed(8, 10 ** 6)) == -(-len(packed) // 8)
     rows = torch.cat([b["ids"] for b in fixed])
     assert len(set(map(tuple, rows.tolist()))) == 16
-    assert same(fixed[0], packed.fixed(8, 2)[0])
+    assert same(fixed[0], packed.fixed(8, 16)[0])
 
 
 

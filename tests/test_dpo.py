@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import checkpoint
 import dpo
@@ -167,12 +168,20 @@ def test_of_a_mixture_the_routers_losses_are_added_for_each_pair(base, words):
         return dpo.pair_loss(dpo.Config(**settings))(model, batch)
     bare, count, _ = total(router_aux_loss_coef=0.0)
     whole, _, metrics = total(router_aux_loss_coef=0.5, router_z_loss_coef=0.25)
-    seen = model(batch["ids"], doc=batch["doc"], router="batch", head=lambda h, w: h.sum())[1]
-    balance, z = (seen[:, -2:].mean(0) / batch["ids"].numel()).tolist()
+    routes = model(batch["ids"], doc=batch["doc"], router=True, head=lambda h, w: h.sum())[1]
+    logits = [seen["logits"].detach().flatten(0, 1) for seen in routes]
+    valid, k = torch.zeros_like(batch["ids"], dtype=torch.bool), model.config.num_experts_per_tok
+    for row, numbers in zip(valid, batches.rows):           # what follows the pairs is padding
+        row[:sum(len(batches.conversations[i][0]) for i in numbers)] = True
+    assert not valid.all()
+    balance = sum(load_balancing_loss_func((x,), x.shape[1], k, valid.long()).item()
+                  for x in logits) / len(logits)
+    z = sum(torch.logsumexp(x, -1)[valid.flatten()].square().mean().item()
+            for x in logits) / len(logits)
     assert balance > 1 and z > 0 and count == 12
     assert (whole - bare).item() == pytest.approx(12 * (0.5 * balance + 0.25 * z), rel=1e-4)
     assert metrics["balance"].item() == pytest.approx(12 * balance, rel=1e-5)
-    assert torch.equal(metrics["load"], seen[:, :-2])
+    assert metrics["load"].sum() == len(logits) * k * valid.sum()
     with torch.no_grad():                                   # a validation loss has none of it
         value, _, metrics = total(router_aux_loss_coef=0.5)
     assert value.item() == pytest.approx(bare.item(), rel=1e-5) and "load" not in metrics

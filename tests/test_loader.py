@@ -165,18 +165,18 @@ def test_document_numbers_count_end_of_text_ids(tmp_path):
 
 
 # --- evaluation --------------------------------------------------------------------------------
-@pytest.mark.parametrize("n, block, batch, iters", [
-    (1000, 10, 4, 5), (1000, 10, 4, 1000), (105, 10, 4, 3), (11, 10, 8, 8), (999, 3, 7, 9)])
-def test_the_evaluation_set_is_fixed_and_has_no_duplicates(tmp_path, n, block, batch, iters):
+@pytest.mark.parametrize("n, block, batch, rows", [
+    (1000, 10, 4, 20), (1000, 10, 4, 1000), (105, 10, 4, 9), (11, 10, 8, 8), (999, 3, 7, 63)])
+def test_the_evaluation_set_is_fixed_and_has_no_duplicates(tmp_path, n, block, batch, rows):
     tokens = positions(tmp_path / "d", n)
-    batches = loader.eval_batches(tokens, batch, block, iters)
-    again = loader.eval_batches(tokens, batch, block, iters)
+    batches = loader.eval_batches(tokens, batch, block, rows)
+    again = loader.eval_batches(tokens, batch, block, rows)
     starts = []
     for b, c in zip(batches, again, strict=True):
         assert torch.equal(b["ids"], c["ids"]) and torch.equal(b["targets"], b["ids"] + 1)
         starts += b["ids"][:, 0].tolist()
     windows = (n - 1) // block
-    assert len(starts) == min(windows, batch * iters) == len(set(starts))
+    assert len(starts) == min(windows, rows) == len(set(starts))
     assert len(batches) == -(-len(starts) // batch)
     gaps = np.diff(starts)
     assert (gaps >= block).all()                                # they do not overlap

@@ -4,15 +4,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 import kernels
 import train
 from config import UserError, configure
-from model import MoE, ModelConfig, Transformer
+from model import ModelConfig, Transformer
 from presets import family
 from runs import (assert_same_run, close, curve, last, log, quiet_machine,  # noqa: F401
                   ranks, weights)
 from test_train import CALM, data, fork, forks, go, go_on       # noqa: F401
+from training import router
 
 SMALL = dict(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=32, num_experts=4,
              moe_intermediate_size=16)
@@ -102,40 +104,13 @@ def test_the_correction_bias_counts_for_the_choice_and_not_for_the_share():
 
 # ---------------------------------------------------------------- balance and z loss, by oracles
 
-def routed(B=3, T=16, E=4, k=2, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    logits = torch.randn(B, T, E, generator=g, dtype=torch.float64)
-    scores = logits.softmax(-1)
-    return {"logits": logits, "scores": scores, "chosen": scores.topk(k, -1).indices}
-
-
-def test_the_balance_loss_is_transformers():
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-    seen = routed()
-    theirs = load_balancing_loss_func((seen["logits"].view(-1, 4),), 4, 2)
-    ours = MoE.statistics(seen, sequence_wise=False)
-    assert ours[-2].item() / 48 == pytest.approx(theirs.item(), rel=1e-6)
-    assert ours[-1].item() / 48 == pytest.approx(
-        (torch.logsumexp(seen["logits"], -1) ** 2).mean().item(), rel=1e-6)
-    assert ours[:4].tolist() == torch.bincount(seen["chosen"].flatten(), minlength=4).tolist()
-
-
-def test_sequence_wise_is_the_mean_of_each_sequence_alone():
-    seen = routed()
-    alone = [MoE.statistics({k: v[b:b + 1] for k, v in seen.items()}, False) for b in range(3)]
-    both = MoE.statistics(seen, sequence_wise=True)
-    torch.testing.assert_close(both, sum(alone))
-    assert not torch.allclose(both, MoE.statistics(seen, sequence_wise=False))
-
-
 def test_an_even_load_has_the_least_balance_loss():
+    """k; what it is otherwise, transformers says: tests/test_statistics.py."""
     even = {"logits": torch.zeros(1, 4, 4), "scores": torch.full((1, 4, 4), 0.25),
             "chosen": torch.tensor([[[0, 1], [2, 3], [0, 1], [2, 3]]])}
-    assert MoE.statistics(even, False)[-2].item() / 4 == pytest.approx(2)    # k
-    skewed = routed()
-    skewed["scores"] = (skewed["logits"] + torch.tensor([3.0, 0, 0, 0])).softmax(-1)
-    skewed["chosen"] = skewed["scores"].topk(2, -1).indices
-    assert MoE.statistics(skewed, False)[-2].item() / 48 > 2.2
+    batch = {"ids": some_ids(1, 4), "targets": some_ids(1, 4)}
+    _, metrics = router.compute_losses(train.Config(), [even], batch, train.count_targets)
+    assert metrics["balance"].item() / 4 == pytest.approx(2)
 
 
 @pytest.mark.parametrize("aux", [dict(router_aux_loss_coef=1.0), dict(router_z_loss_coef=1.0)])
@@ -150,12 +125,17 @@ def test_the_routers_losses_reach_the_gradient_with_their_weight(aux, checkpoint
     total, count, metrics = train.next_token_loss(cfg)(model, batch)
     got = torch.autograd.grad(total, [model.model.embed_tokens.weight])[0]
     model.checkpointing = False
-    value, seen = model(ids, router="sequence", head=lambda h, w: kernels.linear_cross_entropy(
+    value, routes = model(ids, router=True, head=lambda h, w: kernels.linear_cross_entropy(
         h, w, batch["targets"]))
-    extra = seen[:, -2 if "router_aux_loss_coef" in aux else -1].mean() / ids.numel()
+    by_row = [load_balancing_loss_func((seen["logits"][b],), 4, 2) for seen in routes
+              for b in range(2)]
+    z = [torch.logsumexp(seen["logits"], -1).square().mean() for seen in routes]
+    extra = torch.stack(by_row if "router_aux_loss_coef" in aux else z).mean()
     expected = torch.autograd.grad(value + count * extra, [model.model.embed_tokens.weight])[0]
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(metrics["load"], seen[:, :-2]) and metrics["load"].sum() == 2 * 2 * 48
+    chosen = torch.stack([torch.bincount(seen["chosen"].flatten(), minlength=4)
+                          for seen in routes])
+    assert torch.equal(metrics["load"], chosen.float()) and metrics["load"].sum() == 2 * 2 * 48
     with torch.no_grad():                               # and evaluation is the language model's
         assert train.next_token_loss(cfg)(model, batch)[0].item() == pytest.approx(value.item())
 
@@ -180,15 +160,19 @@ MIXTURE = ["--family=glm4_moe", "--num_experts=16", "--num_experts_per_tok=2", "
 
 
 @pytest.mark.parametrize("flags", [
-    ["--router_bias_rate=0"], ["--router_aux_loss_coef=0.1", "--router_sequence_wise=1"]])
-def test_one_rank_is_two_ranks_with_experts_that_saw_no_token(go, fork, tmp_path, flags):
-    """4 tokens a rank and micro-batch for 16 experts: most of them stay idle in each."""
-    rows = ["--block_size=4", "--batch_size=1", "--gradient_accumulation_steps=2", CALM,
-            "--router_aux_loss_coef=0", *MIXTURE, *flags]
-    one, two = go("one", *rows), tmp_path / "two"
-    outcomes = [r.wait() for r in ranks(fork, 2, *rows, f"--out_dir={two}")]
-    assert [o[0] for o in outcomes] == [0, 0], outcomes
-    assert min(curve(one, "idle_experts")) > 4
+    ["--router_aux_loss_coef=0"], ["--router_aux_loss_coef=0.1", "--router_sequence_wise=1"],
+    ["--router_aux_loss_coef=0.1"]], ids=["bias alone", "of each row", "of the batch"])
+def test_one_rank_is_three_ranks_with_experts_that_saw_no_token(go, fork, tmp_path, flags):
+    """4 tokens a row for 16 experts, most of which stay idle in it; ranks have 1, 1 and 2 rows."""
+    rows = ["--block_size=4", "--batch_size=1", "--gradient_accumulation_steps=4", CALM,
+            "--max_iters=12", "--eval_interval=6", *MIXTURE, *flags]
+    one, two = go("one", *rows, "--batch_size=4", "--gradient_accumulation_steps=1"), (
+        tmp_path / "two")
+    outcomes = [r.wait() for r in ranks(fork, 3, *rows, f"--out_dir={two}")]
+    assert [o[0] for o in outcomes] == [0, 0, 0], outcomes
+    assert min(curve(one, "idle_experts")) > 0
+    bias = "model.layers.2.mlp.gate.e_score_correction_bias"
+    assert torch.equal(weights(last(one))[bias], weights(last(two))[bias])
     close(one, two)
     for key in ("idle_experts", "load_max"):            # counted over all ranks
         assert curve(one, key) == curve(two, key)

@@ -4,6 +4,7 @@ Weights of the checkpoints that fine-tuning starts from are random: what is test
 depend on what they know. Runs in processes of their own are forks, as in test_train.py.
 """
 import json
+import math
 import os
 import random
 import re
@@ -368,11 +369,13 @@ def test_a_second_stage_inherits_what_the_first_one_left(go, capfd):
 def test_epochs_say_how_many_steps(go, capfd):
     """Two epochs of the rows, six at a time; on resuming, another number of them."""
     out = go("out", "--max_iters=0", "--epochs=2")
-    rows = int(re.search(r"in (\d+) rows", capfd.readouterr().err)[1])
-    steps = round(2 * rows / 6)
+    text = capfd.readouterr().err
+    rows = int(re.search(r"in (\d+) rows", text)[1])
+    steps = math.ceil(2 * rows / 6)         # every row is seen, as transformers' Trainer does
     assert len(curve(out)) == steps == checkpoint.load_trainer(last(out))["settings"]["max_iters"]
+    assert f"\n{steps} steps of 6 rows are {steps * 6 / rows:.4g} epochs\n" in text
     go_on(out, "--epochs=3")
-    assert len(curve(out)) == round(3 * rows / 6)
+    assert len(curve(out)) == math.ceil(3 * rows / 6)
 
 
 def test_show_prints_what_is_trained_on_and_writes_nothing(base, talk, tmp_path, capfd):

@@ -165,8 +165,7 @@ def test_a_batch_of_8_is_4_times_2_is_8_times_1(go):
     """Same tokens a step, however they are cut: losses, gradient norms, weights."""
     whole = go("whole", CALM, "--batch_size=8", "--gradient_accumulation_steps=1")
     for batch, steps in ((4, 2), (1, 8)):
-        # eval_iters are batches: as many rows for each
-        parts = go(f"parts{batch}", CALM, f"--batch_size={batch}", f"--eval_iters={32 // batch}",
+        parts = go(f"parts{batch}", CALM, f"--batch_size={batch}",
                    f"--gradient_accumulation_steps={steps}")
         close(whole, parts)
         a, b = weights(last(whole)), weights(last(parts))
