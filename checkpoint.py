@@ -20,7 +20,6 @@ weights.py, how the published architectures spell settings and parameters is fam
 """
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -41,8 +40,8 @@ from families import FAMILIES, HANDMADE, Family, meta_file
 from model import ModelConfig, Transformer
 from translate import (Slot, differences, disk_form, family_named, family_of, hf_config,
                        layout, model_config_from_hf, to_family)
-from weights import (DTYPE_NAMES, DTYPES, Stored, read, read_header, read_json, weight_index,
-                     write_safetensors)
+from weights import (DTYPE_NAMES, DTYPES, Stored, note, read, read_header, read_json,
+                     weight_index, write_safetensors)
 
 SHARD_BYTES = 5 * 10 ** 9           # a file of weights is no larger, unless one tensor is
 TYPES = {str(t).removeprefix("torch."): t for t in DTYPE_NAMES}     # as --dtype says them
@@ -67,12 +66,6 @@ def raw(model: Any) -> Transformer:
     return model
 
 # -------------------------------------------------------------------------------- saving
-
-
-@functools.lru_cache(maxsize=None)
-def note(message: str) -> None:
-    """One line on stderr, and once a run."""
-    print(f"note: {message}", file=sys.stderr)
 
 
 def save_model(path: str | Path, model: Any, tokenizer: Any = None, *,
