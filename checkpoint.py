@@ -40,8 +40,8 @@ from families import FAMILIES, HANDMADE, Family, meta_file
 from model import ModelConfig, Transformer
 from translate import (Slot, differences, disk_form, family_named, family_of, hf_config,
                        layout, model_config_from_hf, to_family)
-from weights import (DTYPE_NAMES, DTYPES, Stored, note, read, read_header, read_json,
-                     weight_index, write_safetensors)
+from weights import (DTYPE_NAMES, DTYPES, Stored, brief, equal, note, read, read_header,
+                     read_json, weight_index, write_safetensors)
 
 SHARD_BYTES = 5 * 10 ** 9           # a file of weights is no larger, unless one tensor is
 TYPES = {str(t).removeprefix("torch."): t for t in DTYPE_NAMES}     # as --dtype says them
@@ -134,8 +134,10 @@ def write_model(directory: Path, config: ModelConfig, dtypes: dict[str, torch.dt
     specs = [(name, dtypes.get(slot.parts[0], main), slot.shape) for name, slot in slots.items()]
     if family.model_type == "meta":
         # one file, for which torch wants all of its tensors at once
-        torch.save({name: make(name).to(dtype).contiguous().clone() for name, dtype, _ in specs},
-                   directory / "consolidated.00.pth")
+        tensors = {name: make(name).to(dtype).contiguous().clone() for name, dtype, _ in specs}
+        # Meta's program and torchtune ask for it of a tied model, too: one storage, two names
+        tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
+        torch.save(tensors, directory / "consolidated.00.pth")
         write_json(directory / "params.json", meta_file(config, to_family(config, family)))
         if tokenizer is not None:
             tokenizer.save(directory)
@@ -314,21 +316,28 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], str]:
     if file.is_file():
         return read_json(file), str(file)
     file = directory / "params.json"
-    return {**read_json(file), "model_type": "meta"}, str(file)
+    hf = read_json(file)
+    if hf.get("model_type") not in (None, "transformer"):       # Mistral's files say it
+        raise UserError(f"{file}: models of the type {brief(hf['model_type'])} are not supported, "
+                        "only 'transformer'")
+    return {**hf, "model_type": "meta"}, str(file)
 
 
 def complete(hf: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:
-    """The settings with what both kinds of file leave to the weights: whether there is an output
-    matrix; Meta's vocabulary of -1 and the width of its MLP."""
-    meta, said = hf["model_type"] == "meta", dict(hf)
-    for key, name in [("vocab_size", "tok_embeddings.weight"),
-                      ("hidden_dim", "layers.0.feed_forward.w1.weight")] if meta else ():
+    """Return the settings with what Meta's files leave to the weights: a vocabulary of -1, the
+    width of the MLP, and whether the output matrix is the embedding."""
+    if hf["model_type"] != "meta":
+        return hf
+    said = dict(hf)
+    for key, name in (("vocab_size", "tok_embeddings.weight"),
+                      ("hidden_dim", "layers.0.feed_forward.w1.weight")):
         if hf.get(key) in (-1, None) and name in stored:
             said[key] = (stored[name].shape or (0,))[0]
-    if "tie_word_embeddings" not in hf:
-        # silence means the family's default, or what is plain to see
-        output = "output.weight" if meta else "lm_head.weight"
-        said.update({} if output in stored else {"tie_word_embeddings": True})
+    if hf.get("tied_embeddings") is None:
+        # the trap: Llama 3.2's small models are tied, and their files hold the matrix twice
+        output, embedding = (stored.get(f"{x}.weight") for x in ("output", "tok_embeddings"))
+        said["tied_embeddings"] = output is None or embedding is not None and equal(
+            output, embedding)
     return said
 
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from config import UserError, field_types
+from formats.config_keys import check_keys
 from families import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, Family
 from model import ModelConfig, Transformer, rope_frequencies
+from weights import brief
 
 ABOVE_ZERO = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "logits_scaling")
 KINDS = field_types(ModelConfig)
@@ -72,7 +74,7 @@ def to_family(config: ModelConfig, family: Family) -> dict[str, Any]:
         value = getattr(config, ours)
         # one key may stand for two flags: attention_bias is that of q, k, v and that of o
         hf[theirs] = (hf.get(theirs, False) or value) if isinstance(value, bool) else value
-    if family.fixed.get("position") == "rope":
+    if family.fixed.get("position") == "rope" and family.rope != "own":
         scaling = effective(config)["rope_scaling"]
         # transformers 5 reads rope_parameters; 4 and most other programs read the other two
         hf["rope_theta"], hf["rope_scaling"] = config.rope_theta, scaling
@@ -97,12 +99,17 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
                             f"only {' or '.join(map(repr, allowed or (None,)))}")
     if hf.get("quantization_config"):
         raise UserError(f"{where}: quantised weights are not supported; use the original ones")
+    hf = without_synonyms(hf, family, where)
+    check_keys(hf, known_keys(family), family.model_type, where)
     values = dict(family.fixed)             # what the architecture is, then what the file says
     for ours, theirs in family.fields:
         if ours == "dropout":                   # a choice of the run, not of the model
             continue
         value = hf.get(theirs)
-        values[ours] = family.defaults[theirs] if value is None else value
+        if value is None:
+            null = theirs in hf and theirs in family.nulls
+            value = (family.nulls if null else family.defaults)[theirs]
+        values[ours] = value
         if values[ours] is None:
             raise UserError(f"{where} does not say {theirs}: is it the file of a model?")
     if family.fixed["position"] == "rope" and family.rope != "own":
@@ -116,37 +123,103 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
     return checked(values, where)
 
 
+def without_synonyms(hf: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """Return the file's settings under one name each; UserError where two names disagree."""
+    renamed = dict(hf)
+    for second, first in family.synonyms.items():
+        value = renamed.pop(second, None)
+        if value is not None and renamed.setdefault(first, value) != value:
+            raise UserError(f"{where}: {second} = {brief(value)} and {first} = "
+                            f"{brief(renamed[first])} are two names of one setting, which is not "
+                            "supported with different values: delete the wrong one")
+    return renamed
+
+
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+
+
+def known_keys(family: Family) -> frozenset[str]:
+    """Return the keys of config.json that the family reads, or knows to be harmless."""
+    keys = {theirs for _, theirs in family.fields}
+    if family.fixed["position"] == "rope" and family.rope != "own":
+        keys |= {*ROPE, {"nested": "rope_local_base_freq"}.get(
+            family.rope, "original_max_position_embeddings")}
+    return frozenset(keys | {*family.reads, *family.ignores, *family.only, "quantization_config"})
+
+
+def rope_object(hf: dict, key: str, where: str) -> dict[str, Any]:
+    """Return the object under a key of config.json, {} for null; UserError if it is none."""
+    value = hf.get(key)
+    if not isinstance(value, (dict, type(None))):
+        raise UserError(f"{where}: expected an object as {key}, got {brief(value)}")
+    return dict(value or {})
+
+
 def read_rope(hf: dict, family: Family, values: dict, where: str) -> None:
-    """The rotary settings, old spelling (rope_theta, rope_scaling) or new (rope_parameters)."""
+    """Read the rotary settings, in the old spelling (rope_theta, rope_scaling) or the new one
+    (rope_parameters). Where both are there, what counts is what counts in transformers."""
     # what silence means: the family's own base, else that of the paper (Su 2021)
-    silent = 1e6 if family.rope == "nested" else 10000.0
-    rope = {"rope_theta": hf.get("rope_theta") or family.defaults.get("rope_theta", silent)}
-    local = hf.get("rope_local_base_freq") or 10000.0
-    share = hf.get("partial_rotary_factor")
-    for part in (hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}):
-        if family.rope == "nested" and isinstance(part, dict) and "full_attention" in part:
-            slide = part.get("sliding_attention") or {}
-            if not isinstance(slide, dict) or slide.get("rope_type", "default") != "default":
-                raise UserError(f"{where}: of its rotary settings only full_attention's can scale")
-            local, part = slide.get("rope_theta", local), part["full_attention"]
-        if not isinstance(part, dict) or any(isinstance(v, dict) for v in part.values()):
-            raise UserError(f"{where}: rotary settings by kind of layer are not supported in a "
-                            f"{family.model_type} model")
-        rope.update(part)
-    # both stretch from the context of the first training, which not every file repeats
+    silent = family.defaults.get("rope_theta", 1e6 if family.rope == "nested" else 10000.0)
+    rope = (nested_rope if family.rope == "nested" else flat_rope)(hf, family, values, where)
+    theta = rope.pop("rope_theta", None)
+    theta = hf.get("rope_theta") if theta is None else theta
+    values["rope_theta"] = silent if theta is None else theta
     if rope.get("rope_type", rope.get("type")) in ("llama3", "yarn"):
+        # both stretch from the context of the first training, which not every file repeats; a
+        # number outside of the object counts before the one in it
+        outer = hf.get("original_max_position_embeddings")
         rope.setdefault("original_max_position_embeddings", values["block_size"])
-    values["rope_theta"] = rope.pop("rope_theta")
-    inner = rope.pop("partial_rotary_factor", None)
-    share = share if inner is None else inner
+        if outer is not None:
+            rope["original_max_position_embeddings"] = outer
+    share = rope.pop("partial_rotary_factor", None)
+    if share is None:                       # the trap: an explicit null is transformers' 1
+        share = hf.get("partial_rotary_factor", 0.5 if family.rope == "partial" else 1.0)
+    share = 1.0 if share is None else share
     if family.rope == "partial":
-        values["partial_rotary_factor"] = 0.5 if share is None else share
-    elif share not in (None, 1, 1.0):
+        values["partial_rotary_factor"] = share
+    elif share not in (1, 1.0):
         raise UserError(f"{where}: a partial_rotary_factor is not supported in a "
                         f"{family.model_type} model")
-    if family.rope == "nested":
-        values["rope_local_theta"] = local
     values["rope_scaling"] = rope or None
+
+
+def flat_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, Any]:
+    """Return the rotary object that counts: rope_scaling if there is one, else rope_parameters."""
+    old, new = rope_object(hf, "rope_scaling", where), rope_object(hf, "rope_parameters", where)
+    if any(isinstance(value, dict) for value in [*old.values(), *new.values()]):
+        raise UserError(f"{where}: rotary settings by kind of layer are not supported in a "
+                        f"{family.model_type} model")
+    # rope_scaling counts alone: what rope_parameters says beside it would be lost without a word
+    for key in ("rope_theta", "partial_rotary_factor") if old else ():
+        if old.get(key) is None and hf.get(key) is None and new.get(key) is not None:
+            raise UserError(f"{where}: rope_scaling counts instead of rope_parameters, and it does "
+                            f"not say {key}: write {key} = {brief(new[key])} into it as well")
+    return old or new
+
+
+def nested_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, Any]:
+    """Return the rotary object of the full_attention layers, and put the base of the others into
+    `values`. rope_scaling is of the full_attention layers, and is laid over rope_parameters."""
+    old, new = rope_object(hf, "rope_scaling", where), rope_object(hf, "rope_parameters", where)
+    if set(new) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{where}: expected full_attention and sliding_attention in the "
+                        f"rope_parameters of a {family.model_type} model, got {brief([*new])}")
+    full = rope_object(new, "full_attention", where)
+    slide = rope_object(new, "sliding_attention", where)
+    if any(isinstance(value, dict) for value in [*old.values(), *full.values()]):
+        raise UserError(f"{where}: expected numbers in rope_scaling and in rope_parameters' "
+                        "full_attention")
+    shadow = full.get("rope_type", None if new else "default")
+    if "type" in old and "rope_type" not in old and shadow not in (None, old["type"]):
+        # the trap: there transformers reads rope_type alone
+        raise UserError(f"{where}: rope_scaling says type = {brief(old['type'])}, which does not "
+                        f"count in a {family.model_type} model: call it rope_type")
+    if slide.get("rope_type", slide.get("type", "default")) != "default":
+        raise UserError(f"{where}: of its rotary settings only full_attention's can scale")
+    local = slide.get("rope_theta")
+    local = hf.get("rope_local_base_freq") if local is None else local
+    values["rope_local_theta"] = 10000.0 if local is None else local
+    return {**full, **old}
 
 
 def is_number(value: Any) -> bool:
@@ -186,8 +259,8 @@ def checked(values: dict[str, Any], where: str) -> ModelConfig:
                 raise UserError(f"{where}: rope_type {kind} needs {key}, a number above 0")
         for key in ROPE_OPTIONS.get(kind, ()):
             value = scaling.get(key)
-            if value is not None and not (type(value) is bool if key == "truncate" else
-                                          is_number(value)):
+            good = type(value) is bool if key == "truncate" else is_number(value)
+            if value is not None and (not good or key == "attention_factor" and not value):
                 raise UserError(f"{where}: {reprlib.repr(value)} cannot be rope_type {kind}'s "
                                 f"{key}")
         # only what the formula reads: transformers adds keys of its own
