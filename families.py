@@ -183,7 +183,8 @@ def gemma(model_type: str, architecture: str, pattern: int, **changes) -> Family
         fields={"activation": "hidden_activation"},
         defaults=dict(head_dim=256, hidden_activation="gelu_pytorch_tanh",
                       tie_word_embeddings=True, num_key_value_heads=4,
-                      max_position_embeddings=changes["context"]),
+                      max_position_embeddings=changes["context"],
+                      **changes.get("defaults", {})),
         only={"attention_bias": (False,), "use_bidirectional_attention": (False,),
               **changes.get("only", {})},
         keys={L + "post_attention_layernorm": (L + "post_self_attn_layernorm",),
@@ -427,7 +428,9 @@ ROWS = (
     gemma("gemma3_text", "Gemma3ForCausalLM", 6, fixed=dict(qk_norm=True), rope="nested",
           # subtle: transformers has a setting for a cap on attention and ignores it
           only={"attn_logit_softcapping": (0,)}, caps=dict(final_logit_softcapping=None),
-          context=131072),
+          context=131072,
+          # which the text_config of the published 4B leaves out
+          defaults=dict(vocab_size=262208, num_attention_heads=8)),
     gemma("gemma2", "Gemma2ForCausalLM", 2, fixed={}, rope="plain", context=8192,
           caps=dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)),
     GLM,
