@@ -120,7 +120,7 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
         raise UserError(f"{where}: {e}") from None
     except (TypeError, ValueError, ArithmeticError) as e:   # arithmetic on what is no number
         raise UserError(f"{where} is not the file of a {family.model_type} model: {e}") from None
-    return checked(values, where)
+    return checked(values, where, dict(family.fields))
 
 
 def without_synonyms(hf: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
@@ -227,8 +227,12 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= LARGEST_NUMBER
 
 
-def checked(values: dict[str, Any], where: str) -> ModelConfig:
-    """ModelConfig(**values) after a look at every type and range: the values come from a file."""
+def checked(values: dict[str, Any], where: str,
+            keys: dict[str, str] | None = None) -> ModelConfig:
+    """Return ModelConfig(**values) after a look at every type and range: they come from a file.
+
+    keys: what the file calls them, for the sentence.
+    """
     # 1. each by itself; type() and not isinstance(), since True is an int to Python
     for name, value in values.items():
         if name not in KINDS:
@@ -246,7 +250,9 @@ def checked(values: dict[str, Any], where: str) -> ModelConfig:
             good = good and len(value) <= LARGEST_DEPTH and all(
                 type(v) is (int if name == "nope_layers" else str) for v in value)
         if not good:
-            raise UserError(f"{where}: {reprlib.repr(value)} cannot be the model's {name}")
+            key = (keys or {}).get(name, name)
+            raise UserError(f"{where}: {key} = {reprlib.repr(value)} is not possible, it cannot be "
+                            f"the model's {name}")
     # 2. the rotary scaling, an object of its own
     scaling = values.get("rope_scaling")
     if scaling is not None:
