@@ -24,16 +24,28 @@ BASE = dict(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layer
             num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
             bos_token_id=0, eos_token_id=1, pad_token_id=None)
 MOE = dict(num_experts_per_tok=2, moe_intermediate_size=8)
-# model_type -> (transformers' configuration class, its settings beside BASE)
+WINDOW = dict(sliding_window=3)
+YARN = {"rope_parameters": dict(rope_type="yarn", rope_theta=1e4, factor=4.0,
+                                original_max_position_embeddings=8)}
+LLAMA3 = {"rope_parameters": dict(rope_type="llama3", rope_theta=1e4, factor=4.0,
+                                  original_max_position_embeddings=8, low_freq_factor=1.0,
+                                  high_freq_factor=4.0)}
+# model_type -> (transformers' configuration class, its settings beside BASE): windows, scaled
+# positions and biases are on, or the edits around them would change nothing
 CLASSES = {
-    "gpt2": ("GPT2", None), "llama": ("Llama", {}), "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", dict(head_dim=8)), "arcee": ("Arcee", {}), "mistral": ("Mistral", {}),
-    "mixtral": ("Mixtral", dict(num_local_experts=3)),
-    "qwen3_moe": ("Qwen3Moe", dict(MOE, num_experts=3)),
-    "gemma2": ("Gemma2", dict(head_dim=8)), "gemma3_text": ("Gemma3Text", dict(head_dim=8)),
+    "gpt2": ("GPT2", None), "llama": ("Llama", YARN),
+    "qwen2": ("Qwen2", dict(WINDOW, use_sliding_window=True, max_window_layers=1)),
+    "qwen3": ("Qwen3", dict(WINDOW, use_sliding_window=True, max_window_layers=1, head_dim=8,
+                            attention_bias=True)),
+    "arcee": ("Arcee", LLAMA3), "mistral": ("Mistral", WINDOW),
+    "mixtral": ("Mixtral", dict(WINDOW, num_local_experts=3)),
+    "qwen3_moe": ("Qwen3Moe", dict(MOE, **WINDOW, use_sliding_window=True, num_experts=3)),
+    "gemma2": ("Gemma2", dict(WINDOW, head_dim=8)),
+    "gemma3_text": ("Gemma3Text", dict(WINDOW, head_dim=8)),
     "glm": ("Glm", dict(head_dim=8)), "glm4": ("Glm4", dict(head_dim=8)),
-    "glm4_moe": ("Glm4Moe", dict(MOE, n_routed_experts=3, head_dim=8)), "olmo2": ("Olmo2", {}),
-    "cohere": ("Cohere", {}), "smollm3": ("SmolLM3", dict(no_rope_layer_interval=2)),
+    "glm4_moe": ("Glm4Moe", dict(MOE, n_routed_experts=3, head_dim=8, use_qk_norm=True)),
+    "olmo2": ("Olmo2", dict(attention_bias=True)), "cohere": ("Cohere", {}),
+    "smollm3": ("SmolLM3", dict(WINDOW, no_rope_layer_interval=2)),
     "granite": ("Granite", dict(embedding_multiplier=3.0, logits_scaling=2.0)),
 }
 # Keys of no such class that transformers reads all the same, or another program
@@ -65,13 +77,13 @@ def values_for(key, value) -> list:
     if key == "no_rope_layers":
         return [None, [1, 1], [0, 1], []]
     if key in ("sliding_window", "original_max_position_embeddings"):
-        return [None, 3, 0]
+        return [None, 5, 0]
     if isinstance(value, bool):
         return [None, not value]
     if isinstance(value, str):
         return [None, "relu", "gelu_new", "silu", "quick_gelu"]
     if isinstance(value, (int, float)):
-        return [None, value + 1, 0]
+        return [None, value + 1, type(value)(0)]
     return [True, False, 2, 0.5, "relu"]
 
 
