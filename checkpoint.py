@@ -317,8 +317,8 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], str]:
     file = directory / "params.json"
     hf = read_json(file)
     if hf.get("model_type") not in (None, "transformer"):       # Mistral's files say it
-        raise UserError(f"{file}: models of the type {brief(hf['model_type'])} are not supported, "
-                        "only 'transformer'")
+        raise UserError(f"{file}: model_type = {brief(hf['model_type'])} is not supported, only "
+                        "'transformer'")
     return {**hf, "model_type": "meta"}, str(file)
 
 

@@ -162,7 +162,8 @@ def gemma(model_type: str, architecture: str, pattern: int, **changes) -> Family
     def read(hf: dict, values: dict) -> None:
         scalar = hf.get("query_pre_attn_scalar", 256)
         if type(scalar) not in (int, float) or not scalar > 0:
-            raise UserError(f"query_pre_attn_scalar = {scalar!r} is not a number above 0")
+            raise UserError(f"query_pre_attn_scalar = {reprlib.repr(scalar)} is not a number "
+                            "above 0")
         values["attention_multiplier"] = scalar ** -0.5
         for key, default in changes["caps"].items():
             if hf.get(key) == 0:

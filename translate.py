@@ -117,9 +117,10 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
     try:
         family.read(hf, values)
     except UserError as e:
-        raise UserError(f"{where}: {e}") from None
+        raise UserError(f"{where}: {str(e)[:400]}") from None
     except (TypeError, ValueError, ArithmeticError) as e:   # arithmetic on what is no number
-        raise UserError(f"{where} is not the file of a {family.model_type} model: {e}") from None
+        raise UserError(f"{where} is not the file of a {family.model_type} model: "
+                        f"{str(e)[:200]}") from None
     return checked(values, where, dict(family.fields))
 
 
@@ -236,7 +237,8 @@ def checked(values: dict[str, Any], where: str,
     # 1. each by itself; type() and not isinstance(), since True is an int to Python
     for name, value in values.items():
         if name not in KINDS:
-            raise UserError(f"{where}: there is no setting {name!r}: a newer version wrote it?")
+            raise UserError(f"{where}: there is no setting {brief(name)}: a newer version wrote "
+                            "it?")
         kind = KINDS[name]
         if kind is int:
             good = type(value) is int and (name in ABOVE_ZERO) <= value < (
@@ -258,7 +260,7 @@ def checked(values: dict[str, Any], where: str,
     if scaling is not None:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if not isinstance(kind, str) or kind not in ROPE_KEYS:
-            raise UserError(f"{where}: rope_type {kind!r} is not supported, "
+            raise UserError(f"{where}: rope_type {brief(kind)} is not supported, "
                             f"only {', '.join(ROPE_KEYS)}")
         for key in ROPE_KEYS[kind]:
             if not is_number(scaling.get(key)) or not scaling[key]:
@@ -275,7 +277,10 @@ def checked(values: dict[str, Any], where: str,
             **{key: scaling[key] for key in ROPE_OPTIONS.get(kind, ())
                if scaling.get(key) is not None}}
     # 3. together: sizes whose products are tensors, and frequencies that exist
-    config = ModelConfig(**values)
+    try:
+        config = ModelConfig(**values)
+    except UserError as e:                  # which may print a list of ten thousand layers
+        raise UserError(f"{where}: {str(e)[:300]}") from None
     if config.n_head * config.head_dim >= LARGEST:
         raise UserError(f"{where}: {config.n_head} heads of {config.head_dim} are no model's")
     if max(config.num_experts, config.n_shared_experts) * config.moe_intermediate_size >= LARGEST:
@@ -349,6 +354,7 @@ def model_config_from_hf(hf: dict[str, Any], where: str = "config.json") -> Mode
             raise UserError(f"{where}: its section \"handmade\" is not an object: delete it")
         own = checked(dict(own), where)
         if kind == "handmade":
+            check_keys(hf, (), kind, where)
             return own
     family = family_named(hf, where)
     theirs = from_family(hf, family, where)

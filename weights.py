@@ -252,7 +252,8 @@ def weight_index(directory: Path) -> dict[str, Stored]:
                  "transformers; delete the one that is out of date")
         return read_header(single)
     if not index.is_file():
-        others = sorted(f.name for f in directory.glob("*.safetensors"))
+        others = sorted(f.name for f in directory.glob("*.safetensors")
+                        if not f.name.startswith("adapter"))
         if not others and list(directory.glob("*.bin")):
             raise UserError(f"{directory} holds pickled weights, which can run any code: convert "
                             "them to safetensors with transformers' save_pretrained first")

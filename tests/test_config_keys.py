@@ -5,6 +5,7 @@ a time. What we accept must compute what transformers computes from the same fil
 a key that is read here and ignored there, or the other way round, fails.
 """
 import json
+import time
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers.initialization import no_init_weights
 from checkpoint import load_model
 from config import UserError
 from families import FAMILIES, ROWS
-from translate import effective, model_config_from_hf
+from translate import KINDS, effective, model_config_from_hf
 
 T.logging.set_verbosity_error()
 T.logging.disable_progress_bar()
@@ -198,3 +199,74 @@ def changed(family, edits) -> list:
         items = [*one.items()]
         return [hit for half in (items[::2], items[1::2]) for hit in search(dict(half))]
     return [hit for one in rounds for hit in search(one)]
+
+
+LONG = ("x" * 10 ** 5, [0] * 10 ** 5, ["full_attention"] * 10 ** 4, [-1] * 5000, 10 ** 4000,
+        {"a" * 10 ** 5: 1}, {"rope_type": "x" * 10 ** 5}, list(range(5000)))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3", "gemma3_text", "glm4_moe", "smollm3", "chatglm",
+                                  "minicpm", "handmade"])
+def test_a_value_of_any_length_is_one_short_sentence(kind):
+    """Of every key that the family reads, of one that nobody knows, and as the key's own name."""
+    base = dict(BASE, n_embd=16, n_layer=2, n_head=2, n_positions=32, num_layers=2,
+                padded_vocab_size=V, ffn_hidden_size=24)
+    own = {"n_layer": 2, "n_embd": 16, "n_head": 2}
+    row = FAMILIES.get(kind)
+    keys = ({theirs for _, theirs in row.fields} | {*row.reads, *row.only, *row.synonyms,
+            "rope_scaling", "rope_parameters"}) if row else {"handmade"}
+    known = {k: v for k, v in base.items() if row and k in keys}
+    start, count = time.process_time(), 0
+    for key in [*keys, "unknown", "u" * 10 ** 5, "model_type"]:
+        for value in LONG:
+            hf = {**known, "model_type": kind, **({} if row else {"handmade": own}), key: value}
+            try:
+                model_config_from_hf(hf)
+            except UserError as e:
+                count += 1
+                assert len(str(e)) < 700 and "\n" not in str(e), (key, str(e)[:200])
+    for name in {} if row else [*KINDS, "u" * 10 ** 5]:
+        for value in LONG:
+            try:
+                model_config_from_hf({"model_type": kind, "handmade": {**own, name: value}})
+            except UserError as e:
+                count += 1
+                assert len(str(e)) < 700 and "\n" not in str(e), (name, str(e)[:200])
+    assert count > 20 and time.process_time() - start < 5
+
+
+def test_a_model_of_our_own_says_all_of_itself_in_its_own_section():
+    own = {"model_type": "handmade", "handmade": {"n_layer": 2, "n_embd": 16, "n_head": 2}}
+    model_config_from_hf({**own, "dtype": "float32", "eos_token_id": 3})
+    with pytest.raises(UserError, match="rope_scaling"):
+        model_config_from_hf({**own, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
+
+
+def test_two_names_of_one_setting_may_not_disagree():
+    for kind, first, second in [("gpt2", "n_layer", "num_hidden_layers"),
+                                ("qwen3_moe", "num_experts", "num_local_experts"),
+                                ("mixtral", "num_local_experts", "num_experts")]:
+        sizes = dict(BASE, n_embd=16, n_layer=2, n_head=2) if kind == "gpt2" else dict(
+            BASE, num_experts_per_tok=2)
+        sizes = {k: v for k, v in sizes.items() if kind != "gpt2" or not k.startswith(
+            ("hidden", "num_", "inter", "max_"))}
+        hf = {**sizes, "model_type": kind, first: 3}
+        assert model_config_from_hf({**hf, second: 3}) == model_config_from_hf(hf)
+        with pytest.raises(UserError, match=f"{second} = 4 and {first} = 3 are two names"):
+            model_config_from_hf({**hf, second: 4})
+        del hf[first]
+        assert model_config_from_hf({**hf, second: 3}) == model_config_from_hf({**hf, first: 3})
+
+
+def test_rope_scaling_that_would_lose_the_base_names_it():
+    """transformers takes 10,000 there: the base of rope_parameters is lost, and nobody means it."""
+    hf = {**BASE, "model_type": "qwen3", "rope_parameters": {"rope_theta": 1e6},
+          "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert T.Qwen3Config(**{**hf, "rope_scaling": dict(hf["rope_scaling"])}).rope_parameters[
+        "rope_theta"] == 10000
+    with pytest.raises(UserError, match="rope_theta = 1000000.0 into it"):
+        model_config_from_hf(hf)
+    for change in ({"rope_theta": 1e6}, {"rope_scaling": {**hf["rope_scaling"],
+                                                         "rope_theta": 1e6}}):
+        config = model_config_from_hf({**hf, **change})
+        assert config.rope_theta == 1e6 and config.rope_scaling["factor"] == 2.0
