@@ -37,13 +37,13 @@ from torch.nn import Parameter
 
 from config import UserError, run
 from families import FAMILIES, HANDMADE, Family, meta_file
-from formats.match import match, tensor_count
-from formats.wrapped import text_tensors, unwrap
+from formats.match import match, count_tensors
+from formats.wrapped import take_text_tensors, unwrap
 from model import ModelConfig, Transformer
 from translate import (Slot, differences, disk_form, family_named, family_of, hf_config,
                        layout, model_config_from_hf, to_family)
-from weights import (DTYPE_NAMES, DTYPES, Stored, brief, equal, note, read, read_header,
-                     read_json, weight_index, write_safetensors)
+from weights import (DTYPE_NAMES, DTYPES, Stored, is_equal, note, read, read_header, read_json,
+                     shorten, weight_index, write_safetensors)
 
 SHARD_BYTES = 5 * 10 ** 9           # a file of weights is no larger, unless one tensor is
 TYPES = {str(t).removeprefix("torch."): t for t in DTYPE_NAMES}     # as --dtype says them
@@ -317,7 +317,7 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], str]:
     file = directory / "params.json"
     hf = read_json(file)
     if hf.get("model_type") not in (None, "transformer"):       # Mistral's files say it
-        raise UserError(f"{file}: model_type = {brief(hf['model_type'])} is not supported, only "
+        raise UserError(f"{file}: model_type = {shorten(hf['model_type'])} is not supported, only "
                         "'transformer'")
     return {**hf, "model_type": "meta"}, str(file)
 
@@ -335,7 +335,7 @@ def complete(hf: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:
         # the trap: Llama 3.2's small models are tied, and their files hold the matrix twice
         output = stored.get("output.weight" if meta else "lm_head.weight")
         embedding = stored.get("tok_embeddings.weight" if meta else "model.embed_tokens.weight")
-        said[tie] = output is None or embedding is None or equal(output, embedding)
+        said[tie] = output is None or embedding is None or is_equal(output, embedding)
     return said
 
 
@@ -397,12 +397,12 @@ def open_checkpoint(path: str | Path, which: str = "best") -> Opened:
     family = family_named(hf, file)             # before the rest is looked for
     stored = weight_index(directory)
     if wrapped:
-        stored = text_tensors(stored, directory)
+        stored = take_text_tensors(stored, directory)
     hf = complete(hf, stored)
     config = model_config_from_hf(hf, file)
     # and do not build a billion layers first
     mixtures = max(0, config.n_layer - config.first_k_dense_replace)
-    if max(config.n_layer, mixtures * config.num_experts) > tensor_count(stored):
+    if max(config.n_layer, mixtures * config.num_experts) > count_tensors(stored):
         raise UserError(f"{file} has {config.n_layer} layers and {config.num_experts} experts, the "
                         f"weights only {len(stored)} tensors: they belong to different models")
     # GLM-4.5 and others come with one layer more, which predicts the token after next

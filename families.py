@@ -100,7 +100,7 @@ def windowed(everywhere: int | None) -> dict[str, Any]:
     switch: transformers knows use_sliding_window in Qwen's families and in SmolLM3 alone.
     """
     def read(hf: dict, values: dict) -> None:
-        values["sliding_window"] = window_of(hf, everywhere)
+        values["sliding_window"] = read_window(hf, everywhere)
         kind = "sliding_attention" if values["sliding_window"] else "full_attention"
         if set(hf.get("layer_types") or ()) - {kind}:
             raise UserError("layer_types that differ are not supported in a "
@@ -113,7 +113,7 @@ def windowed(everywhere: int | None) -> dict[str, Any]:
             "ignores": ("use_sliding_window", "max_window_layers")}
 
 
-def window_of(hf: dict, silent: int | None) -> int:
+def read_window(hf: dict, silent: int | None) -> int:
     """Return sliding_window, 0 for null; `silent` where it is not said."""
     window = hf.get("sliding_window", silent)
     if window == 0:
@@ -127,7 +127,7 @@ def by_layer(default: Callable[[int, dict], bool], asks: bool) -> dict[str, Any]
     def read(hf: dict, values: dict) -> None:
         if asks and not hf.get("use_sliding_window"):
             return
-        values["sliding_window"] = window_of(hf, 4096)
+        values["sliding_window"] = read_window(hf, 4096)
         if hf.get("layer_types") is not None:
             values["layer_types"] = hf["layer_types"]
         elif values["sliding_window"] and type(values["n_layer"]) is int:
@@ -288,7 +288,8 @@ def meta_read(hf: dict, values: dict) -> None:
     if hf.get("multiple_of") is not None and meta_width(hf) != values["intermediate_size"]:
         raise UserError(f"dim, multiple_of and ffn_dim_multiplier make an MLP of {meta_width(hf)},"
                         f" the weights one of {values['intermediate_size']}")
-    scaled, yarn = bool(hf.get("use_scaled_rope")), hf.get("yarn")
+    scaled = bool(hf.get("use_scaled_rope"))
+    yarn = hf.get("yarn")
     if scaled and yarn:
         raise UserError("use_scaled_rope and yarn scale the same frequencies: expected one")
     if scaled:
@@ -299,7 +300,7 @@ def meta_read(hf: dict, values: dict) -> None:
                                       high_freq_factor=hf.get("rope_high_freq_factor") or 4.0,
                                       original_max_position_embeddings=8192)
     if yarn:
-        values["rope_scaling"] = mistral_yarn(yarn)
+        values["rope_scaling"] = translate_yarn(yarn)
     values["block_size"] = hf.get("max_position_embeddings") or values["block_size"]
     if not values["block_size"]:                # nor the context: Llama 3.1's, 3's, 2's
         long = type(values["rope_theta"]) in (int, float) and values["rope_theta"] >= 5e5
@@ -311,7 +312,7 @@ YARN = {"factor": "factor", "original_max_position_embeddings": "original_max_po
         "beta": "beta_fast", "alpha": "beta_slow"}
 
 
-def mistral_yarn(yarn: Any) -> dict[str, Any]:
+def translate_yarn(yarn: Any) -> dict[str, Any]:
     """Translate the yarn object of Mistral's params.json, as vLLM does (its configs/mistral.py).
 
     apply_scale says whether attention grows warmer with the factor (Peng 2023, section 3.4).

@@ -21,7 +21,7 @@ from config import UserError, field_types
 from formats.config_keys import check_keys
 from families import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, Family
 from model import ModelConfig, Transformer, rope_frequencies
-from weights import brief
+from weights import note, shorten
 
 ABOVE_ZERO = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "logits_scaling")
 KINDS = field_types(ModelConfig)
@@ -99,8 +99,8 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
                             f"only {' or '.join(map(repr, allowed or (None,)))}")
     if hf.get("quantization_config"):
         raise UserError(f"{where}: quantised weights are not supported; use the original ones")
-    hf = without_synonyms(hf, family, where)
-    check_keys(hf, known_keys(family), family.model_type, where)
+    hf = resolve_synonyms(hf, family, where)
+    check_keys(hf, list_known_keys(family), family.model_type, where)
     values = dict(family.fixed)             # what the architecture is, then what the file says
     for ours, theirs in family.fields:
         if ours == "dropout":                   # a choice of the run, not of the model
@@ -124,14 +124,14 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
     return checked(values, where, dict(family.fields))
 
 
-def without_synonyms(hf: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+def resolve_synonyms(hf: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
     """Return the file's settings under one name each; UserError where two names disagree."""
     renamed = dict(hf)
     for second, first in family.synonyms.items():
         value = renamed.pop(second, None)
         if value is not None and renamed.setdefault(first, value) != value:
-            raise UserError(f"{where}: {second} = {brief(value)} and {first} = "
-                            f"{brief(renamed[first])} are two names of one setting, which is not "
+            raise UserError(f"{where}: {second} = {shorten(value)} and {first} = "
+                            f"{shorten(renamed[first])} are two names of one setting, which is not "
                             "supported with different values: delete the wrong one")
     return renamed
 
@@ -139,7 +139,7 @@ def without_synonyms(hf: dict[str, Any], family: Family, where: str) -> dict[str
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 
-def known_keys(family: Family) -> frozenset[str]:
+def list_known_keys(family: Family) -> frozenset[str]:
     """Return the keys of config.json that the family reads, or knows to be harmless."""
     keys = {theirs for _, theirs in family.fields}
     if family.fixed["position"] == "rope" and family.rope != "own":
@@ -148,11 +148,11 @@ def known_keys(family: Family) -> frozenset[str]:
     return frozenset(keys | {*family.reads, *family.ignores, *family.only, "quantization_config"})
 
 
-def rope_object(hf: dict, key: str, where: str) -> dict[str, Any]:
+def read_object(hf: dict, key: str, where: str) -> dict[str, Any]:
     """Return the object under a key of config.json, {} for null; UserError if it is none."""
     value = hf.get(key)
     if not isinstance(value, (dict, type(None))):
-        raise UserError(f"{where}: expected an object as {key}, got {brief(value)}")
+        raise UserError(f"{where}: expected an object as {key}, got {shorten(value)}")
     return dict(value or {})
 
 
@@ -161,9 +161,13 @@ def read_rope(hf: dict, family: Family, values: dict, where: str) -> None:
     (rope_parameters). Where both are there, what counts is what counts in transformers."""
     # what silence means: the family's own base, else that of the paper (Su 2021)
     silent = family.defaults.get("rope_theta", 1e6 if family.rope == "nested" else 10000.0)
-    rope = (nested_rope if family.rope == "nested" else flat_rope)(hf, family, values, where)
-    theta = rope.pop("rope_theta", None)
-    theta = hf.get("rope_theta") if theta is None else theta
+    rope = (merge_rope if family.rope == "nested" else choose_rope)(hf, family, values, where)
+    inner = rope.pop("rope_theta", None)
+    outer = hf.get("rope_theta")
+    if inner is not None and outer is not None and inner != outer:
+        note(f"{where}: rope_theta = {shorten(outer)} does not count beside the {shorten(inner)} "
+             "of its rotary settings, as in transformers")
+    theta = outer if inner is None else inner
     values["rope_theta"] = silent if theta is None else theta
     if rope.get("rope_type", rope.get("type")) in ("llama3", "yarn"):
         # both stretch from the context of the first training, which not every file repeats; a
@@ -184,9 +188,10 @@ def read_rope(hf: dict, family: Family, values: dict, where: str) -> None:
     values["rope_scaling"] = rope or None
 
 
-def flat_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, Any]:
+def choose_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, Any]:
     """Return the rotary object that counts: rope_scaling if there is one, else rope_parameters."""
-    old, new = rope_object(hf, "rope_scaling", where), rope_object(hf, "rope_parameters", where)
+    old = read_object(hf, "rope_scaling", where)
+    new = read_object(hf, "rope_parameters", where)
     if any(isinstance(value, dict) for value in [*old.values(), *new.values()]):
         raise UserError(f"{where}: rotary settings by kind of layer are not supported in a "
                         f"{family.model_type} model")
@@ -194,26 +199,27 @@ def flat_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, A
     for key in ("rope_theta", "partial_rotary_factor") if old else ():
         if old.get(key) is None and hf.get(key) is None and new.get(key) is not None:
             raise UserError(f"{where}: rope_scaling counts instead of rope_parameters, and it does "
-                            f"not say {key}: write {key} = {brief(new[key])} into it as well")
+                            f"not say {key}: write {key} = {shorten(new[key])} into it as well")
     return old or new
 
 
-def nested_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, Any]:
+def merge_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, Any]:
     """Return the rotary object of the full_attention layers, and put the base of the others into
     `values`. rope_scaling is of the full_attention layers, and is laid over rope_parameters."""
-    old, new = rope_object(hf, "rope_scaling", where), rope_object(hf, "rope_parameters", where)
+    old = read_object(hf, "rope_scaling", where)
+    new = read_object(hf, "rope_parameters", where)
     if set(new) - {"full_attention", "sliding_attention"}:
         raise UserError(f"{where}: expected full_attention and sliding_attention in the "
-                        f"rope_parameters of a {family.model_type} model, got {brief([*new])}")
-    full = rope_object(new, "full_attention", where)
-    slide = rope_object(new, "sliding_attention", where)
+                        f"rope_parameters of a {family.model_type} model, got {shorten([*new])}")
+    full = read_object(new, "full_attention", where)
+    slide = read_object(new, "sliding_attention", where)
     if any(isinstance(value, dict) for value in [*old.values(), *full.values()]):
         raise UserError(f"{where}: expected numbers in rope_scaling and in rope_parameters' "
                         "full_attention")
     shadow = full.get("rope_type", None if new else "default")
     if "type" in old and "rope_type" not in old and shadow not in (None, old["type"]):
         # the trap: there transformers reads rope_type alone
-        raise UserError(f"{where}: rope_scaling says type = {brief(old['type'])}, which does not "
+        raise UserError(f"{where}: rope_scaling says type = {shorten(old['type'])}, which does not "
                         f"count in a {family.model_type} model: call it rope_type")
     if slide.get("rope_type", slide.get("type", "default")) != "default":
         raise UserError(f"{where}: of its rotary settings only full_attention's can scale")
@@ -237,7 +243,7 @@ def checked(values: dict[str, Any], where: str,
     # 1. each by itself; type() and not isinstance(), since True is an int to Python
     for name, value in values.items():
         if name not in KINDS:
-            raise UserError(f"{where}: there is no setting {brief(name)}: a newer version wrote "
+            raise UserError(f"{where}: there is no setting {shorten(name)}: a newer version wrote "
                             "it?")
         kind = KINDS[name]
         if kind is int:
@@ -260,7 +266,7 @@ def checked(values: dict[str, Any], where: str,
     if scaling is not None:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if not isinstance(kind, str) or kind not in ROPE_KEYS:
-            raise UserError(f"{where}: rope_type {brief(kind)} is not supported, "
+            raise UserError(f"{where}: rope_type {shorten(kind)} is not supported, "
                             f"only {', '.join(ROPE_KEYS)}")
         for key in ROPE_KEYS[kind]:
             if not is_number(scaling.get(key)) or not scaling[key]:

@@ -47,7 +47,7 @@ def note(message: str) -> None:
     print(f"note: {message}", file=sys.stderr)
 
 
-def brief(value: Any) -> str:
+def shorten(value: Any) -> str:
     """Return repr(value), cut to fit into a sentence: a name in a file may be of any length."""
     text = repr(value[:200] if isinstance(value, str) else value)
     return text if len(text) <= 120 else text[:117] + "..."
@@ -64,7 +64,7 @@ class Stored(NamedTuple):
     pieces: tuple[Stored, ...] = ()     # or: it lies in pieces, which `dim` puts together
     dim: int = 0
 
-    def rows(self, start: int, stop: int) -> Stored:
+    def take_rows(self, start: int, stop: int) -> Stored:
         """Return the place of rows start to stop of the first dimension, which lie together."""
         shape = (stop - start, *self.shape[1:])
         if self.tensor is not None:
@@ -73,20 +73,20 @@ class Stored(NamedTuple):
         return self._replace(shape=shape, start=self.start + start * row,
                              end=self.start + stop * row)
 
-    def without_first(self) -> Stored:
+    def drop_first(self) -> Stored:
         """Return the same bytes without a first dimension of 1: one expert of a stack."""
         tensor = self.tensor if self.tensor is None else self.tensor[0]
         return self._replace(shape=self.shape[1:], tensor=tensor)
 
 
-def equal(a: Stored, b: Stored, rows: int = 4096) -> bool:
-    """Whether two tensors hold the same numbers in the same type, read a few rows at a time."""
+def is_equal(a: Stored, b: Stored, rows: int = 4096) -> bool:
+    """Tell whether two tensors hold the same numbers in one type, read a few rows at a time."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     if a.pieces or b.pieces or not a.shape:
         return torch.equal(read(a), read(b))
     spans = [(i, min(i + rows, a.shape[0])) for i in range(0, a.shape[0], rows)]
-    return all(torch.equal(read(a.rows(*span)), read(b.rows(*span))) for span in spans)
+    return all(torch.equal(read(a.take_rows(*span)), read(b.take_rows(*span))) for span in spans)
 
 
 def read(s: Stored, out: Tensor | None = None) -> Tensor:
@@ -165,7 +165,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
     # 1. the length of the header, and the header itself
     try:
-        size = regular_size(path)
+        size = measure_file(path)
         with open(path, "rb") as f:
             need(size >= 8, f"{size} bytes")
             length = struct.unpack("<Q", f.read(8))[0]
@@ -184,7 +184,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     for key, entry in header.items():
         if key == "__metadata__":
             continue
-        name = brief(key)
+        name = shorten(key)
         need(isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"},
              f"tensor {name} lacks dtype, shape or data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -197,7 +197,7 @@ def read_header(path: Path) -> dict[str, Stored]:
              and all(type(n) is int and 0 <= n < 2 ** 63 for n in offsets),
              f"tensor {name} has no proper offsets")
         need(isinstance(dtype, str) and dtype in ITEM_BYTES,
-             f"tensor {name} has the unknown dtype {brief(dtype)}")
+             f"tensor {name} has the unknown dtype {shorten(dtype)}")
         start, end = (8 + length + n for n in offsets)
         need(8 + length <= start <= end <= size,
              f"tensor {name} ends at byte {end} of {size}: truncated?")
@@ -207,13 +207,13 @@ def read_header(path: Path) -> dict[str, Stored]:
     # 3. all together: each begins where the one before it ends, the last at the end of the file
     place = 8 + length
     for name, s in sorted(found.items(), key=lambda item: item[1][3:]):
-        need(s.start == place, f"tensor {brief(name)} starts at byte {s.start}, not {place}")
+        need(s.start == place, f"tensor {shorten(name)} starts at byte {s.start}, not {place}")
         place = s.end
     need(place == size, f"{size - place} bytes after the last tensor")
     return found
 
 
-def regular_size(path: Path) -> int:
+def measure_file(path: Path) -> int:
     """Return the bytes of a file; OSError if it is a pipe or a device, which may never end."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -224,7 +224,7 @@ def regular_size(path: Path) -> int:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; UserError naming the file and the line otherwise."""
     try:
-        if (size := regular_size(path)) > JSON_BYTES:
+        if (size := measure_file(path)) > JSON_BYTES:
             raise UserError(f"{path} has {size:,} bytes, more than any JSON file of a model: "
                             "copy or save it again")
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -257,7 +257,10 @@ def weight_index(directory: Path) -> dict[str, Stored]:
         if not others and list(directory.glob("*.bin")):
             raise UserError(f"{directory} holds pickled weights, which can run any code: convert "
                             "them to safetensors with transformers' save_pretrained first")
-        instead = f", only {brief(others[0])}: rename it if it is the whole model" * (
+        if list(directory.glob("consolidated*")) and (directory / "params.json").is_file():
+            raise UserError(f"{directory} has a config.json without its model.safetensors: move "
+                            "config.json away to read params.json and the consolidated files")
+        instead = f", only {shorten(others[0])}: rename it if it is the whole model" * (
             len(others) == 1)
         raise UserError(f"{directory} has no model.safetensors"
                         f"{instead or ': is the copy complete?'}")
@@ -269,7 +272,7 @@ def weight_index(directory: Path) -> dict[str, Stored]:
     for shard in sorted({str(name) for name in places.values()}):
         # the index comes from elsewhere: it names files of this folder, and no other
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise UserError(f"{index} names the file {brief(shard)}, outside its folder: "
+            raise UserError(f"{index} names the file {shorten(shard)}, outside its folder: "
                             "refused")
         if not (directory / shard).is_file():
             raise UserError(f"{directory / shard} is missing, which {index.name} names: "
@@ -278,7 +281,7 @@ def weight_index(directory: Path) -> dict[str, Stored]:
     # a shard of another checkpoint has the right name and the wrong tensors
     for name, shard in places.items():
         if name not in found or found[name].file.name != shard:
-            raise UserError(f"tensor {brief(name)} is not in {shard}, where {index} has it: "
+            raise UserError(f"tensor {shorten(name)} is not in {shard}, where {index} has it: "
                             "the files belong to different checkpoints")
     return found
 
@@ -311,6 +314,10 @@ def meta_index(directory: Path) -> dict[str, Stored]:
     """
     files = sorted(f for f in directory.glob("consolidated.*pth") if f.is_file()) or sorted(
         f for f in directory.glob("consolidated*.safetensors") if f.is_file())
+    others = [f.name for f in directory.glob("consolidated*.safetensors") if f.is_file()]
+    if files and others and files[0].suffix == ".pth":
+        raise UserError(f"{directory} holds both {files[0].name} and {others[0]}, which may be "
+                        "different models: move one kind away")
     if not files:
         raise UserError(f"{directory} has a params.json and no consolidated.00.pth: "
                         "copy the rest of the checkpoint")

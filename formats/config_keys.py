@@ -13,7 +13,7 @@ import re
 from typing import Any, Iterable
 
 from config import UserError
-from weights import brief
+from weights import shorten
 
 # Groups of regular expressions; each says why it changes no logit
 HARMLESS = re.compile("|".join((
@@ -66,6 +66,6 @@ def check_keys(hf: dict[str, Any], known: Iterable[str], kind: str, where: str) 
         same = key in INERT and INERT[key] == value and (
             isinstance(value, bool) == isinstance(INERT[key], bool))
         if not same and not HARMLESS.fullmatch(key):
-            raise UserError(f"{where}: the setting {brief(key)} = {brief(value)} is not supported "
-                            f"in a {kind} model, and it may change what the model computes: delete "
-                            "it if it does not")
+            raise UserError(f"{where}: the setting {shorten(key)} = {shorten(value)} is not "
+                            f"supported in a {kind} model, and it may change what the model "
+                            "computes: delete it if it does not")

@@ -14,7 +14,7 @@ from pathlib import Path
 from config import UserError
 from families import Family
 from translate import Slot
-from weights import DTYPES, Stored, brief, equal, note
+from weights import DTYPES, Stored, is_equal, note, shorten
 
 # Buffers that older versions of transformers saved with the weights and nobody reads
 IGNORED = re.compile(r"\.rotary_(pos_)?emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope\.freqs$")
@@ -31,7 +31,9 @@ def match(slots: dict[str, Slot], stored: dict[str, Stored], family: Family, dir
 
     more: numbers of layers behind the last one that are left out, with a note.
     """
-    left, pairs, fused = dict(stored), [], set()
+    left = dict(stored)
+    pairs: list[tuple[Slot, Stored]] = []
+    fused: set[str] = set()                 # names of the tensors that hold all experts
     experts = Counter(slot.parts for slot in slots.values() if slot.expert is not None)
     tied = all(slot.parts != OUTPUT for slot in slots.values())
     for name, slot in slots.items():
@@ -43,7 +45,7 @@ def match(slots: dict[str, Slot], stored: dict[str, Stored], family: Family, dir
         if found is None and slot.parts[0].endswith(".mlp.gate.weight"):
             found = left.pop(slot.parts[0], None)       # transformers 5's name of Mixtral's router
         if found is None and slot.expert is not None:
-            whole, found = slice_of_experts(stored, slot, experts[slot.parts], family)
+            whole, found = find_expert(stored, slot, experts[slot.parts], family)
             fused.add(whole)
         if found is None:
             raise UserError(f"the weights in {directory} lack tensor {name!r}, which its settings "
@@ -59,7 +61,7 @@ def match(slots: dict[str, Slot], stored: dict[str, Stored], family: Family, dir
     output = left.pop(OUTPUT[0], None) or left.pop("output.weight", None)
     if output is not None:
         embedding = next(s for slot, s in pairs if slot.parts == EMBEDDING)
-        if not equal(output, embedding):
+        if not is_equal(output, embedding):
             raise UserError(f"{directory}: config.json ties the output matrix to the embedding, "
                             "the weights differ: set tie_word_embeddings to false in it")
     # what is left over would be lost in silence: an adapter, a layer, a bias
@@ -68,12 +70,12 @@ def match(slots: dict[str, Slot], stored: dict[str, Stored], family: Family, dir
         if layer and int(layer[1]) in more:
             note(f"layer {layer[1]} of {directory} predicts the token after next: it is left out")
         elif name not in fused and not IGNORED.search(name):
-            raise UserError(f"tensor {brief(name)} in {s.file} has no place in the model that "
+            raise UserError(f"tensor {shorten(name)} in {s.file} has no place in the model that "
                             "the settings describe: they belong to different models")
     return pairs
 
 
-def slice_of_experts(stored: dict[str, Stored], slot: Slot, experts: int,
+def find_expert(stored: dict[str, Stored], slot: Slot, experts: int,
                      family: Family) -> tuple[str, Stored | None]:
     """Find one expert's matrix in the tensor of all: (name of that tensor, its place or None).
 
@@ -92,11 +94,11 @@ def slice_of_experts(stored: dict[str, Stored], slot: Slot, experts: int,
         raise UserError(f"tensor {whole!r} in {found.file} is {found.shape}, the settings ask for "
                         f"{shape}: they belong to different models")
     # of a type that no weight has, bytes of an element are unknown: match() refuses it
-    one = found.rows(slot.expert, slot.expert + 1).without_first()
-    return whole, one.rows(half * rows, (half + 1) * rows)
+    one = found.take_rows(slot.expert, slot.expert + 1).drop_first()
+    return whole, one.take_rows(half * rows, (half + 1) * rows)
 
 
-def tensor_count(stored: dict[str, Stored]) -> int:
+def count_tensors(stored: dict[str, Stored]) -> int:
     """Count the tensors of a checkpoint, those of fused experts one by one."""
     return sum(s.shape[0] if len(s.shape) == 3 and s.end > s.start else 1
                for s in stored.values())

@@ -15,7 +15,7 @@ from typing import Any
 from config import UserError
 from formats.config_keys import check_keys
 from translate import family_named
-from weights import Stored, brief, note
+from weights import Stored, note, shorten
 
 # model_type of the whole -> of its text model, where text_config does not say it
 WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
@@ -37,14 +37,14 @@ def unwrap(hf: dict[str, Any], where: str) -> tuple[dict[str, Any], bool]:
     text = hf.get("text_config")
     if not isinstance(text, dict):
         raise UserError(f"{where}: expected the text model's settings as the text_config of a "
-                        f"{kind} model, got {brief(text)}")
+                        f"{kind} model, got {shorten(text)}")
     check_keys(hf, OUTER_KEYS, kind, where)
     text = dict(text)
     if text.get("model_type") is None:
         text["model_type"] = WRAPPERS[kind]
     if kind == "gemma3" and text["model_type"] != WRAPPERS[kind]:
         raise UserError(f"{where}: the text model of a gemma3 model is {WRAPPERS[kind]}, expected "
-                        f"no {brief(text['model_type'])}")
+                        f"no {shorten(text['model_type'])}")
     family_named(text, f"{where}, text_config")
     text |= {key: hf[key] for key in OUTER_COUNTS if hf.get(key) is not None}
     # the outer word counts; without one, and with true, the weights say whether they are tied
@@ -52,7 +52,7 @@ def unwrap(hf: dict[str, Any], where: str) -> tuple[dict[str, Any], bool]:
     return text, True
 
 
-def text_tensors(stored: dict[str, Stored], directory: Path) -> dict[str, Stored]:
+def take_text_tensors(stored: dict[str, Stored], directory: Path) -> dict[str, Stored]:
     """Return the text model's tensors under the names that they have where it stands alone."""
     found: dict[str, Stored] = {}
     left_out: Counter[str] = Counter()
@@ -66,7 +66,7 @@ def text_tensors(stored: dict[str, Stored], directory: Path) -> dict[str, Stored
             if hits:
                 break
         if short in found:
-            raise UserError(f"{directory} holds tensor {brief(short)} under two names: the files "
+            raise UserError(f"{directory} holds tensor {shorten(short)} under two names: the files "
                             "belong to different models")
         found[short] = s
     if left_out:

@@ -16,6 +16,7 @@ from checkpoint import load_model
 from config import UserError
 from families import FAMILIES, ROWS
 from translate import KINDS, effective, model_config_from_hf
+from weights import note
 
 T.logging.set_verbosity_error()
 T.logging.disable_progress_bar()
@@ -258,7 +259,7 @@ def test_two_names_of_one_setting_may_not_disagree():
         assert model_config_from_hf({**hf, second: 3}) == model_config_from_hf({**hf, first: 3})
 
 
-def test_rope_scaling_that_would_lose_the_base_names_it():
+def test_rope_scaling_that_would_lose_the_base_names_it(capsys):
     """transformers takes 10,000 there: the base of rope_parameters is lost, and nobody means it."""
     hf = {**BASE, "model_type": "qwen3", "rope_parameters": {"rope_theta": 1e6},
           "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
@@ -266,6 +267,10 @@ def test_rope_scaling_that_would_lose_the_base_names_it():
         "rope_theta"] == 10000
     with pytest.raises(UserError, match="rope_theta = 1000000.0 into it"):
         model_config_from_hf(hf)
+    # the base inside counts before the one at the top, which is said
+    note.cache_clear()
+    config = model_config_from_hf({**hf, "rope_scaling": None, "rope_theta": 5e5})
+    assert config.rope_theta == 1e6 and "500000.0 does not count" in capsys.readouterr().err
     for change in ({"rope_theta": 1e6}, {"rope_scaling": {**hf["rope_scaling"],
                                                          "rope_theta": 1e6}}):
         config = model_config_from_hf({**hf, **change})

@@ -105,6 +105,23 @@ def test_the_file_that_counts_is_transformers(present, tmp_path, capsys):
     assert ("is read, as in transformers" in capsys.readouterr().err) == doubtful
 
 
+def test_metas_files_beside_others_are_not_chosen_between(tmp_path):
+    """Both kinds of consolidated file, or a config.json without its weights: one sentence each."""
+    save_model(tmp_path / "hf", Transformer(family("llama", n_layer=1, n_head=2, n_embd=16,
+                                                   vocab_size=V)))
+    checkpoint.convert(tmp_path / "hf", tmp_path / "m", form="meta")
+    load_model(tmp_path / "m", "cpu")
+    tensors = torch.load(tmp_path / "m" / "consolidated.00.pth", weights_only=True)
+    safetensors.torch.save_file(tensors, tmp_path / "m" / "consolidated.safetensors")
+    with pytest.raises(UserError, match="holds both consolidated.00.pth and consolidated.saf"):
+        load_model(tmp_path / "m", "cpu")
+    (tmp_path / "m" / "consolidated.00.pth").unlink()
+    load_model(tmp_path / "m", "cpu")
+    shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "m")
+    with pytest.raises(UserError, match="move config.json away"):
+        load_model(tmp_path / "m", "cpu")
+
+
 def header_of(path, text: bytes):
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     return path
