@@ -540,5 +540,8 @@ ROWS = (
         neighbours=("wq", "wk"), read=meta_read, write=meta_write, rope="own", writable=False),
 )
 FAMILIES = {row.model_type: row for row in ROWS}
+# Models that see as well, whose text model is read (formats/wrapped.py): their model_type -> that
+# of the text model, where text_config does not say it
+WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 # Any combination of flags that no family has; the names are ours and only this project reads it
 HANDMADE = Family("handmade", "", {}, (), {})

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import UserError, field_types
 from formats.config_keys import check_keys
-from families import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, Family
+from families import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, WRAPPERS, Family
 from model import ModelConfig, Transformer, rope_frequencies
 from weights import note, shorten
 
@@ -348,7 +348,7 @@ def family_named(hf: dict[str, Any], where: str = "config.json") -> Family:
         return HANDMADE
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{where}: models of the type {str(kind)[:40]!r} are not supported, "
-                        f"only {', '.join(FAMILIES)}")
+                        f"only {', '.join([*FAMILIES, *WRAPPERS])}")
     return FAMILIES[kind]
 
 

@@ -43,7 +43,8 @@ def match(slots: dict[str, Slot], stored: dict[str, Stored], family: Family, dir
             # safetensors' save_model keeps one name of a tied matrix: the first in the alphabet
             found = left.pop(OUTPUT[0], None)
         if found is None and slot.parts[0].endswith(".mlp.gate.weight"):
-            found = left.pop(slot.parts[0], None)       # transformers 5's name of Mixtral's router
+            ours = slot.parts[0]                        # transformers 5's name of Mixtral's router
+            found = left.pop(ours, None) or left.pop(ours.removeprefix(family.prefix), None)
         if found is None and slot.expert is not None:
             whole, found = find_expert(stored, slot, experts[slot.parts], family)
             fused.add(whole)

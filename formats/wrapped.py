@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
+from families import WRAPPERS
 from formats.config_keys import check_keys
 from translate import family_named
 from weights import Stored, note, shorten
 
-# model_type of the whole -> of its text model, where text_config does not say it
-WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 OUTER_KEYS = ("text_config", "vision_config", "tie_word_embeddings", "quantization_config",
               "mm_tokens_per_image", "projector_hidden_act", "vision_feature_layer",
               "multimodal_projector_bias", "spatial_merge_size")
@@ -42,10 +41,13 @@ def unwrap(hf: dict[str, Any], where: str) -> tuple[dict[str, Any], bool]:
     text = dict(text)
     if text.get("model_type") is None:
         text["model_type"] = WRAPPERS[kind]
-    if kind == "gemma3" and text["model_type"] != WRAPPERS[kind]:
-        raise UserError(f"{where}: the text model of a gemma3 model is {WRAPPERS[kind]}, expected "
-                        f"no {shorten(text['model_type'])}")
-    family_named(text, f"{where}, text_config")
+    inner = text["model_type"]
+    if kind == "gemma3" and inner != WRAPPERS[kind]:
+        raise UserError(f"{where}: expected {WRAPPERS[kind]} as the text model of a gemma3 model, "
+                        f"got {shorten(inner)}")
+    if not family_named(text, f"{where}, text_config").writable:    # files of another kind
+        raise UserError(f"{where}: a text model of the type {shorten(inner)} is not supported in "
+                        f"a {kind} model")
     text |= {key: hf[key] for key in OUTER_COUNTS if hf.get(key) is not None}
     # the outer word counts; without one, and with true, the weights say whether they are tied
     text["tie_word_embeddings"] = False if hf.get("tie_word_embeddings") is False else None
@@ -60,10 +62,10 @@ def take_text_tensors(stored: dict[str, Stored], directory: Path) -> dict[str, S
         if vision := VISION.match(name):
             left_out[vision[1]] += 1
             continue
+        short = name
         for pattern, replacement in TEXT:
-            short, hits = pattern.subn(replacement, name, count=1) if pattern.match(name) else (
-                name, 0)
-            if hits:
+            if pattern.match(name):
+                short = pattern.sub(replacement, name, count=1)
                 break
         if short in found:
             raise UserError(f"{directory} holds tensor {shorten(short)} under two names: the files "

@@ -311,6 +311,7 @@ def test_the_published_gemma_3_4b_leaves_its_defaults_out():
     (dict(text_config=None), "text_config"), (dict(text_config=[1]), "text_config"),
     (dict(text_config={"model_type": "ministral3"}), "ministral3"),
     (dict(text_config={"model_type": "mistral"}), "hidden_size|vocab_size"),
+    (dict(text_config={"model_type": "meta"}), "meta"), (dict(model_type="llava"), "mistral3"),
     (dict(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling"),
     (dict(quantization_config={"bits": 4}), "quantised"), (dict(is_causal=False), "is_causal"),
     (dict(model_type="gemma3"), "gemma3_text")], ids=str)
