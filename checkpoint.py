@@ -20,7 +20,6 @@ weights.py, how the published architectures spell settings and parameters is fam
 """
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -38,18 +37,17 @@ from torch.nn import Parameter
 
 from config import UserError, run
 from families import FAMILIES, HANDMADE, Family, meta_file
+from formats.match import match, count_tensors
+from formats.wrapped import take_text_tensors, unwrap
 from model import ModelConfig, Transformer
 from translate import (Slot, differences, disk_form, family_named, family_of, hf_config,
                        layout, model_config_from_hf, to_family)
-from weights import (DTYPE_NAMES, DTYPES, Stored, read, read_header, read_json, weight_index,
-                     write_safetensors)
+from weights import (DTYPE_NAMES, DTYPES, Stored, is_equal, note, read, read_header, read_json,
+                     shorten, weight_index, write_safetensors)
 
 SHARD_BYTES = 5 * 10 ** 9           # a file of weights is no larger, unless one tensor is
 TYPES = {str(t).removeprefix("torch."): t for t in DTYPE_NAMES}     # as --dtype says them
-HEADER_BYTES = 100 * 10 ** 6        # the safetensors library refuses longer headers, so do we
 
-# Buffers that older versions of transformers saved with the weights and nobody reads
-IGNORED = re.compile(r"\.rotary_(pos_)?emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope\.freqs$")
 # The files that saving replaces or, where the new model has none, removes
 OURS = re.compile(r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab"
                   r"|params)\.json|(pytorch_)?model.*\.(safetensors|bin|json)|trainer\.pt"
@@ -67,12 +65,6 @@ def raw(model: Any) -> Transformer:
     return model
 
 # -------------------------------------------------------------------------------- saving
-
-
-@functools.lru_cache(maxsize=None)
-def note(message: str) -> None:
-    """One line on stderr, and once a run."""
-    print(f"note: {message}", file=sys.stderr)
 
 
 def save_model(path: str | Path, model: Any, tokenizer: Any = None, *,
@@ -141,8 +133,10 @@ def write_model(directory: Path, config: ModelConfig, dtypes: dict[str, torch.dt
     specs = [(name, dtypes.get(slot.parts[0], main), slot.shape) for name, slot in slots.items()]
     if family.model_type == "meta":
         # one file, for which torch wants all of its tensors at once
-        torch.save({name: make(name).to(dtype).contiguous().clone() for name, dtype, _ in specs},
-                   directory / "consolidated.00.pth")
+        tensors = {name: make(name).to(dtype).contiguous().clone() for name, dtype, _ in specs}
+        # Meta's program and torchtune ask for it of a tied model, too: one storage, two names
+        tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
+        torch.save(tensors, directory / "consolidated.00.pth")
         write_json(directory / "params.json", meta_file(config, to_family(config, family)))
         if tokenizer is not None:
             tokenizer.save(directory)
@@ -321,21 +315,27 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], str]:
     if file.is_file():
         return read_json(file), str(file)
     file = directory / "params.json"
-    return {**read_json(file), "model_type": "meta"}, str(file)
+    hf = read_json(file)
+    if hf.get("model_type") not in (None, "transformer"):       # Mistral's files say it
+        raise UserError(f"{file}: model_type = {shorten(hf['model_type'])} is not supported, only "
+                        "'transformer'")
+    return {**hf, "model_type": "meta"}, str(file)
 
 
 def complete(hf: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:
-    """The settings with what both kinds of file leave to the weights: whether there is an output
-    matrix; Meta's vocabulary of -1 and the width of its MLP."""
+    """Return the settings with what they leave to the weights: whether the output matrix is the
+    embedding, where that is null; of Meta's files a vocabulary of -1 and the width of the MLP."""
     meta, said = hf["model_type"] == "meta", dict(hf)
     for key, name in [("vocab_size", "tok_embeddings.weight"),
                       ("hidden_dim", "layers.0.feed_forward.w1.weight")] if meta else ():
         if hf.get(key) in (-1, None) and name in stored:
             said[key] = (stored[name].shape or (0,))[0]
-    if "tie_word_embeddings" not in hf:
-        # silence means the family's default, or what is plain to see
-        output = "output.weight" if meta else "lm_head.weight"
-        said.update({} if output in stored else {"tie_word_embeddings": True})
+    tie = "tied_embeddings" if meta else "tie_word_embeddings"
+    if hf.get(tie, None if meta else True) is None:
+        # the trap: Llama 3.2's small models are tied, and their files hold the matrix twice
+        output = stored.get("output.weight" if meta else "lm_head.weight")
+        embedding = stored.get("tok_embeddings.weight" if meta else "model.embed_tokens.weight")
+        said[tie] = output is None or embedding is None or is_equal(output, embedding)
     return said
 
 
@@ -393,13 +393,16 @@ def open_checkpoint(path: str | Path, which: str = "best") -> Opened:
     """Compare config.json with the weights; UserError names the tensor that is wrong."""
     directory = resolve(path, which)
     hf, file = read_settings(directory)
+    hf, wrapped = unwrap(hf, file)
     family = family_named(hf, file)             # before the rest is looked for
     stored = weight_index(directory)
+    if wrapped:
+        stored = take_text_tensors(stored, directory)
     hf = complete(hf, stored)
     config = model_config_from_hf(hf, file)
     # and do not build a billion layers first
     mixtures = max(0, config.n_layer - config.first_k_dense_replace)
-    if max(config.n_layer, mixtures * config.num_experts) > len(stored):
+    if max(config.n_layer, mixtures * config.num_experts) > count_tensors(stored):
         raise UserError(f"{file} has {config.n_layer} layers and {config.num_experts} experts, the "
                         f"weights only {len(stored)} tensors: they belong to different models")
     # GLM-4.5 and others come with one layer more, which predicts the token after next
@@ -456,45 +459,6 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
                 if value.data_ptr() != place.data_ptr():
                     place.copy_(value)
     return model
-
-
-def match(slots: dict[str, Slot], stored: dict[str, Stored], family: Family, directory: Path,
-          more: range | tuple = ()) -> list[tuple[Slot, Stored]]:
-    """Pair every tensor the model needs with its place on disk; UserError at any difference.
-
-    more: numbers of layers behind the last one that are left out, with a note.
-    """
-    left, pairs = dict(stored), []
-    for name, slot in slots.items():
-        # a file of the bare body (AutoModel) has the names without their prefix
-        found = left.pop(name, None) or left.pop(name.removeprefix(family.prefix), None)
-        if found is None:
-            raise UserError(f"the weights in {directory} lack tensor {name!r}, which its settings "
-                            "ask for: they belong to different models, or a file is missing")
-        if found.shape != slot.shape:
-            raise UserError(f"tensor {name!r} in {found.file} is {found.shape}, the settings "
-                            f"ask for {slot.shape}: they belong to different models")
-        if found.dtype not in DTYPES:
-            raise UserError(f"tensor {name!r} in {found.file} is {found.dtype}: only "
-                            f"{', '.join(DTYPES)} are supported")
-        pairs.append((slot, found))
-    # a tied model's file may repeat the embedding as its output matrix
-    output = left.pop("lm_head.weight", None) or left.pop("output.weight", None)
-    if output is not None:
-        tied = next(s for slot, s in pairs if slot.parts == ("model.embed_tokens.weight",))
-        if (output.dtype, output.shape) != (tied.dtype, tied.shape) or not torch.equal(
-                read(output), read(tied)):
-            raise UserError(f"{directory}: config.json ties the output matrix to the embedding, "
-                            "the weights differ: set tie_word_embeddings to false in it")
-    # what is left over would be lost in silence: an adapter, a layer, a bias
-    for name, s in left.items():
-        layer = re.match(r"model\.layers\.(\d{1,6})\.", name)
-        if layer and int(layer[1]) in more:
-            note(f"layer {layer[1]} of {directory} predicts the token after next: it is left out")
-        elif not IGNORED.search(name):
-            raise UserError(f"tensor {name!r} in {s.file} has no place in the model that "
-                            "the settings describe: they belong to different models")
-    return pairs
 
 # ---------------------------------------------------------------------------- converting
 

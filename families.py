@@ -12,6 +12,7 @@ transformers that open them.
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable
 
@@ -42,6 +43,12 @@ class Family:
     write: Callable[[ModelConfig, dict], None] = lambda config, hf: None
     rope: str = "plain"             # plain, partial, nested by kind of layer, own: by read
     writable: bool = True           # False: read only, saved as another family that fits
+    reads: tuple[str, ...] = ()     # keys that `read` looks at
+    ignores: tuple[str, ...] = ()   # keys of the family that change no logit (config_keys.py has
+    #                                 those of all families)
+    nulls: dict[str, Any] = field(default_factory=dict)     # what an explicit null means, where
+    #                                 it is not what silence means
+    synonyms: dict[str, str] = field(default_factory=dict)  # a second name of a key -> the key
 
 
 def no_windows(hf: dict, values: dict) -> None:
@@ -68,7 +75,7 @@ LLAMA = Family(
     defaults=dict(NEEDED, max_position_embeddings=2048, num_key_value_heads=0, head_dim=0,
                   rms_norm_eps=1e-6, hidden_act="silu", attention_bias=False, mlp_bias=False,
                   tie_word_embeddings=False, initializer_range=0.02),
-    read=no_windows)
+    read=no_windows, reads=("layer_types",), nulls={"num_key_value_heads": 0})
 
 
 def like(row: Family, model_type: str, architecture: str, fixed: dict | None = None,
@@ -89,11 +96,11 @@ NO_BIAS = dict(qkv_bias=False, o_bias=False, mlp_bias=False)
 def windowed(everywhere: int | None) -> dict[str, Any]:
     """read and write of `sliding_window`, of all layers alike; `everywhere`: where it is not said.
 
-    Subtle: null in the file means no window, silence means transformers' default.
+    Subtle: null in the file means no window, silence means transformers' default. There is no
+    switch: transformers knows use_sliding_window in Qwen's families and in SmolLM3 alone.
     """
     def read(hf: dict, values: dict) -> None:
-        on = hf.get("use_sliding_window", True)
-        values["sliding_window"] = (hf.get("sliding_window", everywhere) or 0) if on else 0
+        values["sliding_window"] = read_window(hf, everywhere)
         kind = "sliding_attention" if values["sliding_window"] else "full_attention"
         if set(hf.get("layer_types") or ()) - {kind}:
             raise UserError("layer_types that differ are not supported in a "
@@ -101,9 +108,17 @@ def windowed(everywhere: int | None) -> dict[str, Any]:
 
     def write(config: ModelConfig, hf: dict) -> None:
         hf["sliding_window"] = config.sliding_window or None
-        hf["use_sliding_window"] = config.sliding_window > 0
 
-    return {"read": read, "write": write}
+    return {"read": read, "write": write, "reads": ("sliding_window", "layer_types"),
+            "ignores": ("use_sliding_window", "max_window_layers")}
+
+
+def read_window(hf: dict, silent: int | None) -> int:
+    """Return sliding_window, 0 for null; `silent` where it is not said."""
+    window = hf.get("sliding_window", silent)
+    if window == 0:
+        raise UserError("sliding_window = 0 hides every key: expected a number above 0, or null")
+    return window or 0
 
 
 def by_layer(default: Callable[[int, dict], bool], asks: bool) -> dict[str, Any]:
@@ -112,7 +127,7 @@ def by_layer(default: Callable[[int, dict], bool], asks: bool) -> dict[str, Any]
     def read(hf: dict, values: dict) -> None:
         if asks and not hf.get("use_sliding_window"):
             return
-        values["sliding_window"] = hf.get("sliding_window", 4096) or 0
+        values["sliding_window"] = read_window(hf, 4096)
         if hf.get("layer_types") is not None:
             values["layer_types"] = hf["layer_types"]
         elif values["sliding_window"] and type(values["n_layer"]) is int:
@@ -123,9 +138,13 @@ def by_layer(default: Callable[[int, dict], bool], asks: bool) -> dict[str, Any]
     def write(config: ModelConfig, hf: dict) -> None:
         hf["layer_types"] = config.layer_types or ["full_attention"] * config.n_layer
         slide = "sliding_attention" in hf["layer_types"]
-        hf["use_sliding_window"], hf["sliding_window"] = slide, config.sliding_window or None
+        if asks:
+            hf["use_sliding_window"] = slide
+        # Gemma's classes do not open with null, even where no layer has a window
+        hf["sliding_window"] = config.sliding_window or (None if asks else 4096)
 
-    return {"read": read, "write": write}
+    return {"read": read, "write": write, "reads": (
+        "sliding_window", "layer_types", *("use_sliding_window", "max_window_layers") * asks)}
 
 
 # the first max_window_layers layers see everything
@@ -134,14 +153,21 @@ QWEN_WINDOWS = by_layer(lambda i, hf: i >= hf.get("max_window_layers", 28), asks
 
 def gemma(model_type: str, architecture: str, pattern: int, **changes) -> Family:
     """Gemma 2 and 3: what their files share. `pattern`: every such layer has no window."""
-    layers = by_layer(lambda i, hf: (i + 1) % (hf.get("sliding_window_pattern") or pattern), False)
+    # Gemma 3's pattern has a key, Gemma 2's is fixed
+    asked = ("sliding_window_pattern",) * (changes["rope"] == "nested")
+    layers = by_layer(
+        lambda i, hf: (i + 1) % (hf.get("sliding_window_pattern", pattern) if asked else pattern),
+        False)
 
     def read(hf: dict, values: dict) -> None:
         scalar = hf.get("query_pre_attn_scalar", 256)
         if type(scalar) not in (int, float) or not scalar > 0:
-            raise UserError(f"query_pre_attn_scalar = {scalar!r} is not a number above 0")
+            raise UserError(f"query_pre_attn_scalar = {reprlib.repr(scalar)} is not a number "
+                            "above 0")
         values["attention_multiplier"] = scalar ** -0.5
         for key, default in changes["caps"].items():
+            if hf.get(key) == 0:
+                raise UserError(f"{key} = 0 divides by it: expected a number above 0, or null")
             values[key] = hf.get(key, default) or 0.0
         layers["read"](hf, values)
 
@@ -158,13 +184,16 @@ def gemma(model_type: str, architecture: str, pattern: int, **changes) -> Family
         fields={"activation": "hidden_activation"},
         defaults=dict(head_dim=256, hidden_activation="gelu_pytorch_tanh",
                       tie_word_embeddings=True, num_key_value_heads=4,
-                      max_position_embeddings=changes["context"]),
+                      max_position_embeddings=changes["context"],
+                      **changes.get("defaults", {})),
         only={"attention_bias": (False,), "use_bidirectional_attention": (False,),
               **changes.get("only", {})},
         keys={L + "post_attention_layernorm": (L + "post_self_attn_layernorm",),
               L + "pre_feedforward_layernorm": (L + "post_attention_layernorm",),
               L + "post_feedforward_layernorm": (L + "post_mlp_layernorm",)},
-        read=read, write=write, rope=changes["rope"])
+        read=read, write=write, rope=changes["rope"],
+        reads=("query_pre_attn_scalar", *changes["caps"], *layers["reads"], *asked),
+        ignores=("hidden_act",))
 
 
 def needs_experts(hf: dict, values: dict) -> None:
@@ -182,22 +211,28 @@ MIXTRAL_WINDOW, QWEN_MOE_WINDOW = windowed(None), windowed(4096)
 
 
 def qwen_moe_read(hf: dict, values: dict) -> None:
-    # the published files say num_experts, those that transformers 5 writes num_local_experts
-    values["num_experts"] = hf.get("num_local_experts", values["num_experts"])
     needs_experts(hf, values)
     if hf.get("use_sliding_window"):                    # False where it is not said
         QWEN_MOE_WINDOW["read"](hf, values)
+    else:
+        no_windows(hf, values)
+
+
+def qwen_moe_write(config: ModelConfig, hf: dict) -> None:
+    QWEN_MOE_WINDOW["write"](config, hf)
+    hf["use_sliding_window"] = config.sliding_window > 0
 
 
 def cohere_read(hf: dict, values: dict) -> None:
     no_windows(hf, values)
     # logits are multiplied by it there, divided here
-    values["logits_scaling"] = 1 / (hf.get("logit_scale") or 0.0625)
+    scale = hf.get("logit_scale", 0.0625)
+    values["logits_scaling"] = 1 / (0.0625 if scale is None else scale)
 
 
 def smollm3_read(hf: dict, values: dict) -> None:
     # the trap: in no_rope_layers a 1 means that the layer has RoPE
-    marks, n = hf.get("no_rope_layers"), hf.get("no_rope_layer_interval") or 4
+    marks, n = hf.get("no_rope_layers"), hf.get("no_rope_layer_interval", 4)
     if marks is None and type(values["n_layer"]) is int:
         marks = [(i + 1) % n != 0 for i in range(min(values["n_layer"], LARGEST_DEPTH))]
     values["nope_layers"] = [i for i, rotates in enumerate(marks or ()) if not rotates] or None
@@ -250,10 +285,13 @@ def meta_width(hf: dict) -> int:
 
 def meta_read(hf: dict, values: dict) -> None:
     # hidden_dim comes from the weights or, in Mistral's files, from params.json itself
-    if "multiple_of" in hf and meta_width(hf) != values["intermediate_size"]:
+    if hf.get("multiple_of") is not None and meta_width(hf) != values["intermediate_size"]:
         raise UserError(f"dim, multiple_of and ffn_dim_multiplier make an MLP of {meta_width(hf)},"
                         f" the weights one of {values['intermediate_size']}")
     scaled = bool(hf.get("use_scaled_rope"))
+    yarn = hf.get("yarn")
+    if scaled and yarn:
+        raise UserError("use_scaled_rope and yarn scale the same frequencies: expected one")
     if scaled:
         # The published files only say that they scale. The factor is 8 (Llama 3.1, 3.3) except in
         # 3.2's two small models, 32, which are the only ones with a tied output matrix
@@ -261,9 +299,33 @@ def meta_read(hf: dict, values: dict) -> None:
         values["rope_scaling"] = dict(rope_type="llama3", factor=factor, low_freq_factor=1.0,
                                       high_freq_factor=hf.get("rope_high_freq_factor") or 4.0,
                                       original_max_position_embeddings=8192)
+    if yarn:
+        values["rope_scaling"] = translate_yarn(yarn)
+    values["block_size"] = hf.get("max_position_embeddings") or values["block_size"]
     if not values["block_size"]:                # nor the context: Llama 3.1's, 3's, 2's
         long = type(values["rope_theta"]) in (int, float) and values["rope_theta"] >= 5e5
         values["block_size"] = 131072 if scaled else 8192 if long else 4096
+
+
+# Mistral's word -> the one of transformers and vLLM, for the same number
+YARN = {"factor": "factor", "original_max_position_embeddings": "original_max_position_embeddings",
+        "beta": "beta_fast", "alpha": "beta_slow"}
+
+
+def translate_yarn(yarn: Any) -> dict[str, Any]:
+    """Translate the yarn object of Mistral's params.json, as vLLM does (its configs/mistral.py).
+
+    apply_scale says whether attention grows warmer with the factor (Peng 2023, section 3.4).
+    """
+    if not isinstance(yarn, dict) or set(yarn) - {*YARN, "apply_scale"}:
+        raise UserError(f"expected yarn to be an object with {', '.join(YARN)} and apply_scale, "
+                        f"got {reprlib.repr(yarn)}")
+    scaling = {"rope_type": "yarn", **{theirs: yarn[ours] for ours, theirs in YARN.items()
+                                       if yarn.get(ours) is not None}}
+    warm = yarn.get("apply_scale", True)
+    if type(warm) is not bool:
+        raise UserError(f"expected true or false as yarn's apply_scale, got {reprlib.repr(warm)}")
+    return scaling if warm else {**scaling, "attention_factor": 1.0}
 
 
 def meta_write(config: ModelConfig, hf: dict) -> None:
@@ -327,13 +389,19 @@ ROWS = (
               "transformer.h.{i}.mlp.c_fc": (L + "mlp.up_proj",),
               "transformer.h.{i}.mlp.c_proj": (L + "mlp.down_proj",)},
         # the trap of GPT-2's files: OpenAI's Conv1D keeps its weight (in, out)
-        transposed=("c_attn", "c_proj", "c_fc")),
+        transposed=("c_attn", "c_proj", "c_fc"),
+        ignores=("n_ctx", "reorder_and_upcast_attn"),
+        synonyms={"hidden_size": "n_embd", "max_position_embeddings": "n_positions",
+                  "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"},
+        # OpenAI's files have it, and llama.cpp's converter asks for it
+        write=lambda config, hf: hf.update(n_ctx=config.block_size)),
     LLAMA,
     like(LLAMA, "qwen2", "Qwen2ForCausalLM", dict(qkv_bias=True, o_bias=False, mlp_bias=False),
-         defaults=dict(max_position_embeddings=32768), **QWEN_WINDOWS),
+         defaults=dict(max_position_embeddings=32768, num_key_value_heads=32), **QWEN_WINDOWS),
     # the trap of Qwen3: heads are 128 wide whatever the width of the model
     like(LLAMA, "qwen3", "Qwen3ForCausalLM", dict(qk_norm=True, mlp_bias=False),
-         defaults=dict(max_position_embeddings=32768, head_dim=128), **QWEN_WINDOWS),
+         defaults=dict(max_position_embeddings=32768, num_key_value_heads=32, head_dim=128),
+         **QWEN_WINDOWS),
     # Llama with an MLP that is not gated
     like(LLAMA, "arcee", "ArceeForCausalLM", dict(gated=False),
          defaults=dict(max_position_embeddings=4096, hidden_act="relu2", rms_norm_eps=1e-5)),
@@ -348,17 +416,23 @@ ROWS = (
                L + "block_sparse_moe.experts.{e}.w1": (L + "mlp.experts.gate_proj",),
                L + "block_sparse_moe.experts.{e}.w2": (L + "mlp.experts.down_proj",),
                L + "block_sparse_moe.experts.{e}.w3": (L + "mlp.experts.up_proj",)},
-         read=both(MIXTRAL_WINDOW["read"], needs_experts), write=MIXTRAL_WINDOW["write"]),
+         **{**MIXTRAL_WINDOW, "read": both(MIXTRAL_WINDOW["read"], needs_experts)},
+         synonyms={"num_experts": "num_local_experts"}),
     like(LLAMA, "qwen3_moe", "Qwen3MoeForCausalLM", dict(qk_norm=True, mlp_bias=False),
          {"num_experts": "num_experts", **MOE, "norm_topk_prob": "norm_topk_prob"},
          dict(max_position_embeddings=32768, num_key_value_heads=4, num_experts=128,
               num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=False),
          only={"decoder_sparse_step": (1,), "mlp_only_layers": ([],)},
-         read=qwen_moe_read, write=QWEN_MOE_WINDOW["write"]),
+         # the published files say num_experts, those that transformers 5 writes the other
+         synonyms={"num_local_experts": "num_experts"}, read=qwen_moe_read, write=qwen_moe_write,
+         reads=("sliding_window", "use_sliding_window", "layer_types"),
+         ignores=("max_window_layers",)),
     gemma("gemma3_text", "Gemma3ForCausalLM", 6, fixed=dict(qk_norm=True), rope="nested",
           # subtle: transformers has a setting for a cap on attention and ignores it
           only={"attn_logit_softcapping": (0,)}, caps=dict(final_logit_softcapping=None),
-          context=131072),
+          context=131072,
+          # which the text_config of the published 4B leaves out
+          defaults=dict(vocab_size=262208, num_attention_heads=8)),
     gemma("gemma2", "Gemma2ForCausalLM", 2, fixed={}, rope="plain", context=8192,
           caps=dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)),
     GLM,
@@ -372,7 +446,10 @@ ROWS = (
               n_routed_experts=128, num_experts_per_tok=8, moe_intermediate_size=1408,
               n_shared_experts=1, first_k_dense_replace=1, norm_topk_prob=True,
               routed_scaling_factor=1.0, use_qk_norm=False),
-         only={"n_group": (1,), "topk_group": (1,)}, rope="partial",
+         only={"n_group": (1,), "topk_group": (1,), "scoring_func": ("sigmoid",),
+               "topk_method": ("noaux_tc",)}, rope="partial",
+         synonyms={"num_local_experts": "n_routed_experts"},
+         ignores=("num_nextn_predict_layers", "num_mtp_layers"),
          # said, because the family's default is one more layer, that predicts a second token
          read=needs_experts, write=lambda config, hf: hf.update(num_nextn_predict_layers=0)),
     like(LLAMA, "olmo2", "Olmo2ForCausalLM",
@@ -385,12 +462,14 @@ ROWS = (
          {"norm_eps": "layer_norm_eps"},
          dict(max_position_embeddings=8192, layer_norm_eps=1e-5, tie_word_embeddings=True,
               rope_theta=5e5),
-         only={"use_qk_norm": (False,)}, read=cohere_read,
+         only={"use_qk_norm": (False,)}, read=cohere_read, reads=("logit_scale", "layer_types"),
          write=lambda config, hf: hf.update(logit_scale=1 / config.logits_scaling)),
     like(LLAMA, "smollm3", "SmolLM3ForCausalLM", {},
          defaults=dict(max_position_embeddings=32768, num_key_value_heads=4,
                        tie_word_embeddings=True, rope_theta=2e6),
-         read=both(no_windows, smollm3_read), write=smollm3_write),
+         read=both(no_windows, smollm3_read), write=smollm3_write,
+         reads=("layer_types", "use_sliding_window", "no_rope_layers", "no_rope_layer_interval"),
+         ignores=("sliding_window", "max_window_layers")),
     # MiniCPM's scales under other names, which transformers opens without foreign code
     like(LLAMA, "granite", "GraniteForCausalLM", {},
          {k: k for k in ("embedding_multiplier", "residual_multiplier", "attention_multiplier",
@@ -399,7 +478,8 @@ ROWS = (
               logits_scaling=1.0), read=scales_read),
     # --- read only
     like(LLAMA, "minicpm", "MiniCPMForCausalLM", NO_BIAS, {"embedding_multiplier": "scale_emb"},
-         dict(scale_emb=1.0, tie_word_embeddings=True), read=minicpm_read, writable=False),
+         dict(scale_emb=1.0, tie_word_embeddings=True), read=minicpm_read, writable=False,
+         reads=("layer_types", "scale_depth", "dim_model_base")),
     Family(
         "chatglm", "ChatGLMModel",              # ChatGLM3-6B and GLM-4-9B as they were published
         fixed=dict(GLM.fixed, activation="silu", partial_rotary_factor=0.5,
@@ -414,7 +494,7 @@ ROWS = (
                       ffn_hidden_size=None, layernorm_epsilon=1e-5, add_qkv_bias=False),
         only={"add_bias_linear": (False,), "rmsnorm": (True,), "post_layer_norm": (True,),
               "apply_residual_connection_post_layernorm": (False,), "original_rope": (True,),
-              "tie_word_embeddings": (False,)},
+              "tie_word_embeddings": (False,), "interleaved_qkv": (False,)},
         prefix="transformer.",
         keys={"transformer.embedding.word_embeddings": ("model.embed_tokens",),
               E + "input_layernorm": (L + "input_layernorm",),
@@ -426,7 +506,11 @@ ROWS = (
               E + "mlp.dense_4h_to_h": (L + "mlp.down_proj",),
               "transformer.encoder.final_layernorm": ("model.norm",),
               "transformer.output_layer": ("lm_head",)},
-        read=chatglm_read, write=chatglm_write, rope="own", writable=False),
+        read=chatglm_read, write=chatglm_write, rope="own", writable=False,
+        reads=("multi_query_attention", "rope_ratio"),
+        # of its own program: the types and kernels it computes with
+        ignores=("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "vocab_size",
+                 "bias_dropout_fusion", "fp32_residual_connection", "prefix_projection")),
     Family(
         "meta", "",                     # Llama as Meta publishes it, and Mistral's twin of it
         fixed=dict(LLAMA.fixed, **NO_BIAS, activation="silu"),
@@ -435,12 +519,14 @@ ROWS = (
                 ("n_embd", "dim"), ("head_dim", "head_dim"), ("intermediate_size", "hidden_dim"),
                 ("norm_eps", "norm_eps"), ("rope_theta", "rope_theta"),
                 ("sliding_window", "sliding_window"),
-                ("tie_word_embeddings", "tie_word_embeddings")),
+                ("tie_word_embeddings", "tied_embeddings")),
         defaults=dict(vocab_size=None, max_seq_len=0, n_layers=None, n_heads=None, n_kv_heads=0,
                       dim=None, head_dim=0, hidden_dim=None, norm_eps=1e-5, rope_theta=10000.0,
-                      sliding_window=0, tie_word_embeddings=False),
-        only={key: () for key in ("moe", "moe_args", "quantization_args", "quantization",
-                                  "lora_args", "vision_chunk_size", "vision_encoder")},
+                      sliding_window=0, tied_embeddings=False),
+        only={"activation": ("silu",), "causal": (True,)},
+        reads=("multiple_of", "ffn_dim_multiplier", "use_scaled_rope", "rope_scaling_factor",
+               "rope_high_freq_factor", "max_position_embeddings", "yarn"),
+        ignores=("max_batch_size",),
         prefix="",
         keys={"tok_embeddings": ("model.embed_tokens",), "norm": ("model.norm",),
               "output": ("lm_head",),
@@ -454,5 +540,8 @@ ROWS = (
         neighbours=("wq", "wk"), read=meta_read, write=meta_write, rope="own", writable=False),
 )
 FAMILIES = {row.model_type: row for row in ROWS}
+# Models that see as well, whose text model is read (formats/wrapped.py): their model_type -> that
+# of the text model, where text_config does not say it
+WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 # Any combination of flags that no family has; the names are ours and only this project reads it
 HANDMADE = Family("handmade", "", {}, (), {})

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from config import UserError, field_types
-from families import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, Family
+from formats.config_keys import check_keys
+from families import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, WRAPPERS, Family
 from model import ModelConfig, Transformer, rope_frequencies
+from weights import note, shorten
 
 ABOVE_ZERO = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "logits_scaling")
 KINDS = field_types(ModelConfig)
@@ -72,7 +74,7 @@ def to_family(config: ModelConfig, family: Family) -> dict[str, Any]:
         value = getattr(config, ours)
         # one key may stand for two flags: attention_bias is that of q, k, v and that of o
         hf[theirs] = (hf.get(theirs, False) or value) if isinstance(value, bool) else value
-    if family.fixed.get("position") == "rope":
+    if family.fixed.get("position") == "rope" and family.rope != "own":
         scaling = effective(config)["rope_scaling"]
         # transformers 5 reads rope_parameters; 4 and most other programs read the other two
         hf["rope_theta"], hf["rope_scaling"] = config.rope_theta, scaling
@@ -97,12 +99,17 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
                             f"only {' or '.join(map(repr, allowed or (None,)))}")
     if hf.get("quantization_config"):
         raise UserError(f"{where}: quantised weights are not supported; use the original ones")
+    hf = resolve_synonyms(hf, family, where)
+    check_keys(hf, list_known_keys(family), family.model_type, where)
     values = dict(family.fixed)             # what the architecture is, then what the file says
     for ours, theirs in family.fields:
         if ours == "dropout":                   # a choice of the run, not of the model
             continue
         value = hf.get(theirs)
-        values[ours] = family.defaults[theirs] if value is None else value
+        if value is None:
+            null = theirs in hf and theirs in family.nulls
+            value = (family.nulls if null else family.defaults)[theirs]
+        values[ours] = value
         if values[ours] is None:
             raise UserError(f"{where} does not say {theirs}: is it the file of a model?")
     if family.fixed["position"] == "rope" and family.rope != "own":
@@ -110,43 +117,116 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
     try:
         family.read(hf, values)
     except UserError as e:
-        raise UserError(f"{where}: {e}") from None
+        raise UserError(f"{where}: {str(e)[:400]}") from None
     except (TypeError, ValueError, ArithmeticError) as e:   # arithmetic on what is no number
-        raise UserError(f"{where} is not the file of a {family.model_type} model: {e}") from None
-    return checked(values, where)
+        raise UserError(f"{where} is not the file of a {family.model_type} model: "
+                        f"{str(e)[:200]}") from None
+    return checked(values, where, dict(family.fields))
+
+
+def resolve_synonyms(hf: dict[str, Any], family: Family, where: str) -> dict[str, Any]:
+    """Return the file's settings under one name each; UserError where two names disagree."""
+    renamed = dict(hf)
+    for second, first in family.synonyms.items():
+        value = renamed.pop(second, None)
+        if value is not None and renamed.setdefault(first, value) != value:
+            raise UserError(f"{where}: {second} = {shorten(value)} and {first} = "
+                            f"{shorten(renamed[first])} are two names of one setting, which is not "
+                            "supported with different values: delete the wrong one")
+    return renamed
+
+
+ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+
+
+def list_known_keys(family: Family) -> frozenset[str]:
+    """Return the keys of config.json that the family reads, or knows to be harmless."""
+    keys = {theirs for _, theirs in family.fields}
+    if family.fixed["position"] == "rope" and family.rope != "own":
+        keys |= {*ROPE, {"nested": "rope_local_base_freq"}.get(
+            family.rope, "original_max_position_embeddings")}
+    return frozenset(keys | {*family.reads, *family.ignores, *family.only, "quantization_config"})
+
+
+def read_object(hf: dict, key: str, where: str) -> dict[str, Any]:
+    """Return the object under a key of config.json, {} for null; UserError if it is none."""
+    value = hf.get(key)
+    if not isinstance(value, (dict, type(None))):
+        raise UserError(f"{where}: expected an object as {key}, got {shorten(value)}")
+    return dict(value or {})
 
 
 def read_rope(hf: dict, family: Family, values: dict, where: str) -> None:
-    """The rotary settings, old spelling (rope_theta, rope_scaling) or new (rope_parameters)."""
+    """Read the rotary settings, in the old spelling (rope_theta, rope_scaling) or the new one
+    (rope_parameters). Where both are there, what counts is what counts in transformers."""
     # what silence means: the family's own base, else that of the paper (Su 2021)
-    silent = 1e6 if family.rope == "nested" else 10000.0
-    rope = {"rope_theta": hf.get("rope_theta") or family.defaults.get("rope_theta", silent)}
-    local = hf.get("rope_local_base_freq") or 10000.0
-    share = hf.get("partial_rotary_factor")
-    for part in (hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}):
-        if family.rope == "nested" and isinstance(part, dict) and "full_attention" in part:
-            slide = part.get("sliding_attention") or {}
-            if not isinstance(slide, dict) or slide.get("rope_type", "default") != "default":
-                raise UserError(f"{where}: of its rotary settings only full_attention's can scale")
-            local, part = slide.get("rope_theta", local), part["full_attention"]
-        if not isinstance(part, dict) or any(isinstance(v, dict) for v in part.values()):
-            raise UserError(f"{where}: rotary settings by kind of layer are not supported in a "
-                            f"{family.model_type} model")
-        rope.update(part)
-    # both stretch from the context of the first training, which not every file repeats
+    silent = family.defaults.get("rope_theta", 1e6 if family.rope == "nested" else 10000.0)
+    rope = (merge_rope if family.rope == "nested" else choose_rope)(hf, family, values, where)
+    inner = rope.pop("rope_theta", None)
+    outer = hf.get("rope_theta")
+    if inner is not None and outer is not None and inner != outer:
+        note(f"{where}: rope_theta = {shorten(outer)} does not count beside the {shorten(inner)} "
+             "of its rotary settings, as in transformers")
+    theta = outer if inner is None else inner
+    values["rope_theta"] = silent if theta is None else theta
     if rope.get("rope_type", rope.get("type")) in ("llama3", "yarn"):
+        # both stretch from the context of the first training, which not every file repeats; a
+        # number outside of the object counts before the one in it
+        outer = hf.get("original_max_position_embeddings")
         rope.setdefault("original_max_position_embeddings", values["block_size"])
-    values["rope_theta"] = rope.pop("rope_theta")
-    inner = rope.pop("partial_rotary_factor", None)
-    share = share if inner is None else inner
+        if outer is not None:
+            rope["original_max_position_embeddings"] = outer
+    share = rope.pop("partial_rotary_factor", None)
+    if share is None:                       # the trap: an explicit null is transformers' 1
+        share = hf.get("partial_rotary_factor", 0.5 if family.rope == "partial" else 1.0)
+    share = 1.0 if share is None else share
     if family.rope == "partial":
-        values["partial_rotary_factor"] = 0.5 if share is None else share
-    elif share not in (None, 1, 1.0):
+        values["partial_rotary_factor"] = share
+    elif share not in (1, 1.0):
         raise UserError(f"{where}: a partial_rotary_factor is not supported in a "
                         f"{family.model_type} model")
-    if family.rope == "nested":
-        values["rope_local_theta"] = local
     values["rope_scaling"] = rope or None
+
+
+def choose_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, Any]:
+    """Return the rotary object that counts: rope_scaling if there is one, else rope_parameters."""
+    old = read_object(hf, "rope_scaling", where)
+    new = read_object(hf, "rope_parameters", where)
+    if any(isinstance(value, dict) for value in [*old.values(), *new.values()]):
+        raise UserError(f"{where}: rotary settings by kind of layer are not supported in a "
+                        f"{family.model_type} model")
+    # rope_scaling counts alone: what rope_parameters says beside it would be lost without a word
+    for key in ("rope_theta", "partial_rotary_factor") if old else ():
+        if old.get(key) is None and hf.get(key) is None and new.get(key) is not None:
+            raise UserError(f"{where}: rope_scaling counts instead of rope_parameters, and it does "
+                            f"not say {key}: write {key} = {shorten(new[key])} into it as well")
+    return old or new
+
+
+def merge_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, Any]:
+    """Return the rotary object of the full_attention layers, and put the base of the others into
+    `values`. rope_scaling is of the full_attention layers, and is laid over rope_parameters."""
+    old = read_object(hf, "rope_scaling", where)
+    new = read_object(hf, "rope_parameters", where)
+    if set(new) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{where}: expected full_attention and sliding_attention in the "
+                        f"rope_parameters of a {family.model_type} model, got {shorten([*new])}")
+    full = read_object(new, "full_attention", where)
+    slide = read_object(new, "sliding_attention", where)
+    if any(isinstance(value, dict) for value in [*old.values(), *full.values()]):
+        raise UserError(f"{where}: expected numbers in rope_scaling and in rope_parameters' "
+                        "full_attention")
+    shadow = full.get("rope_type", None if new else "default")
+    if "type" in old and "rope_type" not in old and shadow not in (None, old["type"]):
+        # the trap: there transformers reads rope_type alone
+        raise UserError(f"{where}: rope_scaling says type = {shorten(old['type'])}, which does not "
+                        f"count in a {family.model_type} model: call it rope_type")
+    if slide.get("rope_type", slide.get("type", "default")) != "default":
+        raise UserError(f"{where}: of its rotary settings only full_attention's can scale")
+    local = slide.get("rope_theta")
+    local = hf.get("rope_local_base_freq") if local is None else local
+    values["rope_local_theta"] = 10000.0 if local is None else local
+    return {**full, **old}
 
 
 def is_number(value: Any) -> bool:
@@ -154,12 +234,17 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value <= LARGEST_NUMBER
 
 
-def checked(values: dict[str, Any], where: str) -> ModelConfig:
-    """ModelConfig(**values) after a look at every type and range: the values come from a file."""
+def checked(values: dict[str, Any], where: str,
+            keys: dict[str, str] | None = None) -> ModelConfig:
+    """Return ModelConfig(**values) after a look at every type and range: they come from a file.
+
+    keys: what the file calls them, for the sentence.
+    """
     # 1. each by itself; type() and not isinstance(), since True is an int to Python
     for name, value in values.items():
         if name not in KINDS:
-            raise UserError(f"{where}: there is no setting {name!r}: a newer version wrote it?")
+            raise UserError(f"{where}: there is no setting {shorten(name)}: a newer version wrote "
+                            "it?")
         kind = KINDS[name]
         if kind is int:
             good = type(value) is int and (name in ABOVE_ZERO) <= value < (
@@ -173,21 +258,23 @@ def checked(values: dict[str, Any], where: str) -> ModelConfig:
             good = good and len(value) <= LARGEST_DEPTH and all(
                 type(v) is (int if name == "nope_layers" else str) for v in value)
         if not good:
-            raise UserError(f"{where}: {reprlib.repr(value)} cannot be the model's {name}")
+            key = (keys or {}).get(name, name)
+            raise UserError(f"{where}: {key} = {reprlib.repr(value)} is not possible, it cannot be "
+                            f"the model's {name}")
     # 2. the rotary scaling, an object of its own
     scaling = values.get("rope_scaling")
     if scaling is not None:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if not isinstance(kind, str) or kind not in ROPE_KEYS:
-            raise UserError(f"{where}: rope_type {kind!r} is not supported, "
+            raise UserError(f"{where}: rope_type {shorten(kind)} is not supported, "
                             f"only {', '.join(ROPE_KEYS)}")
         for key in ROPE_KEYS[kind]:
             if not is_number(scaling.get(key)) or not scaling[key]:
                 raise UserError(f"{where}: rope_type {kind} needs {key}, a number above 0")
         for key in ROPE_OPTIONS.get(kind, ()):
             value = scaling.get(key)
-            if value is not None and not (type(value) is bool if key == "truncate" else
-                                          is_number(value)):
+            good = type(value) is bool if key == "truncate" else is_number(value)
+            if value is not None and (not good or key == "attention_factor" and not value):
                 raise UserError(f"{where}: {reprlib.repr(value)} cannot be rope_type {kind}'s "
                                 f"{key}")
         # only what the formula reads: transformers adds keys of its own
@@ -196,7 +283,10 @@ def checked(values: dict[str, Any], where: str) -> ModelConfig:
             **{key: scaling[key] for key in ROPE_OPTIONS.get(kind, ())
                if scaling.get(key) is not None}}
     # 3. together: sizes whose products are tensors, and frequencies that exist
-    config = ModelConfig(**values)
+    try:
+        config = ModelConfig(**values)
+    except UserError as e:                  # which may print a list of ten thousand layers
+        raise UserError(f"{where}: {str(e)[:300]}") from None
     if config.n_head * config.head_dim >= LARGEST:
         raise UserError(f"{where}: {config.n_head} heads of {config.head_dim} are no model's")
     if max(config.num_experts, config.n_shared_experts) * config.moe_intermediate_size >= LARGEST:
@@ -258,7 +348,7 @@ def family_named(hf: dict[str, Any], where: str = "config.json") -> Family:
         return HANDMADE
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{where}: models of the type {str(kind)[:40]!r} are not supported, "
-                        f"only {', '.join(FAMILIES)}")
+                        f"only {', '.join([*FAMILIES, *WRAPPERS])}")
     return FAMILIES[kind]
 
 
@@ -270,6 +360,7 @@ def model_config_from_hf(hf: dict[str, Any], where: str = "config.json") -> Mode
             raise UserError(f"{where}: its section \"handmade\" is not an object: delete it")
         own = checked(dict(own), where)
         if kind == "handmade":
+            check_keys(hf, (), kind, where)
             return own
     family = family_named(hf, where)
     theirs = from_family(hf, family, where)

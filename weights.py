@@ -13,10 +13,14 @@ as it is (tests/test_checkpoint.py measures it).
 """
 from __future__ import annotations
 
+import errno
+import functools
 import json
 import math
 import re
+import stat
 import struct
+import sys
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
 
@@ -26,6 +30,8 @@ from torch import Tensor
 from config import UserError
 
 HEADER_BYTES = 100 * 10 ** 6        # the safetensors library refuses longer headers, so do we
+JSON_BYTES = 64 * 10 ** 6           # of a config.json or an index: the largest published has 10 MB
+DIMENSIONS = 16                     # of a shape: the sizes of a longer one are never multiplied
 
 # The dtypes a weight may have, by their name in the file
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -33,6 +39,18 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Bytes of an element, with those dtypes that only buffers we skip may have
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
               "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+
+
+@functools.lru_cache(maxsize=None)
+def note(message: str) -> None:
+    """Print one line on stderr, once per run."""
+    print(f"note: {message}", file=sys.stderr)
+
+
+def shorten(value: Any) -> str:
+    """Return repr(value), cut to fit into a sentence: a name in a file may be of any length."""
+    text = repr(value[:200] if isinstance(value, str) else value)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 class Stored(NamedTuple):
@@ -45,6 +63,30 @@ class Stored(NamedTuple):
     tensor: Tensor | None = None        # of a pickled file, which is mapped into memory
     pieces: tuple[Stored, ...] = ()     # or: it lies in pieces, which `dim` puts together
     dim: int = 0
+
+    def take_rows(self, start: int, stop: int) -> Stored:
+        """Return the place of rows start to stop of the first dimension, which lie together."""
+        shape = (stop - start, *self.shape[1:])
+        if self.tensor is not None:
+            return self._replace(shape=shape, tensor=self.tensor[start:stop])
+        row = math.prod(self.shape[1:]) * ITEM_BYTES[self.dtype]
+        return self._replace(shape=shape, start=self.start + start * row,
+                             end=self.start + stop * row)
+
+    def drop_first(self) -> Stored:
+        """Return the same bytes without a first dimension of 1: one expert of a stack."""
+        tensor = self.tensor if self.tensor is None else self.tensor[0]
+        return self._replace(shape=self.shape[1:], tensor=tensor)
+
+
+def is_equal(a: Stored, b: Stored, rows: int = 4096) -> bool:
+    """Tell whether two tensors hold the same numbers in one type, read a few rows at a time."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    if a.pieces or b.pieces or not a.shape:
+        return torch.equal(read(a), read(b))
+    spans = [(i, min(i + rows, a.shape[0])) for i in range(0, a.shape[0], rows)]
+    return all(torch.equal(read(a.take_rows(*span)), read(b.take_rows(*span))) for span in spans)
 
 
 def read(s: Stored, out: Tensor | None = None) -> Tensor:
@@ -123,7 +165,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
     # 1. the length of the header, and the header itself
     try:
-        size = path.stat().st_size
+        size = measure_file(path)
         with open(path, "rb") as f:
             need(size >= 8, f"{size} bytes")
             length = struct.unpack("<Q", f.read(8))[0]
@@ -135,63 +177,93 @@ def read_header(path: Path) -> dict[str, Stored]:
     try:
         header = json.loads(text.decode(), object_pairs_hook=once)
     except (ValueError, RecursionError) as e:
-        need(False, f"its header is not JSON: {e}")
+        need(False, f"its header is not JSON: {str(e)[:200]}")
     need(isinstance(header, dict), "its header is no JSON object")
     # 2. each tensor by itself: types, then places, then the size that shape and dtype ask for
     found: dict[str, Stored] = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
+    for key, entry in header.items():
+        if key == "__metadata__":
             continue
+        name = shorten(key)
         need(isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"},
-             f"tensor {name!r} lacks dtype, shape or data_offsets")
+             f"tensor {name} lacks dtype, shape or data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        # type() and not isinstance(): True is an int to Python, and no size
-        need(isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape),
-             f"tensor {name!r} has no proper shape")
+        # type() and not isinstance(): True is an int to Python, and no size. The product of many
+        # large numbers would take minutes, so their number and their size are looked at first
+        need(isinstance(shape, list) and len(shape) <= DIMENSIONS
+             and all(type(n) is int and 0 <= n < 2 ** 63 for n in shape),
+             f"tensor {name} has no proper shape")
         need(isinstance(offsets, list) and len(offsets) == 2
-             and all(type(n) is int for n in offsets), f"tensor {name!r} has no proper offsets")
+             and all(type(n) is int and 0 <= n < 2 ** 63 for n in offsets),
+             f"tensor {name} has no proper offsets")
         need(isinstance(dtype, str) and dtype in ITEM_BYTES,
-             f"tensor {name!r} has the unknown dtype {dtype!r}")
+             f"tensor {name} has the unknown dtype {shorten(dtype)}")
         start, end = (8 + length + n for n in offsets)
         need(8 + length <= start <= end <= size,
-             f"tensor {name!r} ends at byte {end} of {size}: truncated?")
+             f"tensor {name} ends at byte {end} of {size}: truncated?")
         need(end - start == math.prod(shape) * ITEM_BYTES[dtype],
-             f"tensor {name!r} of shape {shape} and dtype {dtype} has {end - start} bytes")
-        found[name] = Stored(path, dtype, tuple(shape), start, end)
+             f"tensor {name} of shape {shape} and dtype {dtype} has {end - start} bytes")
+        found[key] = Stored(path, dtype, tuple(shape), start, end)
     # 3. all together: each begins where the one before it ends, the last at the end of the file
     place = 8 + length
     for name, s in sorted(found.items(), key=lambda item: item[1][3:]):
-        need(s.start == place, f"tensor {name!r} starts at byte {s.start}, not {place}")
+        need(s.start == place, f"tensor {shorten(name)} starts at byte {s.start}, not {place}")
         place = s.end
     need(place == size, f"{size - place} bytes after the last tensor")
     return found
 
 
+def measure_file(path: Path) -> int:
+    """Return the bytes of a file; OSError if it is a pipe or a device, which may never end."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return found.st_size
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError naming the file and the line otherwise."""
+    """Read a JSON object from a file; UserError naming the file and the line otherwise."""
     try:
+        if (size := measure_file(path)) > JSON_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, more than any JSON file of a model: "
+                            "copy or save it again")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from e
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not JSON ({e}): copy or save it again") from e
+        raise UserError(f"{path} is not JSON ({str(e)[:200]}): copy or save it again") from e
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object: copy or save it again")
     return value
 
 
 def weight_index(directory: Path) -> dict[str, Stored]:
-    """Name -> place of every tensor of a checkpoint, in one file or in shards."""
+    """Find every tensor of a checkpoint, in one file or in shards: name -> its place.
+
+    Of several kinds of file the same one counts as in transformers, whose save leaves the others
+    where they are: model.safetensors, then the index and its shards.
+    """
     if (directory / "params.json").is_file() and not (directory / "config.json").is_file():
         return meta_index(directory)
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        if index.exists():
+            note(f"{directory} holds both {single.name} and {index.name}: the first is read, as in "
+                 "transformers; delete the one that is out of date")
+        return read_header(single)
     if not index.is_file():
-        if not single.is_file() and list(directory.glob("*.bin")):
+        others = sorted(f.name for f in directory.glob("*.safetensors")
+                        if not f.name.startswith("adapter"))
+        if not others and list(directory.glob("*.bin")):
             raise UserError(f"{directory} holds pickled weights, which can run any code: convert "
                             "them to safetensors with transformers' save_pretrained first")
-        if not single.is_file():
-            raise UserError(f"{directory} has no model.safetensors: is the copy complete?")
-        return read_header(single)
+        if list(directory.glob("consolidated*")) and (directory / "params.json").is_file():
+            raise UserError(f"{directory} has a config.json without its model.safetensors: move "
+                            "config.json away to read params.json and the consolidated files")
+        instead = f", only {shorten(others[0])}: rename it if it is the whole model" * (
+            len(others) == 1)
+        raise UserError(f"{directory} has no model.safetensors"
+                        f"{instead or ': is the copy complete?'}")
     # {"weight_map": {"name": "model-00001-of-00002.safetensors", …}}
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict):
@@ -200,7 +272,8 @@ def weight_index(directory: Path) -> dict[str, Stored]:
     for shard in sorted({str(name) for name in places.values()}):
         # the index comes from elsewhere: it names files of this folder, and no other
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise UserError(f"{index} names the file {shard!r}, outside its folder: refused")
+            raise UserError(f"{index} names the file {shorten(shard)}, outside its folder: "
+                            "refused")
         if not (directory / shard).is_file():
             raise UserError(f"{directory / shard} is missing, which {index.name} names: "
                             "copy the rest of the checkpoint")
@@ -208,7 +281,7 @@ def weight_index(directory: Path) -> dict[str, Stored]:
     # a shard of another checkpoint has the right name and the wrong tensors
     for name, shard in places.items():
         if name not in found or found[name].file.name != shard:
-            raise UserError(f"tensor {name!r} is not in {shard}, where {index} has it: "
+            raise UserError(f"tensor {shorten(name)} is not in {shard}, where {index} has it: "
                             "the files belong to different checkpoints")
     return found
 
@@ -239,8 +312,12 @@ def meta_index(directory: Path) -> dict[str, Stored]:
     Each file has a slice of every matrix, that of one GPU. Layers cut by their outputs (q, k, v,
     w1, w3, output) are joined along rows, those cut by their inputs (wo, w2) along columns.
     """
-    files = sorted(directory.glob("consolidated.*pth")) or sorted(
-        directory.glob("consolidated*.safetensors"))
+    files = sorted(f for f in directory.glob("consolidated.*pth") if f.is_file()) or sorted(
+        f for f in directory.glob("consolidated*.safetensors") if f.is_file())
+    others = [f.name for f in directory.glob("consolidated*.safetensors") if f.is_file()]
+    if files and others and files[0].suffix == ".pth":
+        raise UserError(f"{directory} holds both {files[0].name} and {others[0]}, which may be "
+                        "different models: move one kind away")
     if not files:
         raise UserError(f"{directory} has a params.json and no consolidated.00.pth: "
                         "copy the rest of the checkpoint")

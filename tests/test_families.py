@@ -397,8 +397,10 @@ def test_rotary_settings_in_the_spelling_of_transformers_4_and_5(name, oracle):
     old["rope_theta"] = rotary.pop("rope_theta")
     if "partial_rotary_factor" in rotary:
         old["partial_rotary_factor"] = rotary.pop("partial_rotary_factor")
-    rotary["type"] = rotary.pop("rope_type")            # Llama 2's time
-    old["rope_scaling"] = None if rotary["type"] == "default" else rotary
+    scaled = rotary["rope_type"] != "default"
+    if not name.startswith("gemma3"):                   # Llama 2's time, before Gemma 3's
+        rotary["type"] = rotary.pop("rope_type")
+    old["rope_scaling"] = rotary if scaled else None
     assert model_config_from_hf(old) == model_config_from_hf(new)
 
 
@@ -549,8 +551,8 @@ def meta_llama(path, parts=1, kind="pth", tied=False, **params):
     body, tensors = llama.model, {}
     tensors["tok_embeddings.weight"] = body.embed_tokens.weight
     tensors["norm.weight"] = body.norm.weight
-    if not tied:
-        tensors["output.weight"] = llama.lm_head.weight
+    # Llama 3.2's files hold the matrix twice
+    tensors["output.weight"] = llama.lm_head.weight
     for i, layer in enumerate(body.layers):
         a, m = layer.self_attn, layer.mlp
         for name, w in [("attention.wq", neighbours(a.q_proj.weight, 4)),
@@ -585,6 +587,7 @@ def meta_llama(path, parts=1, kind="pth", tied=False, **params):
 @pytest.mark.parametrize("parts, kind, tied, params", [
     (1, "pth", False, {}), (2, "pth", False, {}), (2, "safetensors", False, {}),
     (1, "pth", False, dict(rope_theta=5e5, use_scaled_rope=True, vocab_size=V)),
+    (1, "pth", True, dict(rope_theta=5e5, use_scaled_rope=True, vocab_size=V)),
     (2, "pth", True, dict(rope_theta=5e5, use_scaled_rope=True, vocab_size=V,
                           ffn_dim_multiplier=1.1)),
     (1, "safetensors", False, dict(rope_theta=5e5, ffn_dim_multiplier=None, vocab_size=V)),
@@ -597,6 +600,7 @@ def test_llama_as_meta_publishes_it_is_transformers_llama(parts, kind, tied, par
     ours = load_model(path, "cpu")
     assert error(ours.logits(some_ids()), expected) <= 1e-5
     scaled = params.get("use_scaled_rope")
+    assert ours.config.tie_word_embeddings == tied
     context = 131072 if scaled else 8192 if "rope_theta" in params else 4096
     assert ours.config.block_size == context
     # out as Hugging Face's, and from there back as Meta's, the same tensors in the same type
