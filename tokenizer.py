@@ -117,8 +117,7 @@ class Tokenizer:
     @property
     def stop_ids(self) -> list[int]:
         """The ids that end an answer: the end of text, and the ends of the template's turns."""
-        names = chat.find(self.template).stops(self.eot_token or EOT) if self.template else []
-        names += [self.eot_token, self.eos]
+        names = [*chat.turn_ends(self), self.eot_token, self.eos]
         return sorted({self.special[n] for n in names if n in self.special})
 
     # -- text -> ids
@@ -271,12 +270,14 @@ class Tokenizer:
         self._index()
         return len(new)
 
-    def render(self, messages: list[dict[str, str]], template: str | None = None,
+    def render(self, messages: list[dict[str, Any]], template: str | None = None,
                add_generation_prompt: bool = False, max_length: int | None = None,
-               enable_thinking: bool = True) -> tuple[list[int], list[int]]:
+               enable_thinking: bool | None = None, tools: list | None = None,
+               documents: list | None = None, **template_kwargs: Any
+               ) -> tuple[list[int], list[int]]:
         """A conversation -> (ids, mask); chat.render() says how."""
         return chat.render(self, messages, template, add_generation_prompt, max_length,
-                           enable_thinking)
+                           enable_thinking, tools, documents, **template_kwargs)[:2]
 
     # -- from and to a file
 
@@ -299,7 +300,8 @@ class Tokenizer:
         if isinstance(found, list):     # several, by name
             found = {t["name"]: t["template"] for t in found}.get("default", "")
         found = read_text(jinja) if jinja.exists() else str(found)
-        self.template = chat.recognise(found)
+        # our own text is the row of that name, which renders faster; any other is run
+        self.template = chat.row_of(found, self.eot_token or EOT)
         self.jinja = "" if self.template else found
 
     def save(self, directory: str | os.PathLike) -> None:
