@@ -261,10 +261,10 @@ def render_row(tokenizer: Tokenizer, row: Template, messages: list[dict], prompt
     """A conversation by a row. UserError for control tokens that the tokenizer lacks."""
     eot = tokenizer.eot_token or EOT
     control = row.control(eot)
-    if missing := [t for t in control if t not in tokenizer.special and t not in tokenizer.added]:
+    if missing := [t for t in control if t not in tokenizer.added]:
         raise UserError(f"the tokenizer lacks {', '.join(missing)} of the chat template "
                         f"{row.name}: add_special_tokens() gives it new ids for them")
-    controls = chat_template.controls_of(tokenizer, row.name, lambda: " ".join(control))
+    controls = chat_template.controls_of(tokenizer, row.name, lambda: (" ".join(control), ""))
     typed = chat_template.typed_for([messages, tools])
     asked = max((k for k, m in enumerate(messages, 1) if m.get("role") == "user"), default=0)
     lost = {k - 1: "the template drops its thoughts" for k, m in enumerate(messages[:asked], 1)

@@ -25,6 +25,7 @@ from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 from bpe import any_of
 from config import UserError
+from text.added_tokens import BLANK
 from text.sandbox import Template, compile_template
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -34,9 +35,7 @@ MARKS = re.compile(r"think|thought|reason|tool_?▁?call|python_tag", re.IGNOREC
 _MARK = r"(?:<[^<>\s]*(?:think|thought|channel)[^<>\s]*>(?:thought)?)"
 OPENED = re.compile(rf"{_MARK}(?:\s|{_MARK})*\Z")
 THOUGHTS = re.compile(rf"(?:\s|{_MARK})*")
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 REASONING = ("reasoning_content", "thinking", "reasoning")      # transformers' names, in its order
-WHITE = "\t\n\x0b\x0c\r \x85\xa0"       # what a token that strips its neighbours takes with it
 
 
 class Controls(NamedTuple):
@@ -44,6 +43,7 @@ class Controls(NamedTuple):
     pattern: re.Pattern | None          # any of them
     ids: dict[str, int]
     loose: frozenset[str]               # special: false, so that any text could hold them
+    end: str = ""                       # the one that follows an answer, or a mark within it
 
 
 class Rendered(NamedTuple):
@@ -54,22 +54,25 @@ class Rendered(NamedTuple):
 # ---------------------------------------------------------------------- messages -> safe messages
 
 
-def controls_of(tokenizer: Any, key: str, probe: Callable[[], str]) -> Controls:
+def controls_of(tokenizer: Any, key: str, probe: Callable[[], tuple[str, str]]) -> Controls:
     """The control tokens of a tokenizer, and of its other added tokens those that make turns.
 
     ChatGLM3 lists <|user|> as special: false. probe() renders conversations without words: what
-    the template writes around them is structure, but for marks of thoughts and tool calls.
-    key: of the template. The result is kept in the tokenizer.
+    the template writes around them is structure, but for marks of thoughts and tool calls; and
+    what it writes behind an answer. key: of the template. The result is kept in the tokenizer.
     """
     key = (key, len(tokenizer.special), len(tokenizer.added))
     kept = tokenizer.__dict__.setdefault("_chat_controls", {})
     if key not in kept:
+        around, behind = probe()
         others = {n for n in tokenizer.added if n not in tokenizer.special and not n.isspace()}
         finder = any_of(frozenset(others))
-        loose = frozenset(n for n in finder.findall(probe()) if not MARKS.search(n)) \
+        loose = frozenset(n for n in finder.findall(around) if not MARKS.search(n)) \
             if finder else frozenset()
         ids = {**tokenizer.special, **{n: tokenizer.added[n]["id"] for n in loose}}
-        kept[key] = Controls(any_of(frozenset(ids)), ids, loose)
+        pattern = any_of(frozenset(ids))
+        ends = [n for n in (pattern.findall(behind) if pattern else ()) if not MARKS.search(n)]
+        kept[key] = Controls(pattern, ids, loose, (ends or [""])[0])
     return kept[key]
 
 
@@ -196,30 +199,48 @@ class Answer(NamedTuple):
     reason: str = ""
 
 
-def find_answer(drawing: Drawing, k: int, text: str, pattern: re.Pattern | None) -> Answer:
+def find_answer(drawing: Drawing, k: int, text: str, controls: Controls) -> Answer:
     """Answer k in the text of the whole conversation, by what it adds to its prompt."""
     prompt, own = drawing.draw(k, True)[0], drawing.draw(k + 1)[0]
-    start = answer_start(prompt, own, pattern)
+    start = answer_start(prompt, own, controls.pattern)
     if start is None:
         return Answer([], reason="the template asks for an answer in other words than it writes it")
-    said, rest = own[start:], text[start:]
-    at = follow(said, rest) if text.startswith(own[:start]) else None
+    end = answer_end(own, start, controls)
+    said = own[start:end]
+    at = follow(said, text[start:]) if text.startswith(own[:start]) else None
     if at is None:
         return Answer([], reason="the template writes it in another way once the conversation has "
                                  "gone on")
-    end = start + len(said) - at
-    # what follows the token that ends the turn is not the answer's, such as chatml's newline
-    ends = [m.end() for m in pattern.finditer(text, start, end) if not MARKS.search(m.group())] \
-        if pattern else []
-    if ends and not text[ends[-1]:end].strip():
-        return Answer([(start, ends[-1])])
-    # GLM-4 has no such token: the header that follows tells that the turn is over
-    after = text[end:] or next_header(drawing, k)
-    header = pattern.match(after, len(after) - len(after.lstrip())) if pattern else None
+    stop = start + len(said) - at
+    if end is not None:
+        return Answer([(start, stop)])
+    # GLM-4 has no end token: the header that follows tells that the turn is over
+    after = text[stop:] or next_header(drawing, k)
+    header = controls.pattern.match(after, len(after) - len(after.lstrip())) \
+        if controls.pattern else None
     if not header:
         raise UserError("the model's chat template has no token that ends an answer, so a model "
                         "would never learn to stop: give another with --template=")
-    return Answer([(start, end + header.end())], "" if text[end:] else after[:header.end()])
+    return Answer([(start, stop + header.end())], "" if text[stop:] else after[:header.end()])
+
+
+def answer_end(own: str, start: int, controls: Controls) -> int | None:
+    """The end of the token that ends the answer in `own`, None if no token does.
+
+    What follows it is not the answer's, such as chatml's newline or the end of text that Phi-3
+    writes behind the last turn. Of several tokens at the end, it is the one that ends a turn
+    elsewhere, or else the last.
+    """
+    found = [m for m in (controls.pattern.finditer(own, start) if controls.pattern else ())
+             if not MARKS.search(m.group())]
+    after, ends = len(own), []
+    for m in reversed(found):
+        if own[m.end():after].strip():
+            break
+        ends.append(m)
+        after = m.start()
+    usual = [m for m in ends if m.group() == controls.end]
+    return (usual or ends)[0].end() if ends else None
 
 
 def next_header(drawing: Drawing, k: int) -> str:
@@ -268,15 +289,14 @@ def follow(said: str, rest: str) -> int | None:
     return None if said else 0
 
 
-def answers_of(drawing: Drawing, text: str, pattern: re.Pattern | None
-               ) -> Iterator[tuple[int, Answer]]:
+def answers_of(drawing: Drawing, text: str, controls: Controls) -> Iterator[tuple[int, Answer]]:
     """(number of a message, where it stands) of all answers, in order."""
     if drawing.template.marked:
         yield from ((k, Answer(spans)) for k, spans in marked_answers(drawing))
         return
     for k, message in enumerate(drawing.messages):
         if message["role"] == "assistant":
-            yield k, find_answer(drawing, k, text, pattern)
+            yield k, find_answer(drawing, k, text, controls)
 
 # -------------------------------------------------------------------------------- text -> ids
 
@@ -319,9 +339,9 @@ def encode(tokenizer: Any, text: str, spans: Iterable[tuple[int, int, bool]],
 def beside(piece: str, runs: list[tuple[str, bool, bool]], k: int, added: Mapping) -> str:
     """The text of run k without the white space that the tokens beside it take with them."""
     if k and runs[k - 1][2] and added.get(runs[k - 1][0], {}).get("rstrip"):
-        piece = piece.lstrip(WHITE)
+        piece = piece.lstrip(BLANK)
     if k + 1 < len(runs) and runs[k + 1][2] and added.get(runs[k + 1][0], {}).get("lstrip"):
-        piece = piece.rstrip(WHITE)
+        piece = piece.rstrip(BLANK)
     return piece
 
 
@@ -335,26 +355,19 @@ def untyped(piece: str, typed: str) -> str:
 
 # ---------------------------------------------------------------------------------- all of it
 
-def named_tokens(tokenizer: Any) -> dict[str, str]:
-    """bos_token and its like, as transformers hands them to a template; those that there are."""
-    named = {k: tokenizer.settings.get(k) for k in NAMED}
-    named = {k: v.get("content") if isinstance(v, Mapping) else v for k, v in named.items()}
-    named.update((k, v) for k in ("bos_token", "eos_token", "pad_token")
-                 if (v := getattr(tokenizer, k)) is not None)
-    return {k: v for k, v in named.items() if isinstance(v, str)}
-
-
-def probe(template: Template, named: dict[str, str]) -> str:
-    """Conversations without words, rendered: the structure of the template."""
+def probe(template: Template, named: dict[str, str]) -> tuple[str, str]:
+    """(conversations without words, rendered; what the template writes behind an answer)."""
     turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    mark = "\U000f0000"
     out = []
-    for messages in (turns[:1], [*turns, *turns], [{"role": "system", "content": ""}, *turns]):
+    for messages in (turns[:1], [*turns, *turns], [{"role": "system", "content": ""}, *turns],
+                     [turns[0], {**turns[1], "content": mark}, turns[0]]):
         try:
             out.append(template.run({**named, "messages": messages, "tools": None, "documents": None,
                                      "add_generation_prompt": messages[-1]["role"] == "user"})[0])
         except UserError:               # a template without a system turn, say
             continue
-    return "\n".join(out)
+    return "\n".join(out), (out or [""])[-1].partition(mark)[2]
 
 
 def marks_read(drawing: Drawing, raw: list[dict], controls: Controls, typed: str
@@ -393,7 +406,7 @@ def render(tokenizer: Any, source: str, messages: list[dict], prompt: bool = Fal
            switches: Mapping[str, Any] | None = None) -> Rendered:
     """A conversation by the Jinja template `source`; switches: its further variables."""
     check_messages(messages)
-    template, named = compile_template(source), named_tokens(tokenizer)
+    template, named = compile_template(source), tokenizer.facts.named
     controls = controls_of(tokenizer, source, lambda: probe(template, named))
     raw = [clean(m) for m in messages]
     given = {"tools": tools, "documents": documents, **(switches or {})}
@@ -407,7 +420,7 @@ def render(tokenizer: Any, source: str, messages: list[dict], prompt: bool = Fal
     text = drawing.draw(len(raw), prompt)[0]
     spans, lost, append = [], {}, ""
     try:
-        for k, answer in answers_of(drawing, text, controls.pattern):
+        for k, answer in answers_of(drawing, text, controls):
             append += answer.append
             said = "".join(text[a:b] for a, b in answer.spans)
             whole = not answer.reason and is_whole(drawing.messages[k], said)
@@ -424,13 +437,13 @@ def render(tokenizer: Any, source: str, messages: list[dict], prompt: bool = Fal
 
 def turn_ends(tokenizer: Any, source: str) -> list[str]:
     """The control tokens that end an answer by this template, in a chat without tools."""
-    template, named = compile_template(source), named_tokens(tokenizer)
+    template, named = compile_template(source), tokenizer.facts.named
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     drawing = Drawing(template, turns, {**named, "tools": None, "documents": None})
     controls = controls_of(tokenizer, source, lambda: probe(template, named))
     try:
         text = drawing.draw(2)[0]
-        (_, answer), = answers_of(drawing, text, controls.pattern)
+        (_, answer), = answers_of(drawing, text, controls)
     except UserError:
         return []
     text = (text + answer.append)[:answer.spans[-1][1]] if answer.spans else ""
