@@ -97,7 +97,7 @@ def walk(value: Any, change: Callable[[str], str]) -> Any:
     """A copy of JSON data with every text changed; keys stay."""
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {k: walk(v, change) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [walk(v, change) for v in value]
@@ -110,8 +110,13 @@ def walk(value: Any, change: Callable[[str], str]) -> Any:
 def typed_for(value: Any) -> str:
     """A private-use character that no text in `value` has."""
     there: set[str] = set()
-    walk(value, lambda text: there.update(c for c in text if c >= "\U000f0000") or text
-         if not text.isascii() else text)
+
+    def look(text: str) -> str:
+        if not text.isascii():
+            there.update(text)
+        return text
+
+    walk(value, look)
     return next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in there)
 
 
@@ -120,7 +125,7 @@ def check_messages(messages: Any) -> None:
     if not messages:
         raise UserError("a conversation needs at least one message")
     for k, message in enumerate(messages, 1):
-        role = message.get("role") if isinstance(message, Mapping) else None
+        role = message.get("role") if isinstance(message, dict) else None
         content = message.get("content") if role else None
         if role not in ROLES or not (isinstance(content, (str, list))
                                      or content is None and message.get("tool_calls")):
@@ -147,7 +152,7 @@ def is_whole(message: Mapping[str, Any], text: str) -> bool:
     parts = [*split_thoughts(content)] if isinstance(content, str) else []
     parts += [message[k] for k in REASONING if isinstance(message.get(k), str)]
     for call in message.get("tool_calls") or ():
-        call = call.get("function", call) if isinstance(call, Mapping) else {}
+        call = call.get("function", call) if isinstance(call, dict) else {}
         parts.append(str(call.get("name", "")))
     return all(part.strip() in text for part in parts)
 
