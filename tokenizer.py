@@ -39,6 +39,7 @@ import spm as sentencepiece
 from bpe import (BYTE_ORDER, PATTERNS, PieceCache, any_of, bpe, chunks, count_chunks, file_texts,
                  learn, mend, pattern_of, printable, read_json, read_text, unprintable)
 from config import UserError, run
+from text import files
 
 EOT = "<|endoftext|>"
 # Other names of the token between documents. The first one that a vocabulary has is taken.
@@ -573,10 +574,10 @@ def main(cfg: Config) -> None:
         print(f"{cfg.out}: a vocabulary of {tokenizer.vocab_size:,}", file=sys.stderr)
         return
     tokenizer = load(cfg.tokenizer)
-    if cfg.file or cfg.words:
-        text = read_text(cfg.file) if cfg.file else " ".join(cfg.words)
+    if cfg.words and not cfg.file:
+        text = " ".join(cfg.words)
     else:
-        text = read_text("-")
+        text = files.read(cfg.file or "-")
     if cfg.command == "decode":
         ids = text.replace(",", " ").split()
         if bad := [i for i in ids if not re.fullmatch("[0-9]{1,9}", i)]:

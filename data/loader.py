@@ -15,7 +15,6 @@ the rows in use.
 """
 from __future__ import annotations
 
-import codecs
 import csv
 import gzip
 import hashlib
@@ -33,6 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 from config import UserError  # noqa: E402  (found only once the root is on the path)
+from text import files  # noqa: E402
 
 VERSION = 1                             # of the layout: meta.json and the shards beside it
 DTYPES = ("uint16", "uint32")           # 16 bits hold ids below 65,536; nothing else is written
@@ -77,9 +77,9 @@ class Reader:
         self.bad += 1
 
     def blocks(self, path: Path) -> Iterator[str]:
-        """A file's text in blocks of about BLOCK characters; it must be UTF-8."""
+        """A file's text in blocks of about BLOCK characters; its encoding is text/files.py's."""
         packed, before = Path(path).suffix.lower() == ".gz", self.consumed
-        rest, offset, held = b"", 0, ""     # bytes not yet decoded, where they lie; decoded text
+        decode, held = files.Decoder(path, self.fault), ""
         with open(path, "rb") as raw, (gzip.open(raw) if packed else raw) as f:
             while True:
                 try:
@@ -87,21 +87,12 @@ class Reader:
                 except (EOFError, zlib.error, gzip.BadGzipFile) as e:
                     raise UserError(f"{path} is not a complete gzip file: {e}") from None
                 self.consumed = before + raw.tell()
-                rest += block
-                if offset == 0 and rest.startswith(codecs.BOM_UTF8):    # Notepad's mark, no text
-                    rest, offset = rest[3:], 3
-                try:
-                    # a character may straddle two blocks: its first bytes wait in `rest`
-                    text, used = codecs.utf_8_decode(rest, "strict", not block)
-                except UnicodeDecodeError as e:
-                    self.fault(f"{path} is not UTF-8 text: byte {offset + e.start:,} is invalid")
-                    text, used = rest[:e.start].decode("utf-8"), e.end
-                rest, offset, held = rest[used:], offset + used, held + text
+                held += decode(block)
                 if len(held) >= BLOCK // 2:
                     at = cut_at(held)
                     yield held[:at]
                     held = held[at:]
-                if not block and not rest:
+                if not block:
                     if held:
                         yield held
                     return
