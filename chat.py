@@ -166,13 +166,17 @@ def thoughts(content: str) -> tuple[str, str]:
 
 def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking: bool = True
           ) -> Iterator[tuple[str, int, bool]]:
-    """A conversation in order, as (text, trained on, written by the template)."""
+    """A conversation in order, as (text, trained on, written by the template).
+
+    Trained on is 1, 0, or -1 for an answer that is context only ("train": False): it is cut into
+    tokens apart from what stands around it, like any answer.
+    """
     if not messages:
         raise UserError("a conversation needs at least one message")
     yield row.begin, 0, True
     if row.system is not None and messages[0].get("role") != "system":
         yield row.default_system(eot), 0, True
-    folded, last = "", ""
+    folded, last = "", 0                # last: how the answer just before is trained on
     asked = max((k for k, m in enumerate(messages, 1) if m.get("role") == "user"), default=0)
     for k, message in enumerate(messages, 1):
         role, content = message.get("role"), message.get("content")
@@ -180,11 +184,17 @@ def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking:
             raise UserError(f"message {k} needs a role ({', '.join(ROLES)}) and a text as content; "
                             f"it has the role {role!r} and {type(content).__name__} as content")
         content = content.strip() if row.trim else content
+        train = (-1 if message.get("train") is False else 1) if role == "assistant" else 0
+        if message.get("tool_calls"):
+            raise UserError(f"message {k} calls a tool, for which the template {row.name} has no "
+                            "words")
+        if thought := message.get("reasoning_content"):
+            content = "<think>\n{}\n</think>\n\n{}".format(thought.strip("\n"), content)
         if role == "system" and row.fold:
             folded = row.fold.format(content)
             continue
         # GLM-4 has no end token: the header that follows tells the model's turn is over
-        yield row.header[role], int(bool(row.closing) and last == "assistant"), True
+        yield row.header[role], last if row.closing else 0, True
         if role == "user":
             content, folded = folded + content, ""
         if role == "assistant" and row.think:
@@ -195,15 +205,15 @@ def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking:
             elif k > asked and k == len(messages):
                 yield NO_THOUGHTS, 0, True
                 content = content.lstrip("\n")
-        yield (row.lead if role == "assistant" else "") + content, int(role == "assistant"), False
-        yield row.after(role, eot), int(role == "assistant"), True
-        last = role
+        yield (row.lead if role == "assistant" else "") + content, train, False
+        yield row.after(role, eot), train, True
+        last = train
     if prompt:
         yield row.header["assistant"], 0, True
         if row.think and not thinking:
             yield NO_THOUGHTS, 0, True
-    elif last == "assistant":
-        yield row.closing, 1, True
+    elif last:
+        yield row.closing, last, True
 
 
 def render(tokenizer: Tokenizer, messages: list[dict[str, str]], template: str | None = None,
@@ -245,7 +255,7 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, str]], template: str |
                else tokenizer.encode_ordinary("".join(texts), after))
         after = "token" if control else "text"
         ids += new
-        mask += [train] * len(new)
+        mask += [int(train > 0)] * len(new)
     return ids[:max_length], mask[:max_length]
 
 
