@@ -27,12 +27,14 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache
 from itertools import chain
 from os.path import commonprefix
+from pathlib import Path
 from typing import Any, Iterable, Iterator
 
 import numpy as np
 import tiktoken
 
 from config import UserError
+from text import files
 
 NEVER = 1 << 62         # the rank of a pair that is no token
 SHORT = 200             # bytes; longer chunks are rare, and merged by another loop
@@ -207,8 +209,13 @@ def mend(text: str) -> str:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A whole file of UTF-8; "-" is standard input."""
-    return "".join(file_texts([path]))
+    """A whole file of a tokenizer's, which is UTF-8 without a byte order mark."""
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text ({e.reason}): convert it first") from None
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(f"there is no file {path}") from None
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -221,17 +228,11 @@ def read_json(path: str | os.PathLike) -> Any:
 def file_texts(paths: Iterable[str | os.PathLike], size: int = 1 << 22) -> Iterator[str]:
     """The files as text, a few MB at a time, cut where blocks() would cut anyway."""
     for path in paths:
-        try:
-            with open(0 if path == "-" else path, encoding="utf-8", newline="") as file:
-                rest = ""
-                while more := file.read(size):
-                    *whole, rest = blocks(rest + more, size // 2)
-                    yield from whole
-                yield rest
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path} is not UTF-8 text ({e.reason}): convert it first") from None
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise UserError(f"there is no file {path}") from None
+        rest = ""
+        for more in files.stream(path, size):
+            *whole, rest = blocks(rest + more, size // 2)
+            yield from whole
+        yield rest
 
 
 # --- chunks -> tokens -----------------------------------------------------------------------

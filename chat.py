@@ -173,11 +173,6 @@ def refuse_unread(tokenizer: Tokenizer, template: str | None, **given: Any) -> N
                         "another with --template=")
 
 
-def extras(record: dict[str, Any]) -> dict[str, Any]:
-    """What a record has besides messages for its template, as arguments of render()."""
-    return {**(record.get("chat_template_kwargs") or {}),
-            **{k: record[k] for k in ("tools", "documents") if record.get(k)}}
-
 # ------------------------------------------------------------------------- rendering with a row
 
 
@@ -191,22 +186,22 @@ def words(row: Template, message: dict[str, Any], k: int) -> tuple[str, str]:
     if message.get("role") != "assistant":
         return "", content
     thought = next((message[n] for n in chat_template.REASONING if message.get(n)), "")
-    if thought and not row.think:
-        raise UserError(f"message {k} has thoughts (reasoning_content), for which the chat template "
-                        f"{row.name} has no words: choose --template=qwen3")
     calls = message.get("tool_calls") or []
     if calls and not row.tools:
         raise UserError(f"message {k} calls a tool, for which the chat template {row.name} has no "
                         "words: choose --template=chatml or another with <|im_start|>")
     if row.think and not thought:
         thought, content = split_thoughts(content)
+    thought = thought.strip("\n")
+    if thought and not row.think:       # a model that never learnt to drop them: they are text
+        thought, content = "", f"<think>\n{thought}\n</think>\n\n{content}"
     for call in calls:
         call = call.get("function", call)
         arguments = call.get("arguments")
         arguments = arguments if isinstance(arguments, str) else json.dumps(
             arguments, ensure_ascii=False)
         content += "\n" * bool(content) + call["name"].join(CALL[:2]) + arguments + CALL[2]
-    return thought.strip("\n"), content
+    return thought, content
 
 
 def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking: bool = True,
@@ -375,25 +370,29 @@ def row_of(source: str, eot: str) -> str | None:
     return name if name in TEMPLATES and jinja(TEMPLATES[name], eot) == source else None
 
 
-def answer_jinja(row: Template) -> list[str]:
+def answer_jinja(row: Template, content: str) -> list[str]:
     """What words() and parts() do with an assistant's message, in Jinja."""
-    out = ["{% set ns.answer = m['content'] or '' %}"]
+    block = "'<think>\\n' ~ ns.thought ~ '\\n</think>\\n\\n'"
+    out = ["{% set ns.thought = m['reasoning_content'] or '' %}"
+           "{% set ns.answer = " + content.replace("m['content']", "(m['content'] or '')") + " %}"]
     if row.think:
-        out.append("{% set ns.thought = m['reasoning_content'] or '' %}{% if not ns.thought %}"
-                   "{% set p = ns.answer.rpartition('</think>') %}"
+        out.append("{% if not ns.thought %}{% set p = ns.answer.rpartition('</think>') %}"
                    "{% set ns.thought = p[0].rpartition('<think>')[2] %}"
-                   "{% set ns.answer = p[2].lstrip('\\n') if p[1] else p[2] %}{% endif %}"
-                   "{% set ns.thought = ns.thought.strip('\\n') %}")
-    out += ["{% for call in m['tool_calls'] or [] %}{% set f = call['function'] or call %}"
-            "{% set arguments = f['arguments'] if f['arguments'] is string else "
-            "(f['arguments'] | tojson) %}"
-            "{% set ns.answer = ns.answer ~ ('\\n' if ns.answer else '') ~ "
-            + f"{json.dumps(CALL[0])} ~ f['name'] ~ {json.dumps(CALL[1])} ~ arguments ~ "
-            + json.dumps(CALL[2]) + " %}{% endfor %}"]
+                   "{% set ns.answer = p[2].lstrip('\\n') if p[1] else p[2] %}{% endif %}")
+    out.append("{% set ns.thought = ns.thought.strip('\\n') %}")
+    if not row.think:
+        out.append("{% if ns.thought %}{% set ns.answer = " + block + " ~ ns.answer %}{% endif %}")
+    if row.tools:
+        out.append("{% for call in m['tool_calls'] or [] %}{% set f = call['function'] or call %}"
+                   "{% set arguments = f['arguments'] if f['arguments'] is string else "
+                   "(f['arguments'] | tojson) %}"
+                   "{% set ns.answer = ns.answer ~ ('\\n' if ns.answer else '') ~ "
+                   + f"{json.dumps(CALL[0])} ~ f['name'] ~ {json.dumps(CALL[1])} ~ arguments ~ "
+                   + json.dumps(CALL[2]) + " %}{% endfor %}")
     if not row.think:
         return [*out, "{{ ns.answer }}"]
     return [*out, "{% if loop.index0 > ns.asked and ns.thought %}"
-            "{{ '<think>\\n' ~ ns.thought ~ '\\n</think>\\n\\n' ~ ns.answer.lstrip('\\n') }}"
+            "{{ " + block + " ~ ns.answer.lstrip('\\n') }}"
             "{% elif loop.index0 > ns.asked and loop.last %}{{ " + json.dumps(NO_THOUGHTS) +
             " ~ ns.answer.lstrip('\\n') }}{% else %}{{ ns.answer }}{% endif %}"]
 
@@ -428,14 +427,14 @@ def jinja(row: Template, eot: str) -> str:
         elif role == "user" and row.fold:
             out += [say(row.header[role]), "{{ ns.folded ~ " + content + " }}",
                     say(row.after(role, eot)), "{% set ns.folded = '' %}"]
-        elif role == "assistant" and row.tools:
-            out += [say(row.header[role]), *answer_jinja(row), say(row.after(role, eot))]
+        elif role == "assistant":
+            out += [say(row.header[role]), say(row.lead), *answer_jinja(row, content),
+                    say(row.after(role, eot))]
         elif role == "system" and row.tools:
             out += ["{% if not (tools and loop.first) %}", say(row.header[role]),
                     "{{ " + content + " }}", say(row.after(role, eot)), "{% endif %}"]
         else:
-            out += [say(row.header[role]), say(row.lead if role == "assistant" else ""),
-                    "{{ " + content + " }}", say(row.after(role, eot))]
+            out += [say(row.header[role]), "{{ " + content + " }}", say(row.after(role, eot))]
         out.append("{% endif %}")
     out.append("{% endfor %}{% if add_generation_prompt %}" + say(row.header["assistant"]))
     if row.think:

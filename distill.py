@@ -296,7 +296,8 @@ def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
 
     Made in parts of ANSWERS conversations, each a file: what was killed goes on where it was.
     """
-    records, held, _ = chats.splits(cfg.dataset, "sft", cfg.skip_bad)
+    records, held, _ = chats.splits(cfg.dataset, "sft", cfg.skip_bad,
+                                    chats.Notes(cfg.ignore_keys))
     # at temperature 0 a second answer to a prompt would be the first one
     count = cfg.generate if cfg.generate_temperature else min(cfg.generate, len(records))
     name = checkpoint.digest(
@@ -344,7 +345,11 @@ def converse(cfg: Config, teacher: Any, tokenizer: Any, records: list[dict], num
             if not message or message[0]["role"] != "assistant":
                 said[k] += message                  # of the user or the system: as it was
                 continue
-            asked[k] = tokenizer.render(said[k], None, True)[0]
+            if message[0].get("train") is False or "tool_calls" in message[0]:
+                # a call stays, since what the tool says next answers it: context, as the rest is
+                said[k] += chats.as_context(message)
+                continue
+            asked[k] = tokenizer.render(said[k], None, True, **chats.render_options(records[k]))[0]
             if len(asked[k]) >= cfg.block_size:     # not a token of an answer would fit
                 del asked[k], said[k]
         made: dict[int, list[int]] = {k: [] for k in asked}
@@ -362,8 +367,7 @@ def converse(cfg: Config, teacher: Any, tokenizer: Any, records: list[dict], num
             said[k] = said[k] + [{"role": "assistant", "content": text}]
             if not text.strip():
                 del said[k]
-    return [{"messages": messages, **{key: records[k][key] for key in ("task", "answer")
-                                      if key in records[k]}} for k, messages in said.items()]
+    return [{**records[k], "messages": messages} for k, messages in said.items()]
 
 class TopK:
     """A memory-mapped file of what is kept of the teacher: for each trained token the ids of its k

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Config:
     dataset: str = "skills"             # a name under data/, a folder, or a file of conversations
     split: str = "test"                 # file of the folder: test, val or train
     limit: int = 0                      # conversations, the first ones; 0: all
+    ignore_keys: list[str] = field(default_factory=list)    # keys of records to leave out unread
     max_new_tokens: int = 48            # an answer that goes on beyond is wrong
     wrong: int = 0                      # show so many mistakes on stderr
     # --- how to run
@@ -56,8 +57,10 @@ def read(cfg: Config) -> list[dict[str, Any]]:
         path = chats.find(cfg.dataset)[0].parent / f"{cfg.split}.jsonl"
     if not path.is_file():
         raise UserError(f"{path} is missing: --split={cfg.split} is no file of {cfg.dataset}")
-    records = [r for r in chats.read_chats(path) if len(r["messages"]) > 1
+    notes = chats.Notes(cfg.ignore_keys)
+    records = [r for r in chats.read_chats(path, notes=notes) if len(r["messages"]) > 1
                and r["messages"][-1]["role"] == "assistant"]
+    print(*notes.lines(), sep="\n", end="\n" * bool(notes.lines()), file=sys.stderr)
     if not records:
         raise UserError(f"{path} has no conversation that ends with an answer")
     return records[:cfg.limit or None]
@@ -75,7 +78,8 @@ def answers(model: Any, tokenizer: Any, records: list[dict[str, Any]], template:
     """What the model says, greedily, after each conversation without its last answer."""
     template = template or tokenizer.template
     chat, stops = bool(template or tokenizer.jinja), set(tokenizer.stop_ids)
-    prompts = [tokenizer.render(r["messages"][:-1], template or None, True)[0] if chat else
+    prompts = [tokenizer.render(r["messages"][:-1], template or None, True,
+                                **chats.render_options(r))[0] if chat else
                sample.encode(tokenizer, "".join(m["content"] + "\n" for m in r["messages"][:-1]))
                for r in records]
     said: list[list[int]] = [[] for _ in records]

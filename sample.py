@@ -43,6 +43,7 @@ from checkpoint import load_model, load_tokenizer, resolve
 from config import UserError, run
 from machine import Meter
 from quantize import pack
+from text import files
 
 SMALL = 4_000_000       # parameters; below, a second CPU thread costs more than it helps decode
 SEPARATOR = "---------------"       # between several samples, nanoGPT's
@@ -371,10 +372,7 @@ def read_prompt(cfg: Config) -> str:
         path, data = "stdin", sys.stdin.buffer.read()
     else:
         return text
-    try:
-        return data.decode()
-    except UnicodeDecodeError as e:
-        raise UserError(f"the prompt in {path} is not UTF-8 text (byte {e.start})") from e
+    return files.decode(data, path)
 
 
 def piped() -> bool:
@@ -509,7 +507,7 @@ def turns(cfg: Config) -> Iterator[str]:
         yield read_prompt(cfg)
         return
     if not sys.stdin.isatty():
-        yield from filter(str.strip, map(str.rstrip, sys.stdin))
+        yield from filter(str.strip, map(str.rstrip, files.lines()))
         return
     with contextlib.suppress(ImportError):              # Windows has none
         importlib.import_module("readline")             # arrow keys and history

@@ -43,6 +43,8 @@ from model import ModelConfig, Transformer
 class Config(stage.Config):
     task: str = "chat"                  # chat, or classify
     unfreeze: str = "all"               # weights that train: all, or last: block, norm and head
+    text_key: str = "text"              # classify: key or column of the text
+    label_key: str = "label"            # classify: key or column of the label
 
 # ---------------------------------------------------------------------------- classification
 LABEL = "<|label:{}|>"          # the control token of a label
@@ -137,6 +139,9 @@ def check(cfg: Config) -> None:
     for name, choices in (("task", ("chat", "classify")), ("unfreeze", ("all", "last"))):
         if getattr(cfg, name) not in choices:
             raise UserError(f"{name}={getattr(cfg, name)!r} does not exist: {', '.join(choices)}")
+    if cfg.task == "chat" and (cfg.text_key, cfg.label_key) != chats.COLUMNS:
+        raise UserError("--text_key and --label_key name the columns of --task=classify: leave them "
+                        "out")
     if cfg.unfreeze == "last" and cfg.lora_rank:
         raise UserError("--unfreeze=last and --lora_rank both say what trains: leave one out")
 
@@ -145,7 +150,11 @@ def read(cfg: Config, shape: ModelConfig, tokenizer: Any, rows: int, notes: list
          ) -> stage.Data:
     """The conversations or texts of cfg.dataset, packed; labels become tokens."""
     classify, length = cfg.task == "classify", cfg.block_size + 1
-    records, held, bad = chats.splits(cfg.dataset, "labels" if classify else "sft", cfg.skip_bad)
+    left_out = chats.Notes(cfg.ignore_keys)
+    columns = (cfg.text_key, cfg.label_key) if classify else chats.COLUMNS
+    records, held, bad = chats.splits(cfg.dataset, "labels" if classify else "sft", cfg.skip_bad,
+                                      left_out, columns)
+    notes += left_out.lines()
     if classify:
         notes.append(add_labels(tokenizer, records, held))
     made = [texts(tokenizer, part, length) if classify else

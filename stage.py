@@ -11,7 +11,7 @@ setting that is not given is the saved run's; adapters, ranks, --show and --eval
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ class Config(train.Config, lora.Settings):
     # --- data
     dataset: str = "skills"             # a name under data/, a folder, or a file of conversations
     skip_bad: bool = False              # drop bad records, and count them
+    ignore_keys: list[str] = field(default_factory=list)    # keys of records to leave out unread
     template: str = ""                  # of chat.py; empty: the checkpoint's, or chatml
     show: int = 0                       # print so many rows as they are trained on, and stop
     batch_size: int = 8                 # rows of a micro-batch
