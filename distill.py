@@ -41,7 +41,6 @@ from torch.nn import Module, Parameter
 
 import checkpoint
 import kernels
-import sample
 import sft
 import stage
 import tokenizer as tokenizers
@@ -49,9 +48,11 @@ import train
 import weights
 from config import UserError, run
 from data import chats, loader
+from inference.generate import Sampling, generate
 from machine import Machine
 from model import ModelConfig, Transformer
 from presets import PRESETS, from_settings
+from quantize import pack
 
 TEACHERS = ("out/dpo", "out/sft")     # the last of the demo's chain that is there
 PROJECTIONS = "projections.safetensors"             # beside a checkpoint's weights, for resuming
@@ -312,7 +313,7 @@ def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
         parts.mkdir(parents=True, exist_ok=True)
         if mine := missing[rank::world]:
             teacher = checkpoint.load_model(checkpoint.resolve(cfg.teacher), cfg.device, cfg.dtype)
-            sample.pack(teacher)                    # one matmul for what reads the same
+            pack(teacher)                    # one matmul for what reads the same
             for s in progress(mine, "the teacher answers, parts"):
                 some = [records[i % len(records)] for i in range(s, min(count, s + ANSWERS))]
                 write_lines(files[s], converse(cfg, teacher, tokenizer, some, s))
@@ -336,7 +337,7 @@ def converse(cfg: Config, teacher: Any, tokenizer: Any, records: list[dict], num
              ) -> list[dict]:
     """The records with every assistant's turn said by the teacher, who sees its own earlier ones;
     one that does not end, says nothing or has no room is left out. number: of the first."""
-    stops, how = set(tokenizer.stop_ids), sample.Sampling(temperature=cfg.generate_temperature)
+    stops, how = set(tokenizer.stop_ids), Sampling(temperature=cfg.generate_temperature)
     said: dict[int, list[dict]] = {k: [] for k in range(len(records))}      # those that go on
     for turn in range(max(len(r["messages"]) for r in records)):
         asked = {}                                  # record -> ids after which it is to answer
@@ -356,7 +357,7 @@ def converse(cfg: Config, teacher: Any, tokenizer: Any, records: list[dict], num
         longest = max(map(len, asked.values()), default=0)
         room = min(cfg.generate_tokens, cfg.block_size + 1 - longest)
         # every answer draws for itself: a seed for each turn of each conversation
-        steps = sample.generate(teacher, list(asked.values()), room, how,
+        steps = generate(teacher, list(asked.values()), room, how,
                                 cfg.seed + number + turn * 1_000_003, tokenizer.vocab_size,
                                 lambda _, token: token in stops) if asked else ()
         for step in steps:

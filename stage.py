@@ -25,6 +25,7 @@ import lora
 import train
 from config import UserError, show
 from data import chats
+from inference.generate import Sampling, sample_text
 from machine import Machine, find_machine
 from model import ModelConfig, Transformer
 from translate import family_of
@@ -172,12 +173,9 @@ def check(cfg: Config) -> None:
 
 def answer(model: Transformer, tokenizer: Any, messages: list[dict], seed: int) -> str:
     """The first question of a conversation and what the model says to it, with control tokens."""
-    import sample                       # a stage: known here only where one is asked for
     first = next((k for k, m in enumerate(messages) if m["role"] == "assistant"), None)
-    ids, stops = tokenizer.render(messages[:first], None, True)[0], set(tokenizer.stop_ids)
-    new = sample.generate(model, [ids], 100, sample.Sampling(temperature=0), seed,
-                          tokenizer.vocab_size, lambda _, token: token in stops)
-    return tokenizer.decode(ids + [row[0] for row in new])
+    ids = tokenizer.render(messages[:first], None, True)[0]
+    return sample_text(model, tokenizer, ids, Sampling(temperature=0), seed)
 
 # ----------------------------------------------------------------------------- the way it goes
 

@@ -16,54 +16,11 @@ from text import pre_tokenizer
 from text.added_tokens import flags_of, number
 
 SEP = "\ud800"          # between the halves of a merge: half a surrogate pair is never in a text
+LETTERS = frozenset(CHAR_BYTE)          # of tokens that stand for bytes: a letter a byte
 FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
 
 # --- merges -> ranks ------------------------------------------------------------------------
-
-class Halves:
-    """Tokens in the order of their ranks, with the two halves of each."""
-
-    def __init__(self, ranks: Mapping[tuple[str, str], int]):
-        self.ranks = ranks                          # (left, right) -> rank
-        self.made: dict[str, int] = {}              # token -> rank of the pair that makes it
-        self.halves: dict[str, tuple[str, str]] = {}
-
-    def add(self, left: str, right: str, rank: int) -> bool:
-        """Take left + right as a token if its text alone becomes these two, by older merges."""
-        older = self.made
-        for half in (left, right):
-            if len(half) > 1 and older.get(half, rank) >= rank:
-                return False
-        if self._crossed(left, right, rank):
-            return False
-        older[left + right] = rank
-        self.halves[left + right] = left, right
-        return True
-
-    def _crossed(self, left: str, right: str, rank: int) -> bool:
-        """Whether a merge across the middle comes before both halves are whole.
-
-        Go back in time from there: a is the last part of the left half and lives until a_end, b
-        the first part of the right one, until b_end. Of equal ranks the left place goes first.
-        """
-        a, b = left, right
-        a_end = b_end = rank
-        while True:
-            middle = self.ranks.get((a, b), rank)
-            if middle < a_end and middle <= b_end:
-                return True
-            a_born = self.made.get(a, -1)           # -1: a byte, which was always there
-            b_born = self.made.get(b, -1)
-            if a_born > b_born:
-                a_end = a_born
-                a = self.halves[a][1]
-            elif b_born >= 0:
-                b_end = b_born
-                b = self.halves[b][0]
-            else:
-                return False
-
 
 def rank_tokens(vocab: Mapping[str, int], merges: Iterable, whole: bool,
                 controls: Iterable[str] = ()) -> tuple[dict[bytes, int], list[bytes]]:
@@ -77,33 +34,71 @@ def rank_tokens(vocab: Mapping[str, int], merges: Iterable, whole: bool,
     pairs: dict[tuple[str, str], int] = {}
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if left not in vocab or right not in vocab or left + right not in vocab:
+        token = left + right
+        if left not in vocab or right not in vocab or token not in vocab:
             raise ValueError(f"the merge {left!r:.40} {right!r:.40} is not of this vocabulary")
-        if left and right and of_bytes(left + right):       # others never apply
+        if left and right and LETTERS.issuperset(token):    # others never apply
             pairs[left, right] = rank       # of two equal merges the library keeps the last
-    tokens = Halves(pairs)
-    doubtful: dict[str, None] = {}
-    for (left, right), rank in sorted(pairs.items(), key=lambda item: item[1]):
-        if left + right not in tokens.made and not tokens.add(left, right, rank):
-            doubtful[left + right] = None
-    made = dict(tokens.made)
-    keyed = {left + SEP + right: rank for (left, right), rank in pairs.items()}
+    made, doubtful = last_steps(pairs)
+    keyed = {}                              # the same pairs, as bpe() takes them
+    if doubtful or whole:
+        keyed = {left + SEP + right: rank for (left, right), rank in pairs.items()}
     for token in doubtful:
         last = SEP.join(last_parts(token, keyed))
-        if token not in made and last in keyed:
+        if last in keyed:
             made[token] = keyed[last]
     in_order = [c for c in (printable(bytes([b])) for b in BYTE_ORDER) if c in vocab]
     in_order += sorted(made, key=made.__getitem__)
     only_whole = []
     known = {*in_order, *controls, ""}
     for token in vocab if whole else ():
-        if token in known or not of_bytes(token):
+        if token in known or not LETTERS.issuperset(token):
             continue
         if len(last_parts(token, keyed)) == 2:
             only_whole.append(unprintable(token))
         else:
             in_order.append(token)
     return {unprintable(t): k for k, t in enumerate(in_order)}, only_whole
+
+
+def last_steps(pairs: dict[tuple[str, str], int]) -> tuple[dict[str, int], list[str]]:
+    """Return (token -> rank of the pair that makes it, tokens for which that is not plain to see).
+
+    Plain is the order of every trained vocabulary: both halves have lower ranks than the pair, and
+    no merge across the middle comes before they are whole. To see that, go back in time from the
+    pair: a is the last part of the left half and lives until a_end, b the first part of the right
+    one, until b_end. Of equal ranks the left place goes first.
+    """
+    made: dict[str, int] = {}
+    halves: dict[str, tuple[str, str]] = {}
+    doubtful: dict[str, None] = {}
+    for (left, right), rank in sorted(pairs.items(), key=lambda item: item[1]):
+        token = left + right
+        if token in made:
+            continue
+        a, b = left, right
+        a_end = b_end = rank
+        # -1: a byte, which was always there; rank: a half that is not made yet, if at all
+        a_born = made.get(a, -1 if len(a) == 1 else rank)
+        b_born = made.get(b, -1 if len(b) == 1 else rank)
+        plain = a_born < rank and b_born < rank
+        while plain and (a_born >= 0 or b_born >= 0):
+            if a_born > b_born:
+                a_end = a_born
+                a = halves[a][1]
+                a_born = made.get(a, -1)
+            else:
+                b_end = b_born
+                b = halves[b][0]
+                b_born = made.get(b, -1)
+            middle = pairs.get((a, b), rank)
+            plain = middle >= a_end or middle > b_end
+        if plain:
+            made[token] = rank
+            halves[token] = left, right
+        else:
+            doubtful[token] = None
+    return made, [token for token in doubtful if token not in made]
 
 
 def last_parts(token: str, keyed: dict[str, int]) -> list[str]:
@@ -116,11 +111,6 @@ def last_parts(token: str, keyed: dict[str, int]) -> list[str]:
     parts = bpe(keyed, token, SEP)
     keyed.update(own)
     return parts
-
-
-def of_bytes(token: str) -> bool:
-    """Whether a token of a vocabulary stands for bytes: byte-level text has no other letters."""
-    return all(c in CHAR_BYTE for c in token)
 
 
 # --- reading --------------------------------------------------------------------------------
@@ -155,7 +145,7 @@ def read(document: dict) -> dict[str, Any]:
     # A token of the vocabulary that is no spelling of bytes, and the names of control tokens
     # (whose letters are no token), are never the end of merging: they only have ids.
     other = {t: i for t, i in vocab.items()
-             if not of_bytes(t) or t in added and unprintable(t) not in ranks}
+             if not LETTERS.issuperset(t) or t in added and unprintable(t) not in ranks}
     ids = {unprintable(t): i for t, i in vocab.items() if t not in other}
     kept = {key: document.get(key) for key in ("normalizer", "pre_tokenizer", "decoder",
                                                "truncation", "padding")}
