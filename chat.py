@@ -351,6 +351,20 @@ def turn_ends(tokenizer: Tokenizer, template: str | None = None) -> list[str]:
     return chosen.stops(tokenizer.eot_token or EOT)
 
 
+def inherit_template(tokenizer: Tokenizer, other: Tokenizer) -> None:
+    """Give a tokenizer the templates that another one brought."""
+    tokenizer.template = other.template
+    tokenizer.facts.jinjas = dict(other.jinjas)
+    tokenizer.facts.jinja_files = True
+
+
+def stop_ids(tokenizer: Tokenizer, template: str | None = None) -> set[int]:
+    """The ids that end an answer in a chat by this template. UserError if there is none."""
+    choose(tokenizer, template)
+    ends = turn_ends(tokenizer, template)
+    return {*tokenizer.stop_ids, *(tokenizer.added[n]["id"] for n in ends if n in tokenizer.added)}
+
+
 def fit(render: Callable, messages: list[dict], room: int) -> list[int]:
     """The conversation as ids, without its oldest exchanges if they do not fit in `room` tokens.
 

@@ -39,6 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+import chat
 import checkpoint
 import kernels
 import sft
@@ -142,6 +143,8 @@ def start(cfg: Config) -> tuple[ModelConfig, Any]:
     if cfg.init_from != "scratch" and cfg.init_from not in PRESETS:     # a checkpoint, or resume
         cfg.template = cfg.template or known.template or ""
         mine, tokenizer = stage.start_from(cfg)
+        if known.jinja and not cfg.template:    # the teacher's own words
+            chat.inherit_template(tokenizer, known)
         cfg.block_size = cfg.block_size or min(shape.block_size, mine.block_size, stage.CONTEXT)
         return mine, tokenizer
     cfg.block_size = cfg.block_size if cfg.block_size > 0 else min(shape.block_size, stage.CONTEXT)
@@ -303,7 +306,8 @@ def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
     count = cfg.generate if cfg.generate_temperature else min(cfg.generate, len(records))
     name = checkpoint.digest(
         checkpoint.fingerprint(checkpoint.resolve(cfg.teacher)), records, held, count,
-        cfg.generate_temperature, cfg.generate_tokens, cfg.block_size, cfg.seed, tokenizer.template)
+        cfg.generate_temperature, cfg.generate_tokens, cfg.block_size, cfg.seed,
+        tokenizer.template or tokenizer.jinja)
     (rank, world), folder = ranks(), Path(cfg.cache_dir, name)
     parts = folder.with_name(f".{name}.parts")
     if not folder.is_dir():

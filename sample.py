@@ -238,16 +238,15 @@ def turns(cfg: Config) -> Iterator[str]:
 def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any) -> None:
     """Turns of a user, and the model's answers on stdout; what was said is not computed again."""
     name = cfg.template or tokenizer.template
-    row = templates.find(name, foreign=bool(tokenizer.jinja))
+    stops = templates.stop_ids(tokenizer, name)
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages, memory, served = list(opening), Memory(), Served(cfg, directory, adapters)
-    eot = tokenizer.eot_token or "<|endoftext|>"
-    stops = {*tokenizer.stop_ids, *(tokenizer.special[t] for t in row.stops(eot)
-                                    if t in tokenizer.special)}
+    if not cfg.think:
+        templates.refuse_unread(tokenizer, name, enable_thinking=False)
 
     def render(said: list[dict]) -> list[int]:
         return tokenizer.render(said, name, add_generation_prompt=True,
-                                enable_thinking=cfg.think)[0]
+                                enable_thinking=None if cfg.think else False)[0]
 
     # an answer has room for its --max_new_tokens, or for half of a small context
     limit = served.model.config.block_size
