@@ -452,15 +452,17 @@ def render(tokenizer: Any, source: str, messages: list[dict], prompt: bool = Fal
 
 
 def turn_ends(tokenizer: Any, source: str) -> list[str]:
-    """The control tokens that end an answer by this template, in a chat without tools."""
-    template, named = compile_template(source), tokenizer.facts.named
-    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    drawing = Drawing(template, turns, {**named, "tools": None, "documents": None})
-    controls = controls_of(tokenizer, source, lambda: probe(template, named))
-    try:
-        text = drawing.draw(2)[0]
-        (_, answer), = answers_of(drawing, text, controls)
-    except UserError:
-        return []
-    text = (text + answer.append)[:answer.spans[-1][1]] if answer.spans else ""
-    return [m.group() for m in controls.pattern.finditer(text)][-1:] if controls.pattern else []
+    """The control tokens that end an answer by this template, in a chat without tools.
+
+    [] for a template that does not render a question and an answer: render() says why.
+    """
+    kept, key = tokenizer.__dict__.setdefault("_turn_ends", {}), (source, len(tokenizer.added))
+    if key not in kept:
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+        try:
+            out = render(tokenizer, source, turns)
+        except UserError:
+            out = Rendered([], [], {})
+        names = {token["id"]: n for n, token in tokenizer.added.items() if not MARKS.search(n)}
+        kept[key] = [names[i] for i, trained in zip(out.ids, out.mask) if trained and i in names][-1:]
+    return kept[key]
