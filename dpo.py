@@ -24,7 +24,8 @@ With r = log pi(answer) - log ref(answer), summed over the answer's tokens, and 
     orpo     -m+ - b log s(log odds(m+) - log odds(m-))             Hong 2024
 
 KTO's z is max(0, mean r) of a step's prompts (of all validation prompts), each with the answer to
-another one.
+another one. It needs no pairs: records of one answer and a label (trl's prompt, completion, label)
+are one example each.
 
 The reference is the model as training starts. Its log-probabilities are computed once, before it
 moves, and lie in out_dir from then on: no second model is held while training. (--reference=DIR
@@ -160,6 +161,62 @@ def count_pairs(batch: train.Batch) -> Tensor:
     return (found[:, :2 * pairs:2] & found[:, 1:2 * pairs:2]).sum()
 
 
+def count_answers(batch: train.Batch) -> Tensor:
+    """Return the number of answers with a target."""
+    return loader.trained_documents(batch).sum()
+
+
+def count_flops_of(cfg: Config) -> Callable:
+    """Return the count_flops of a preference loss: KTO's z costs a second forward."""
+    def count_flops(model: Transformer, T: int, tokens: int, targets: int) -> float:
+        share = targets / max(1, tokens)
+        again = model.flops_per_token(T, training=False, targets=share)
+        return train.count_flops(model, T, tokens, targets) + tokens * again * (cfg.loss == "kto")
+    return count_flops
+
+
+def answer_loss(cfg: Config, policy: Tensor, reference: Tensor, sizes: Tensor, good: Tensor,
+                z: Tensor) -> tuple[Tensor, Tensor]:
+    """KTO of answers without a partner: (loss of each (N,), rewards (N,) without gradient).
+
+    policy, reference, sizes: as preference_loss() has them, (N,); good (N,): which are desirable.
+    """
+    ratio = policy - (0.0 if cfg.reference_free else reference)
+    score = cfg.beta * (ratio / sizes if cfg.average else ratio)
+    sign = torch.where(good, 1.0, -1.0)
+    weight = torch.where(good, cfg.desirable_weight, cfg.undesirable_weight)
+    loss = weight * torch.sigmoid(sign * (cfg.beta * z - score))
+    if cfg.sft_weight:
+        loss = loss - cfg.sft_weight * torch.where(good, policy / sizes, 0.0)
+    return loss, (cfg.beta * ratio).detach()
+
+
+def unpaired_loss(cfg: Config) -> train.Loss:
+    """KTO's loss of a batch of packed answers with labels: a sum over answers, and their number.
+
+    accuracy: the share whose reward is on its label's side of z; margin: how far, on average.
+    """
+    def loss(model: Any, batch: train.Batch) -> tuple[Tensor, Tensor, dict]:
+        routed = router.needs_routes(checkpoint.raw(model).config)
+        seen_by = log_probs(model, batch, batch["reference"].shape[1], routed)
+        policy, sizes, routes = seen_by                     # (B, D), (B, D), of the routers
+        there = sizes > 0
+        z = batch["z"][0]
+        good = batch["label"][there] > 0
+        value, rewards = answer_loss(cfg, policy[there], batch["reference"][there], sizes[there],
+                                     good, z)
+        margin = torch.where(good, 1.0, -1.0) * (rewards - cfg.beta * z)
+        count = there.sum()
+        metrics = {"margin": margin.sum(), "accuracy": (margin > 0).float().sum(), "kl": z * count}
+        total = value.sum() + 0.0 * policy.sum()
+        if routed:
+            more, extra = router.compute_losses(cfg, routes, batch, count_answers)
+            total, metrics = total + more, {**metrics, **extra}
+        return total, count, metrics
+    loss.count_flops = count_flops_of(cfg)
+    return loss
+
+
 def pair_loss(cfg: Config) -> train.Loss:
     """The loss of a batch of packed pairs: a sum over pairs, and their number; of a mixture with
     the routers' losses of pretraining."""
@@ -184,24 +241,26 @@ def pair_loss(cfg: Config) -> train.Loss:
             total, metrics = total + more, {**metrics, **extra}
         return total, count, metrics
 
-    def count_flops(model: Transformer, T: int, tokens: int, targets: int) -> float:
-        share = targets / max(1, tokens)
-        again = model.flops_per_token(T, training=False, targets=share)     # for KTO's z
-        return train.count_flops(model, T, tokens, targets) + tokens * again * (cfg.loss == "kto")
-    loss.count_flops = count_flops
+    loss.count_flops = count_flops_of(cfg)
     return loss
 
 # ------------------------------------------------------------------------------- the data
 
 
 class Pairs(chats.Packed):
-    """Packed pairs: conversations 2i and 2i + 1 are the better and the worse answer of pair i."""
+    """Packed pairs: conversations 2i and 2i + 1 are the better and the worse answer of pair i.
+
+    labels: of answers without a partner, which are packed one by one.
+    """
     strangers: chats.Packed         # kto: each prompt with the answer to another one
     baseline: Any = None            # kto: (numbers of conversations) -> z, once there is a model
 
-    def __init__(self, rendered: chats.Rendered, *args, **kwargs):
-        super().__init__(rendered, *args, unit=2, **kwargs)
+    def __init__(self, rendered: chats.Rendered, *args, labels: list[bool] | None = None,
+                 **kwargs):
+        super().__init__(rendered, *args, unit=2 if labels is None else 1, **kwargs)
         self.columns["reference"] = np.zeros(len(rendered), np.float32)
+        if labels is not None:
+            self.columns["label"] = np.array(labels, np.float32)
 
     def gather(self, rows: Sequence[int], z: float | None = None) -> train.Batch:
         """Packed.gather, with KTO's z, which is that of these rows unless it is given."""
@@ -230,10 +289,11 @@ class FixedPairs(chats.Fixed):
 
 
 def strangers_of(pairs: Pairs) -> chats.Packed:
-    """Each prompt with the answer of the same side to the pair before, one by one."""
+    """Each prompt with the answer of the same side to the pair before, one by one; of answers
+    without a partner with the one before (trl's get_kl_completion_ids turns them likewise)."""
     out, known = chats.Rendered(), pairs.conversations
     for i, (ids, mask) in enumerate(known):
-        other, its = known[i - 2]
+        other, its = known[i - pairs.unit]
         start, begin = int(mask.argmax()), int(its.argmax())
         out.append(tuple(np.concatenate((a[:start], b[begin:]))[:pairs.block_size + 1]
                          for a, b in ((ids, other), (mask, its))))
@@ -259,15 +319,29 @@ def divergence(cfg: Config, model: Transformer, pairs: Pairs, machine: Machine) 
 def read(cfg: Config, shape: ModelConfig, tokenizer: Any, rows: int, notes: list[str]
          ) -> stage.Data:
     """The pairs of cfg.dataset, packed."""
-    records, held, bad = chats.splits(cfg.dataset, "preference", cfg.skip_bad)
-    made = [chats.render_pairs(tokenizer, part, None, cfg.block_size + 1)
-            for part in (records, held)]
-    how = dict(block_size=cfg.block_size, seed=cfg.seed, pad=tokenizer.eot or 0, name=cfg.dataset)
-    batches = Pairs(made[0], rows, **how)
-    held_out = Pairs(made[1], cfg.batch_size, **how) if made[1] else None
-    notes.append(f"{cfg.dataset}: {batches.summary()}; {len(made[1]) // 2:,} to validate"
+    left_out = chats.Notes(cfg.ignore_keys)
+    records, held, bad = chats.splits(cfg.dataset, "preference", cfg.skip_bad, left_out)
+    notes += left_out.lines()
+    single = ["label" in r for r in records + held]
+    if any(single) and not (all(single) and cfg.loss == "kto"):
+        raise UserError(f"{cfg.dataset} has answers without a partner (label), " + (
+            "and pairs as well: give them one by one" if not all(single) else
+            f"which --loss={cfg.loss} does not train on: it needs pairs, --loss=kto does not"))
+    render = chats.render_all if any(single) else chats.render_pairs
+    made = [render(tokenizer, part, None, cfg.block_size + 1) for part in (records, held)]
+    how = [dict(block_size=cfg.block_size, seed=cfg.seed, pad=tokenizer.eot or 0, name=cfg.dataset,
+                labels=[part[i]["label"] for i in some.numbers] if any(single) else None)
+           for part, some in zip((records, held), made)]
+    batches = Pairs(made[0], rows, **how[0])
+    held_out = Pairs(made[1], cfg.batch_size, **how[1]) if made[1] else None
+    notes.append(f"{cfg.dataset}: {batches.summary()}; {len(made[1]) // batches.unit:,} to validate"
                  + (f"; {bad:,} bad records skipped" if bad else ""))
-    return stage.Data(batches, held_out, [{"messages": r["chosen"]} for r in held or records])
+    if any(single):
+        good = int(batches.columns["label"].sum())
+        notes.append(f"{good:,} desirable and {len(batches.conversations) - good:,} undesirable "
+                     "answers, each an example of its own")
+    return stage.Data(batches, held_out, [
+        {"messages": r["messages" if any(single) else "chosen"]} for r in held or records])
 
 # -------------------------------------------------------------------- the reference, once
 
@@ -392,7 +466,7 @@ def losses(cfg: Config, model: Transformer, data: stage.Data, tokenizer: Any, ma
     if cfg.loss == "kto":
         for p in sets:
             p.baseline = divergence(cfg, model, p, machine)
-    return pair_loss(cfg)
+    return unpaired_loss(cfg) if "label" in data.batches.columns else pair_loss(cfg)
 
 # ----------------------------------------------------------------------------- the script
 

@@ -35,6 +35,7 @@ import stage
 import train
 from config import UserError, run
 from data import chats
+from inference.classify import LABEL, label_ids, report, text_ids
 from machine import Machine
 from model import ModelConfig, Transformer
 from training import router
@@ -44,17 +45,10 @@ from training import router
 class Config(stage.Config):
     task: str = "chat"                  # chat, or classify
     unfreeze: str = "all"               # weights that train: all, or last: block, norm and head
+    text_key: str = "text"              # classify: key or column of the text
+    label_key: str = "label"            # classify: key or column of the label
 
 # ---------------------------------------------------------------------------- classification
-LABEL = "<|label:{}|>"          # the control token of a label
-
-
-def label_ids(tokenizer: Any) -> dict[str, int]:
-    """Label -> id of its token, in the order of the ids."""
-    start, end = LABEL.split("{}")
-    found = [(i, name) for name, i in tokenizer.special.items()
-             if name.startswith(start) and name.endswith(end)]
-    return {name[len(start):-len(end)]: i for i, name in sorted(found)}
 
 
 def add_labels(tokenizer: Any, records: list[dict], held: list[dict]) -> str:
@@ -75,9 +69,8 @@ def add_labels(tokenizer: Any, records: list[dict], held: list[dict]) -> str:
 def texts(tokenizer: Any, records: list[dict], max_length: int) -> chats.Rendered:
     """Each text, its first tokens if it is long, and its label's token, the only target."""
     out, ids = chats.Rendered(), label_ids(tokenizer)
-    start = tokenizer.prefix or [tokenizer.eot or 0]        # what a document began with before
     for record in records:
-        text = start + tokenizer.encode_ordinary(record["text"])
+        text = text_ids(tokenizer, record["text"])
         out.cut += len(text) >= max_length
         row = text[:max_length - 1] + [ids[record["label"]]]
         out.append((np.array(row, dtype=np.int32), np.arange(1, len(row) + 1) == len(row)))
@@ -120,17 +113,6 @@ def class_loss(cfg: Config, ids: list[int], confusion: Tensor | None = None) -> 
     loss.count_flops = count_flops
     return loss
 
-
-def report(labels: list[str], confusion: Tensor) -> str:
-    """Accuracy, and a row of counts for each true label, with a column for each answer."""
-    right, total = confusion.trace().item(), int(confusion.sum())
-    wide = max(8, *(len(label) + 2 for label in labels))
-    lines = [f"accuracy {right / max(1, total):.4f} ({int(right)} of {total})",
-             "truth \\ answer".ljust(wide + 7) + "".join(label.rjust(wide) for label in labels)]
-    for label, row in zip(labels, confusion.long().tolist()):
-        lines.append(label.ljust(wide + 7) + "".join(f"{n:{wide}d}" for n in row))
-    return "\n".join(lines)
-
 # ----------------------------------------------------------------------------- the script
 
 
@@ -149,6 +131,9 @@ def check(cfg: Config) -> None:
     for name, choices in (("task", ("chat", "classify")), ("unfreeze", ("all", "last"))):
         if getattr(cfg, name) not in choices:
             raise UserError(f"{name}={getattr(cfg, name)!r} does not exist: {', '.join(choices)}")
+    if cfg.task == "chat" and (cfg.text_key, cfg.label_key) != chats.COLUMNS:
+        raise UserError("--text_key and --label_key name the columns of --task=classify: leave them "
+                        "out")
     if cfg.unfreeze == "last" and cfg.lora_rank:
         raise UserError("--unfreeze=last and --lora_rank both say what trains: leave one out")
 
@@ -157,9 +142,14 @@ def read(cfg: Config, shape: ModelConfig, tokenizer: Any, rows: int, notes: list
          ) -> stage.Data:
     """The conversations or texts of cfg.dataset, packed; labels become tokens."""
     classify, length = cfg.task == "classify", cfg.block_size + 1
-    records, held, bad = chats.splits(cfg.dataset, "labels" if classify else "sft", cfg.skip_bad)
+    left_out = chats.Notes(cfg.ignore_keys)
+    columns = (cfg.text_key, cfg.label_key) if classify else chats.COLUMNS
+    records, held, bad = chats.splits(cfg.dataset, "labels" if classify else "sft", cfg.skip_bad,
+                                      left_out, columns)
+    notes += left_out.lines()
     if classify:
         notes.append(add_labels(tokenizer, records, held))
+        tokenizer.settings["model_max_length"] = cfg.block_size     # see classify.text_length
     made = [texts(tokenizer, part, length) if classify else
             chats.render_all(tokenizer, part, None, length) for part in (records, held)]
     how = dict(block_size=cfg.block_size, seed=cfg.seed, pad=tokenizer.eot or 0, name=cfg.dataset)

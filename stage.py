@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ import lora
 import train
 from config import UserError, show
 from data import chats
+from inference.generate import Sampling, sample_text
 from machine import Machine, find_machine
 from model import ModelConfig, Transformer
 from translate import family_of
@@ -38,6 +39,7 @@ class Config(train.Config, lora.Settings):
     # --- data
     dataset: str = "skills"             # a name under data/, a folder, or a file of conversations
     skip_bad: bool = False              # drop bad records, and count them
+    ignore_keys: list[str] = field(default_factory=list)    # keys of records to leave out unread
     template: str = ""                  # of chat.py; empty: the checkpoint's, or chatml
     show: int = 0                       # print so many rows as they are trained on, and stop
     batch_size: int = 8                 # rows of a micro-batch
@@ -94,9 +96,10 @@ def inherit(cfg: Config, shape: ModelConfig, tokenizer: Any, chat: bool = True) 
         raise UserError(f"block_size {cfg.block_size} is more than the {shape.block_size} tokens "
                         "that the checkpoint was made for: use at most that")
     said.append(f"a tokenizer of {tokenizer.vocab_size:,} ids")
-    done = bool(tokenizer.template) and cfg.template in ("", tokenizer.template)
+    own = "" if tokenizer.template or not tokenizer.jinjas else "the checkpoint's own chat template"
+    done = bool(tokenizer.template or own) and cfg.template in ("", tokenizer.template)
     if done:
-        said.append(f"template {tokenizer.template}")
+        said.append(own or f"template {tokenizer.template}")
     # what the saved settings say of the model shall be true of it
     for name in asdict(cfg).keys() & asdict(shape).keys() - {"block_size", "dropout", "init_std"}:
         setattr(cfg, name, getattr(shape, name))
@@ -104,13 +107,11 @@ def inherit(cfg: Config, shape: ModelConfig, tokenizer: Any, chat: bool = True) 
     said = ["inherited from the checkpoint: " + ", ".join(said)]
     if done or not chat:
         return said
-    # a template of somebody else's that nobody here knows: the user has to say which to use
-    row = templates.find(cfg.template or (None if tokenizer.jinja else "chatml"),
-                         foreign=bool(tokenizer.jinja))
+    row = templates.find(cfg.template or "chatml")
     control = row.control(tokenizer.eot_token or "<|endoftext|>")
-    names = [name for name in control if name not in tokenizer.special]
+    names = [name for name in control if name not in tokenizer.added]
     tokenizer.add_special_tokens(names)
-    instead = f" instead of {tokenizer.template}" if tokenizer.template else ""
+    instead = f" instead of {tokenizer.template or own}" if tokenizer.template or own else ""
     tokenizer.template = row.name
     said.append(f"template {row.name}{instead}" + (
         f", whose tokens {' '.join(names)} are new: a vocabulary of {tokenizer.vocab_size:,} ids"
@@ -172,12 +173,9 @@ def check(cfg: Config) -> None:
 
 def answer(model: Transformer, tokenizer: Any, messages: list[dict], seed: int) -> str:
     """The first question of a conversation and what the model says to it, with control tokens."""
-    import sample                       # a stage: known here only where one is asked for
     first = next((k for k, m in enumerate(messages) if m["role"] == "assistant"), None)
-    ids, stops = tokenizer.render(messages[:first], None, True)[0], set(tokenizer.stop_ids)
-    new = sample.generate(model, [ids], 100, sample.Sampling(temperature=0), seed,
-                          tokenizer.vocab_size, lambda _, token: token in stops)
-    return tokenizer.decode(ids + [row[0] for row in new])
+    ids = tokenizer.render(messages[:first], None, True)[0]
+    return sample_text(model, tokenizer, ids, Sampling(temperature=0), seed)
 
 
 def steps_of(epochs: float, rows: int, batch: int) -> int:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -33,176 +34,47 @@ sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 import chat as templates  # noqa: E402  (found only once the root is on the path)
 from config import UserError  # noqa: E402
 from data import loader  # noqa: E402
+from data.layouts import (ADAPTERS, KEPT, KINDS, as_context, conversation,  # noqa: E402, F401
+                          preference, render_options)
+from data.messages import Messages, Notes  # noqa: E402
+from text import files  # noqa: E402
 
 HELD_OUT = 20           # of a file without a validation file every 20th record validates
+COLUMNS = ("text", "label")             # of records to classify
 
-# --- layouts -----------------------------------------------------------------------------------
-# Roles as other projects call them (ShareGPT, Gemma, OpenAI, Llama 3), and as chat.py does
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
-         "function": "tool", "observation": "tool", "ipython": "tool", "developer": "system"}
-CONVERSATION = ("messages", "conversations", "conversation")    # keys of a list of turns
-QUESTION = ("instruction", "prompt", "question")                # keys of what is asked, a text
-ANSWER = ("output", "completion", "response", "answer")         # and of what is answered
-KINDS = ("sft", "preference", "prompts", "labels")
-Messages = list[dict[str, str]]
-
-
-def text_of(value: Any, what: str) -> str:
-    """A content: a text, OpenAI's list of text parts, or nothing."""
-    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str)
-                                       for part in value):
-        return "".join(part["text"] for part in value)
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{what} is a {type(value).__name__} where a text should be")
-    return value or ""
-
-
-def turns(value: Any, what: str) -> Messages:
-    """A list of turns, {"role", "content"} or ShareGPT's {"from", "value"}, with our roles."""
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{what} is {'empty' if value == [] else type(value).__name__}: it should "
-                        "be a list of messages")
-    out = []
-    for k, message in enumerate(value, 1):
-        if not isinstance(message, dict):
-            raise UserError(f"message {k} of {what} is a {type(message).__name__}, not an object")
-        role = message.get("role", message.get("from"))
-        role = ROLES.get(role, role) if isinstance(role, str) else role
-        if role not in templates.ROLES:
-            raise UserError(f"message {k} of {what} has the role {role!r}, which is none of "
-                            f"{', '.join(templates.ROLES)}")
-        content = text_of(message.get("content", message.get("value")),
-                          f"the content of message {k} of {what}")
-        if message.get("tool_calls") and not content:
-            raise UserError(f"message {k} of {what} calls a tool, for which the chat templates "
-                            "have no words")
-        out.append({"role": role, "content": content})
-    return out
-
-
-def asked(record: dict[str, Any]) -> Messages:
-    """What is asked in a record that spells it in keys of its own: Alpaca's, or a prompt."""
-    key = next((k for k in QUESTION if k in record), None)
-    if key is None:
-        raise UserError(f"its keys are {', '.join(map(repr, record)) or 'none'}; a conversation "
-                        f"has {' or '.join(CONVERSATION[:2])}, or one of {', '.join(QUESTION)} "
-                        f"and one of {', '.join(ANSWER)}")
-    if isinstance(record[key], list):
-        return turns(record[key], key)
-    before = [{"role": "system", "content": text_of(record["system"], "system")}] if (
-        record.get("system")) else []
-    history = record.get("history") or []           # Alpaca with turns: [[question, answer], …]
-    if not isinstance(history, list) or any(
-            not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in history):
-        raise UserError("history is not a list of [question, answer]")
-    for question, answer in history:
-        before += [{"role": "user", "content": text_of(question, "a question in history")},
-                   {"role": "assistant", "content": text_of(answer, "an answer in history")}]
-    given = text_of(record[key], key)
-    more = text_of(record.get("input"), "input") if key == "instruction" else ""
-    # as Alpaca's own prompt has it, of which the template makes the rest
-    given += f"\n\n### Input:\n{more}" if more else ""
-    return before + [{"role": "user", "content": given}]
-
-
-def answered(messages: Messages) -> Messages:
-    """The conversation up to the first empty answer: training on one would teach silence."""
-    for k, message in enumerate(messages):
-        if message["role"] == "assistant" and not message["content"].strip():
-            return messages[:k]
-    return messages
-
-
-def conversation(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of any layout for fine-tuning -> {"messages"}."""
-    if "chosen" in record and "rejected" in record:
-        raise UserError("it is a preference record (chosen, rejected), not a conversation")
-    if key := next((k for k in CONVERSATION if k in record), None):
-        return {"messages": answered(turns(record[key], key))}
-    messages = asked(record)
-    key = next((k for k in ANSWER if k in record), None)
-    if key is None:
-        raise UserError(f"it has a question and none of {', '.join(ANSWER)}")
-    if isinstance(record[key], list):               # trl's prompt and completion, both turns
-        return {"messages": answered(messages + turns(record[key], key))}
-    answer = {"role": "assistant", "content": text_of(record[key], key)}
-    return {"messages": answered(messages + [answer])}
-
-
-def preference(record: dict[str, Any]) -> dict[str, Any]:
-    """Two answers to one prompt -> {"chosen", "rejected"}, both whole conversations."""
-    if missing := [k for k in ("chosen", "rejected") if not record.get(k)]:
-        raise UserError(f"a preference needs chosen and rejected; {missing[0]} is not there")
-    if key := next((k for k in CONVERSATION if k in record), None):
-        before = turns(record[key], key)
-    else:
-        before = asked(record) if any(k in record for k in QUESTION) else []
-    out = {}
-    for key in ("chosen", "rejected"):
-        if isinstance(record[key], str):
-            if not before:
-                raise UserError(f"{key} is an answer, and its prompt is not there")
-            out[key] = [*before, {"role": "assistant", "content": record[key]}]
-            continue
-        out[key] = turns(record[key], key)
-        # trl's explicit prompt stands apart; most files repeat it in both
-        if before and out[key][:len(before)] != before:
-            out[key] = before + out[key]
-        if out[key][-1]["role"] != "assistant":
-            raise UserError(f"{key} does not end with an answer of the assistant")
-    if out["chosen"] == out["rejected"]:
-        raise UserError("chosen and rejected are the same")
-    return out
-
-
-def prompt(record: dict[str, Any]) -> dict[str, Any]:
-    """What a model has to answer -> {"prompt"[, "answer"]}; an assistant's last turn is the key."""
-    key = next((k for k in CONVERSATION if k in record), None)
-    messages = turns(record[key], key) if key else asked(record)
-    out: dict[str, Any] = {}
-    if messages[-1]["role"] == "assistant":
-        last = messages.pop()["content"]
-        out = {"answer": last} if last.strip() else {}
-    if key := next((k for k in reversed(ANSWER) if isinstance(record.get(k), (str, int, float))),
-                   None):
-        out["answer"] = str(record[key])
-    if not messages:
-        raise UserError("there is no turn before the assistant's")
-    return {"prompt": messages, **out}
-
-
-def labelled(record: dict[str, Any]) -> dict[str, Any]:
-    """A text and its class -> {"text", "label"}; a label may be a word or a number."""
-    text, label = record.get("text"), record.get("label")
-    if not isinstance(text, str) or not isinstance(label, (str, int)) or label == "":
-        raise UserError("a record to classify needs a text and a label; its keys are "
-                        f"{', '.join(map(repr, record)) or 'none'}")
-    return {"text": text, "label": str(label)}
-
-
-ADAPTERS: dict[str, Callable] = dict(zip(KINDS, (conversation, preference, prompt, labelled)))
-
-
+# --- files -> records --------------------------------------------------------------------------
 def read_chats(path: str | Path, kind: str = "sft", skip_bad: bool = False,
-               reader: loader.Reader | None = None) -> Iterator[dict[str, Any]]:
-    """The records of a .jsonl, .json or .csv file (.gz or not) in one layout a kind.
+               reader: loader.Reader | None = None, notes: Notes | None = None,
+               columns: tuple[str, str] = COLUMNS) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl, .json, .csv or .tsv file (.gz or not) in one layout a kind.
 
-    sft {"messages"}, preference {"chosen", "rejected"}, prompts {"prompt", "answer"}, labels
-    {"text", "label"}; "task" and "answer" of a record are kept. A bad record is a UserError with
-    file, line and reason; with skip_bad it is left out and counted, in the `bad` of the reader
-    that was given.
+    sft {"messages"}, preference {"chosen", "rejected"} or {"messages", "label"}, prompts {"prompt",
+    "answer"}, labels {"text", "label"}, from the two columns of that name; "task" and "answer" of a
+    record are kept. A bad record is a UserError with file, line and reason; with skip_bad it is
+    left out and counted, in the `bad` of the reader that was given. notes: which keys to ignore,
+    and what was left out.
     """
     if kind not in ADAPTERS:
         raise UserError(f"kind={kind!r} does not exist: {', '.join(KINDS)}")
     reader = reader or loader.Reader(skip_bad)
-    for where, record in reader.records(Path(path)):
+    notes = notes or Notes()
+    adapt = ADAPTERS[kind]
+    more: dict[str, Any] = {}
+    headerless: tuple[str, ...] = ()
+    if kind == "labels":
+        more = {"text_key": columns[0], "label_key": columns[1]}
+        # UCI's file of SMS has no line that names the columns
+        headerless = COLUMNS[::-1] if columns == COLUMNS else ()
+    for where, record in reader.records(Path(path), conversations=True, columns=headerless):
         try:
-            found = ADAPTERS[kind](record)
+            found = adapt(record, notes, **more)
         except UserError as e:
             reader.fault(f"{where}: {e}")
             continue
-        kept = {k: str(record[k]) for k in ("task", "answer")
-                if isinstance(record.get(k), (str, int, float))}
+        if found is None:                           # counted in notes
+            continue
+        kept = {k: str(record[k]) for k in KEPT if isinstance(record.get(k), (str, int, float))
+                and k not in notes.ignore}
         yield {**kept, **found}
 
 
@@ -217,7 +89,7 @@ def find(dataset: str, kind: str = "sft") -> tuple[Path, Path | None]:
     folder = loader.find(dataset)
     named = folder.parent == loader.ROOT / "data"
     # meta.json is written last: a folder of ours without it is half of a dataset
-    ends, first = (".jsonl", ".json", ".csv", ".jsonl.gz"), PREFIX.get(kind, "")
+    ends, first = (".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz"), PREFIX.get(kind, "")
     # a folder with preferences may hold nothing else, and then calls them train and val
     first = first if any((folder / f"{first}train{end}").is_file() for end in ends) else ""
     found = [next((f for end in ends if (f := folder / f"{first}{split}{end}").is_file()), None)
@@ -227,23 +99,38 @@ def find(dataset: str, kind: str = "sft") -> tuple[Path, Path | None]:
                       if any((folder / f"{start}train{end}").is_file() for end in ends)), "text")
         raise UserError(f"{folder} holds {other}, not conversations: give a chat dataset, such as "
                         "skills, or a file of conversations")
+    if found[0] is None and folder.is_dir():
+        # a published set as it was downloaded: which of its files cannot be read, and why
+        for path in sorted(folder.rglob("*"))[:9]:
+            files.refuse_binary(b"", path)
     if found[0] is None or named and not (folder / "meta.json").is_file():
         raise UserError(f"{folder} is not prepared: run `python data/prepare.py {folder.name}`, or "
                         "give a file of conversations or a folder with train.jsonl")
     return found[0], found[1]
 
 
-def splits(dataset: str, kind: str = "sft", skip_bad: bool = False
-           ) -> tuple[list[dict], list[dict], int]:
+def check_labels(path: Path, records: list[dict]) -> None:
+    """UserError where nearly every text has a label of its own: then the columns are swapped."""
+    labels = {r["label"] for r in records}
+    if len(labels) > max(9, len(records) // 2):
+        raise UserError(f"{path} has {len(labels):,} labels for {len(records):,} texts, "
+                        f"{next(iter(labels))[:40]!r} for one: name the columns with --text_key "
+                        "and --label_key")
+
+
+def splits(dataset: str, kind: str = "sft", skip_bad: bool = False, notes: Notes | None = None,
+           columns: tuple[str, str] = COLUMNS) -> tuple[list[dict], list[dict], int]:
     """(training records, validation records, bad ones that were skipped) of a dataset."""
     train, val = find(dataset, kind)
     reader = loader.Reader(skip_bad)
-    records = list(read_chats(train, kind, skip_bad, reader))
+    records = list(read_chats(train, kind, skip_bad, reader, notes, columns))
+    if kind == "labels":
+        check_labels(train, records)
     if val is None:
         held = records[HELD_OUT - 1::HELD_OUT]
         del records[HELD_OUT - 1::HELD_OUT]
     else:
-        held = list(read_chats(val, kind, skip_bad, reader))
+        held = list(read_chats(val, kind, skip_bad, reader, notes, columns))
     return records, held, reader.bad
 
 # --- records -> ids and masks ------------------------------------------------------------------
@@ -254,41 +141,56 @@ class Rendered(list):
     skipped = 0             # conversations without a token to train on
     cut = 0                 # longer than a row
 
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.numbers: list[int] = []        # of render_all: the record of each conversation
+        self.untold: Counter[str] = Counter()   # why answers are not trained on: how many of them
+
 
 def render_all(tokenizer: Any, records: Iterable[dict[str, Any]], template: str | None,
                max_length: int) -> Rendered:
     """Render the messages of every record, cut to max_length tokens.
 
     The mask is true on what the assistants say and on the token that ends it. A conversation
-    whose cut leaves none of that (no answer, or a prompt that fills the row) is skipped.
+    whose cut leaves none of that (no answer, or a prompt that fills the row) is skipped. One whose
+    template drops thoughts of earlier answers is several: each of these ends one of its own.
     """
     out = Rendered()
-    for record in records:
+    for number, record in enumerate(records):
         if not record["messages"]:                  # an empty answer was all there was
             out.skipped += 1
             continue
-        ids, mask = tokenizer.render(record["messages"], template)
-        # the first token has nothing before it that could predict it
-        live = np.array(mask[:max_length], dtype=bool)
-        live[:1] = False
-        if not live.any():
-            out.skipped += 1
-            continue
-        out.cut += len(ids) > max_length
-        out.append((np.array(ids[:max_length], dtype=np.int32), live))
+        options = render_options(record)
+        try:
+            templates.refuse_unread(tokenizer, template, **options)
+            examples, reasons = templates.examples(tokenizer, record["messages"], template,
+                                                   **options)
+        except UserError as e:
+            raise UserError(f"conversation {number + 1}: {e}") from None
+        out.untold.update(reasons)
+        kept = 0
+        for ids, mask in examples:
+            # the first token has nothing before it that could predict it
+            live = np.array(mask[:max_length], dtype=bool)
+            live[:1] = False
+            if not live.any():
+                continue
+            kept += 1
+            out.cut += len(ids) > max_length
+            out.append((np.array(ids[:max_length], dtype=np.int32), live))
+            out.numbers.append(number)
+        out.skipped += not kept
     return out
 
 
-def completion(tokenizer: Any, messages: Messages, before: Messages, template: str | None
-               ) -> tuple[np.ndarray, np.ndarray]:
+def completion(tokenizer: Any, messages: Messages, before: Messages, template: str | None,
+               **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """(ids, mask) of a conversation, the mask true on what assistants say after `before` alone."""
-    ids, mask = tokenizer.render(messages, template)
+    messages = as_context(messages[:len(before)]) + messages[len(before):]
+    ids, mask = tokenizer.render(messages, template, **options)
     live = np.array(mask, dtype=bool)
     live[:1] = False
-    # counted by turns, not by tokens: how a prompt is cut into some may depend on what follows
-    turn = np.cumsum(live & ~np.roll(live, 1))              # 1 from the first answer on, 2 from …
-    return np.array(ids, dtype=np.int32), live & (
-        turn > sum(m["role"] == "assistant" for m in before))
+    return np.array(ids, dtype=np.int32), live
 
 
 def render_pairs(tokenizer: Any, records: Iterable[dict[str, Any]], template: str | None,
@@ -303,7 +205,8 @@ def render_pairs(tokenizer: Any, records: Iterable[dict[str, Any]], template: st
     for record in records:
         a, b = record["chosen"], record["rejected"]
         common = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-        sides = [completion(tokenizer, messages, a[:common], template) for messages in (a, b)]
+        sides = [completion(tokenizer, messages, a[:common], template, **render_options(record))
+                 for messages in (a, b)]
         sizes, half = [len(ids) for ids, _ in sides], max_length // 2
         room = [min(size, max(half, max_length - other))
                 for size, other in zip(sizes, reversed(sizes))]
@@ -400,9 +303,11 @@ class Packed:
         c = self.conversations
         left = f" ({getattr(c, 'skipped', 0):,} without an answer skipped, " \
                f"{getattr(c, 'cut', 0):,} cut to {self.block_size + 1} tokens)"
+        untold = "".join(f"; {n:,} answer{'s' * (n > 1)} not trained on, because {why}"
+                         for why, n in getattr(c, "untold", {}).items())
         return (f"{len(c) // self.unit:,} {self.kind}s{left} in {len(self):,} rows, "
                 f"{self.fill:.1%} full; "
-                f"{self.trained:,} of {self.tokens:,} tokens are trained on")
+                f"{self.trained:,} of {self.tokens:,} tokens are trained on{untold}")
 
     def gather(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Rows by number -> {"ids", "targets" (B, T) int64, "doc" (B, T) int32}, and the columns
@@ -491,8 +396,11 @@ def show(tokenizer: Any, batch: dict[str, torch.Tensor], color: bool | None = No
             if not trained:                         # every conversation has an answer
                 lines.append(f"--- row {b}: {len(span)} tokens of padding")
                 continue
-            name = f"conversation {number}" if "reference" not in batch else (
-                f"pair {number // 2}, {('chosen', 'rejected')[number % 2]}")
+            name = f"conversation {number}"
+            if "label" in batch:
+                name += f", {'desirable' if batch['label'][b][number] else 'undesirable'}"
+            elif "reference" in batch:
+                name = f"pair {number // 2}, {('chosen', 'rejected')[number % 2]}"
             lines.append(f"--- row {b}, {name}: {len(span)} tokens, {trained} of them trained on")
             lines.append("".join(
                 paint(readable(tokenizer.decode([ids[t] for t in run])), live[run[0]], color)

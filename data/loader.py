@@ -15,7 +15,6 @@ the rows in use.
 """
 from __future__ import annotations
 
-import codecs
 import csv
 import gzip
 import hashlib
@@ -24,6 +23,7 @@ import os
 import re
 import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, Iterator
 
@@ -33,6 +33,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 from config import UserError  # noqa: E402  (found only once the root is on the path)
+from text import files  # noqa: E402
 
 VERSION = 1                             # of the layout: meta.json and the shards beside it
 DTYPES = ("uint16", "uint32")           # 16 bits hold ids below 65,536; nothing else is written
@@ -77,9 +78,9 @@ class Reader:
         self.bad += 1
 
     def blocks(self, path: Path) -> Iterator[str]:
-        """A file's text in blocks of about BLOCK characters; it must be UTF-8."""
+        """A file's text in blocks of about BLOCK characters; its encoding is text/files.py's."""
         packed, before = Path(path).suffix.lower() == ".gz", self.consumed
-        rest, offset, held = b"", 0, ""     # bytes not yet decoded, where they lie; decoded text
+        decode, held = files.Decoder(path, self.fault), ""
         with open(path, "rb") as raw, (gzip.open(raw) if packed else raw) as f:
             while True:
                 try:
@@ -87,21 +88,12 @@ class Reader:
                 except (EOFError, zlib.error, gzip.BadGzipFile) as e:
                     raise UserError(f"{path} is not a complete gzip file: {e}") from None
                 self.consumed = before + raw.tell()
-                rest += block
-                if offset == 0 and rest.startswith(codecs.BOM_UTF8):    # Notepad's mark, no text
-                    rest, offset = rest[3:], 3
-                try:
-                    # a character may straddle two blocks: its first bytes wait in `rest`
-                    text, used = codecs.utf_8_decode(rest, "strict", not block)
-                except UnicodeDecodeError as e:
-                    self.fault(f"{path} is not UTF-8 text: byte {offset + e.start:,} is invalid")
-                    text, used = rest[:e.start].decode("utf-8"), e.end
-                rest, offset, held = rest[used:], offset + used, held + text
+                held += decode(block)
                 if len(held) >= BLOCK // 2:
                     at = cut_at(held)
                     yield held[:at]
                     held = held[at:]
-                if not block and not rest:
+                if not block:
                     if held:
                         yield held
                     return
@@ -117,23 +109,45 @@ class Reader:
         if rest:
             yield rest
 
-    def json_values(self, path: Path) -> Iterator[tuple[int, Any]]:
+    def json_values(self, path: Path, conversations: bool = False) -> Iterator[tuple[int, Any]]:
         """(line, value) of JSON lines, of one array, or of values spread over several lines.
 
         All of these are values with space, commas and the array's brackets between them. What
         does not parse may only be incomplete: more is read before it counts as broken.
+        conversations: a list of messages is one value (nanochat writes one a line), and an object
+        that has a key twice, of which JSON would keep the last, is a fault.
         """
-        decoder, gap = json.JSONDecoder(), re.compile(r"[ \t\r\n,\[\]]*")
-        blocks, buffer, at, line, inside, ended = self.blocks(path), "", 0, 1, False, False
+        twice: list[str] = []
+
+        def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+            value = dict(found)
+            if len(value) < len(found):
+                twice.append(next(k for k, _ in found if sum(k == other for other, _ in found) > 1))
+            return value
+
+        decoder = json.JSONDecoder(object_pairs_hook=pairs if conversations else None)
+        gap, begins = re.compile(r"[ \t\r\n,]*"), re.compile(r"\[[ \t\r\n]*(\{|\Z)")
+        blocks, buffer, at, line, depth, ended = self.blocks(path), "", 0, 1, 0, False
         while True:
             start = gap.match(buffer, at).end()
-            between = buffer[at:start]
-            line, at = line + between.count("\n"), start
-            if bracket := between.strip(" \t\r\n,"):
-                inside = bracket[-1] == "["                 # in the array, or behind its end
+            line, at, talk = line + buffer.count("\n", at, start), start, False
+            bracket = buffer[start:start + 1]
+            opens = begins.match(buffer, start) if conversations else None
+            if bracket == "]" or bracket == "[" and not opens:      # around records
+                depth, at = depth + 1 if bracket == "[" else max(0, depth - 1), start + 1
+                continue
             try:
+                if opens:           # an array of records, or a conversation: its first object says
+                    first, _ = decoder.raw_decode(buffer, opens.start(1))
+                    if not (talk := is_message(first)):
+                        depth, at = depth + 1, start + 1
+                        continue
+                twice.clear()
                 value, at = decoder.raw_decode(buffer, start)
-                yield line, value
+                if twice:
+                    self.fault(f"{path}, line {line}: the key {twice[0]!r} comes twice")
+                else:
+                    yield line, value
                 line += buffer.count("\n", start, at)
                 continue
             except (ValueError, RecursionError) as e:       # RecursionError: "[[[[[[[[[[…"
@@ -145,32 +159,128 @@ class Reader:
                     more.append(next(blocks, ""))
                     want, ended = want - len(more[-1]), not more[-1]
                 buffer, at = "".join(more), 0
+            elif opens and not talk:
+                depth, at = depth + 1, start + 1
             elif start < len(buffer):
                 self.fault(f"{path}, line {line}: not JSON, {problem}")
                 at = buffer.find("\n", start)               # go on with the next line
                 at = at if at >= 0 else len(buffer)
             else:
-                if inside:
+                if depth:
                     self.fault(f"{path}, line {line}: the array has no end, the file is cut off")
                 return
 
-    def records(self, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-        """("FILE, line N", record) of a .json, .jsonl or .csv file, .gz or not."""
-        if kind_of(path) != ".csv":
-            for line, value in self.json_values(path):
-                if isinstance(value, dict):
-                    yield f"{path}, line {line}", value
-                else:
-                    self.fault(f"{path}, line {line}: a {type(value).__name__} where a JSON "
-                               "object should be")
-            return
+    def csv_rows(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(line, row) of a file with commas, whose first line names the columns."""
         csv.field_size_limit(LONGEST)       # the default stops at 128 kB, less than a long text
         rows = csv.DictReader(self.lines(path), strict=True)
         try:
+            header = list(rows.fieldnames or ())
+            if len(header) == 1 and (other := re.search(r"[;\t|]", header[0])):
+                raise UserError(f"{path}: expected commas between columns, and the first line has "
+                                f"{other[0]!r}: save it with commas, or as .tsv with tabs")
+            rows.fieldnames = column_names(header, path)
             for row in rows:
-                yield f"{path}, line {rows.line_num}", row
+                if None in row:             # more fields than the header has
+                    self.fault(f"{path}, line {rows.line_num}: {len(header) + len(row[None])} "
+                               f"columns, and the first line has {len(header)}")
+                    continue
+                yield rows.line_num, row
         except csv.Error as e:
             raise UserError(f"{path}, line {rows.reader.line_num}: {e}") from None
+
+    def tsv_rows(self, path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, dict]]:
+        """(line, row) of a file with tabs: the first line names the columns.
+
+        columns: names of two columns that need no such line (UCI's SMSSpamCollection has none).
+        Quotes are text, as IANA's text/tab-separated-values has it, but for a field that a CSV
+        writer has clearly quoted.
+        """
+        names, bare = [], Counter()         # bare: first columns of a file without a header
+        for number, line in enumerate(self.lines(path), 1):
+            line = line.rstrip("\r\n")
+            if not line:
+                continue
+            fields = line.split("\t")
+            if not names:
+                known = {name.strip().lower() for name in fields} & {*columns}
+                if len(fields) != len(columns) or known:
+                    names = column_names(fields, path)
+                    continue
+                names, first = list(columns), (number, *fields)
+                bare[fields[0]] = 0
+            if bare:                        # a tab in the last column is text
+                fields = line.split("\t", len(names) - 1)
+                bare[fields[0]] += 1
+            if len(fields) != len(names):
+                self.fault(f"{path}, line {number}: {len(fields)} columns, and the first line has "
+                           f"{len(names)}")
+                continue
+            yield number, dict(zip(names, map(unquoted, fields)))
+        if bare and bare[first[1]] == 1 < bare.total():
+            raise UserError(f"{path}, line {first[0]}: {first[1]!r} is no other line's "
+                            f"{columns[0]}; if this line names the columns, say which are meant "
+                            f"with --{columns[0]}_key and --{columns[1]}_key")
+
+    def form(self, path: Path) -> str:
+        """How the records of a file are written, by its suffix or else by its first character."""
+        suffix = kind_of(path)
+        known = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".json": "json", ".jsonl": "json",
+                 ".ndjson": "json"}
+        if suffix in known:
+            return known[suffix]
+        before = self.consumed
+        start = next(Reader(skip_bad=True).blocks(path), "")
+        self.consumed = before
+        if start.lstrip()[:1] in ("{", "[", ""):
+            return "json"
+        if "\t" in start.lstrip().partition("\n")[0]:
+            return "tsv"
+        raise UserError(f"{path} holds no records that can be read: expected JSON lines, JSON, "
+                        "CSV (.csv) or tab-separated lines (.tsv)")
+
+    def records(self, path: Path, conversations: bool = False, columns: tuple[str, ...] = ()
+                ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """("FILE, line N", record) of a .json, .jsonl, .csv or .tsv file, .gz or not.
+
+        conversations: a list of messages is a record, {"messages": list}.
+        columns: names for the columns of a .tsv file that does not name them.
+        """
+        form = self.form(path)
+        if form != "json":
+            rows = self.csv_rows(path) if form == "csv" else self.tsv_rows(path, columns)
+            for line, row in rows:
+                yield f"{path}, line {line}", row
+            return
+        for line, value in self.json_values(path, conversations):
+            if isinstance(value, list):
+                value = {"messages": value}
+            if isinstance(value, dict):
+                yield f"{path}, line {line}", value
+            else:
+                self.fault(f"{path}, line {line}: a {type(value).__name__} where a JSON "
+                           "object should be")
+
+
+def is_message(value: Any) -> bool:
+    """Tell whether a JSON value is one turn of a conversation, and not a record."""
+    return isinstance(value, dict) and ("role" in value and (
+        "content" in value or "tool_calls" in value) or "from" in value and "value" in value)
+
+
+def column_names(header: list[str], path: Path) -> list[str]:
+    """The names of columns, those without one by their number; UserError for one that is twice."""
+    names = [name.strip() or f"column {k}" for k, name in enumerate(header, 1)]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{path}: two columns are named {twice[0]!r}: rename one of them")
+    return names
+
+
+def unquoted(field: str) -> str:
+    """A field without the quotes of a CSV writer, who doubles those inside; others unchanged."""
+    inner = field[1:-1]
+    quoted = len(field) > 1 and field[0] == field[-1] == '"' and '""' in inner
+    return inner.replace('""', '"') if quoted and '"' not in inner.replace('""', "") else field
 
 
 # --- a prepared directory ----------------------------------------------------------------------

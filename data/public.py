@@ -37,8 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 from config import UserError  # noqa: E402  (ours; found only once the root is on the path)
 from data import chats, loader, prepare, skills  # noqa: E402
+from data.layouts import ADAPTERS  # noqa: E402
 
-VERSION = 1                             # of what is written: a change builds it again
+VERSION = 2                             # of what is written: a change builds it again
 LIMIT = 2 << 30                         # bytes that an archive may hold: IMDb's are 0.5 GB
 TEXT_LIMIT = 1 << 24                    # bytes of one of its files
 Found = Iterator[tuple[str, dict[str, Any]]]            # ("FILE, line N", record)
@@ -147,20 +148,18 @@ def mark(seed: int | str, text: str) -> float:
 def trainable(found: Found, kind: str, reader: loader.Reader) -> Iterator[tuple[str, dict]]:
     """(what is asked, record) of all that can be trained on; the others are faults.
 
-    Records that call tools, or have no answer, are no mistakes of the file: they are left out and
-    counted in reader.left_out, since the chat templates have no words for them.
+    Records without an answer, or with two equal ones, are no mistakes of the file: they are left
+    out, and counted in reader.left_out.
     """
     reader.left_out = 0
     for where, record in found:
-        said = record.get("conversations") or record.get("messages") or ()
-        if isinstance(said, list) and any(isinstance(m, dict) and (
-                m.get("tool_calls") or m.get("tools")) for m in said):
-            reader.left_out += 1
-            continue
         try:
-            made = chats.ADAPTERS[kind](record)
+            made = ADAPTERS[kind](record)
         except UserError as e:
             reader.fault(f"{where}: {e}")
+            continue
+        if made is None:
+            reader.left_out += 1
             continue
         turns = made.get("messages", made.get("chosen", ()))
         asked = next((k for k, m in enumerate(turns) if m["role"] == "assistant"), None)
@@ -288,7 +287,7 @@ def main(cfg: prepare.Config) -> None:
             raise UserError(f"{path} is not the whole archive of {name}: {e}; delete it and run "
                             "this again") from None
         show(path.stat().st_size, last=True)
-        for count, what in ((reader.left_out, "without an answer, or with calls of tools, were "
+        for count, what in ((reader.left_out, "without an answer, or with two equal ones, were "
                              "left out"), (reader.bad, "were bad, and dropped")):
             if count:
                 prepare.note(f"{count:,} records {what}")

@@ -11,7 +11,8 @@ import torch
 import chat as templates
 import tokenizer as tokenizers
 from config import UserError
-from data import chats, loader
+from data import chats, layouts, loader
+from data.messages import Notes
 from machine import Machine
 
 U, A = "user", "assistant"
@@ -109,6 +110,14 @@ def test_layouts_of_prompts(tmp_path, record, want):
     assert read(tmp_path, record, "prompts") == [want]
 
 
+def test_a_pair_of_equal_answers_is_dropped_and_counted(tmp_path):
+    path = write(tmp_path / "a.jsonl", [
+        {"prompt": "Hi", "chosen": "a", "rejected": answer} for answer in "aba"])
+    notes = Notes()
+    assert len(list(chats.read_chats(path, "preference", notes=notes))) == 1
+    assert notes.lines() == ["2 pairs dropped, whose chosen and rejected are the same"]
+
+
 def test_labels_may_be_words_or_numbers(tmp_path):
     for label in ("spam", 1):
         assert read(tmp_path, {"text": "Hi", "label": label}, "labels") == [
@@ -147,7 +156,6 @@ def test_files_of_every_form(tmp_path):
     ("sft", '{"chosen": [], "rejected": []}', "preference record"),
     ("preference", '{"messages": [{"role": "user", "content": "Hi"}]}', "chosen is not there"),
     ("preference", '{"chosen": "a", "rejected": "b"}', "its prompt is not there"),
-    ("preference", '{"prompt": "Hi", "chosen": "a", "rejected": "a"}', "are the same"),
     ("preference", '{"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}', "end with"),
     ("prompts", '{"messages": [{"role": "assistant", "content": "a"}]}', "no turn before"),
     ("labels", '{"text": "a"}', "needs a text and a label; its keys are 'text'"),
@@ -170,8 +178,10 @@ def test_a_bad_line_is_named_or_counted(tmp_path, kind, line, reason):
 def test_whatever_a_file_holds_only_user_errors_come(tmp_path):
     """Keys that mean something, with values of any type: a sentence or a record, never a crash."""
     rng = random.Random(0)
-    keys = [*chats.CONVERSATION, *chats.QUESTION, *chats.ANSWER, "chosen", "rejected", "history",
-            "system", "input", "role", "content", "from", "value", "tool_calls", "task"]
+    keys = [*layouts.CONVERSATION, *layouts.QUESTION, *layouts.ANSWER, "chosen", "rejected",
+            "history", "system", "input", "role", "content", "from", "value", "tool_calls", "task",
+            "function_call", "arguments", "name", "function", "tools", "documents", "weight",
+            "reasoning_content", "thinking", "chat_template_kwargs", "label", "context"]
 
     def value(depth):
         leaf = [None, 0, 1.5, True, "", "x", "user", "assistant", "gpt", "tool", "y",
@@ -186,14 +196,16 @@ def test_whatever_a_file_holds_only_user_errors_come(tmp_path):
               "prompts": "question answer", "labels": "text label"}
     for kind in chats.KINDS:
         path = write(tmp_path / "a.jsonl", [
-            {rng.choice([*keys, *likely[kind].split() * 8]): value(rng.randrange(4))
+            {rng.choice([*keys, *likely[kind].split() * 40]): value(rng.randrange(4))
              for _ in range(4)}
             for _ in range(4000)])
-        reader = loader.Reader(skip_bad=True)
-        found = list(chats.read_chats(path, kind, reader=reader))
-        assert len(found) + reader.bad == 4000 and len(found) > 10
+        reader, notes = loader.Reader(skip_bad=True), Notes(["context"])
+        found = list(chats.read_chats(path, kind, reader=reader, notes=notes))
+        same = sum(n for event, n in notes.events.items() if "the same" in event)
+        assert len(found) + reader.bad + same == 4000 and len(found) > 10
         for record in found:
-            for turns in (v for v in record.values() if isinstance(v, list)):
+            for turns in (record[k] for k in ("messages", "chosen", "rejected", "prompt")
+                          if k in record):
                 assert all(m["role"] in templates.ROLES and isinstance(m["content"], str)
                            for m in turns)
 

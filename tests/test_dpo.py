@@ -315,6 +315,67 @@ def test_kto_with_its_divergence_is_trls(trl_side, ours, base):
     assert_gradients(gradients, trainer.model)
 
 
+def unpaired(n, seed):
+    """Records in trl's layout: one answer each, with a label; some prompts are turns."""
+    out = []
+    for k, pair in enumerate(pairs(n, seed)):
+        side = ("chosen", "rejected")[k % 3 % 2]
+        *prompt, answer = pair[side]
+        out.append({"prompt": prompt, "completion": [answer], "label": side == "chosen"})
+        if len(prompt) == 1 and k % 2:
+            out[-1] |= {"prompt": prompt[0]["content"], "completion": answer["content"]}
+    return out
+
+
+def test_kto_of_answers_without_a_partner_is_trls(trl_side, base, words):
+    """Loss, divergence and gradients of labelled answers, of which there are more good ones."""
+    records = [dpo.chats.preference(r) for r in unpaired(9, 4)]
+    labels = [r["label"] for r in records]
+    assert labels == [r["label"] for r in unpaired(9, 4)] and 0 < sum(labels) < 9
+    batches = dpo.Pairs(chats.render_all(words, records, None, 129), 4, 128, seed=3, labels=labels)
+    judged(base("llama", 1), batches)
+    model = checkpoint.load_model(base("llama", 2), "cpu")
+    trainer = trl_side.kto
+    trainer.beta, trainer.desirable_weight, trainer.undesirable_weight = 0.3, 1.3, 0.7
+    cuts = [splits(c) for c in batches.conversations]
+    examples = [{"prompt_ids": prompt, "completion_ids": answer, "label": label,
+                 "KL_completion_ids": cuts[i - 1][1]}
+                for i, ((prompt, answer), label) in enumerate(zip(cuts, labels))]
+    trainer.model.train()
+    trainer.model.zero_grad()
+    trainer._metrics["train"].clear()
+    theirs = trainer._compute_loss(trainer.model, trainer.data_collator(examples), False)
+    theirs.backward()
+    cfg = dpo.Config(loss="kto", beta=0.3, desirable_weight=1.3, undesirable_weight=0.7)
+    batches.strangers = dpo.strangers_of(batches)
+    judged(base("llama", 1), batches.strangers)
+    batches.baseline = dpo.divergence(cfg, model, batches, CPU)
+    model.requires_grad_(True).zero_grad()
+    total, count, metrics = dpo.unpaired_loss(cfg)(model, batches.gather(range(len(batches))))
+    (total / count).backward()
+    logged = {k: v[0] for k, v in trainer._metrics["train"].items()}
+    assert count == 9 and logged["kl"] > 0
+    assert (metrics["kl"] / count).item() == pytest.approx(logged["kl"], rel=1e-4)
+    assert (total / count).item() == pytest.approx(theirs.item(), rel=1e-4)
+    good = sum(labels)
+    margin = (good * logged["rewards/chosen"] - (9 - good) * logged["rewards/rejected"]
+              - 0.3 * logged["kl"] * (2 * good - 9)) / 9
+    assert (metrics["margin"] / count).item() == pytest.approx(margin, rel=1e-4, abs=1e-5)
+    assert_gradients({n: p.grad for n, p in model.named_parameters()}, trainer.model)
+
+
+def test_a_file_of_labelled_answers_trains_with_kto_alone(go, tmp_path, capsys):
+    path = tmp_path / "labelled.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in unpaired(60, 1)))
+    out = go("kto", "--loss=kto", f"--dataset={path}", "--max_iters=2", "--learning_rate=1e-3")
+    assert "desirable and" in capsys.readouterr().err and len(curve(out, "kl")) >= 2
+    for flags, says in ((["--loss=sigmoid"], "it needs pairs, --loss=kto does not"),
+                        (["--loss=kto"], "pairs as well")):
+        with pytest.raises(UserError, match=says):
+            go("no", *flags, f"--dataset={path}")
+        path.write_text(path.read_text() + json.dumps(pairs(1, 0)[0]) + "\n")
+
+
 @pytest.mark.parametrize("average", [False, True])
 def test_simpo_and_orpo_are_trls(ours, average):
     """The methods of trl's experimental trainers, on log-probabilities by its own function from

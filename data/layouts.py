@@ -1,0 +1,334 @@
+"""Records of any published layout -> the conversations that a stage trains on.
+
+    from data import layouts
+    layouts.conversation({"instruction": "Hi", "output": "Hello"})          # {"messages": […]}
+    layouts.preference({"prompt": "Hi", "chosen": "Hello", "rejected": "Go"})
+    layouts.conversation({"messages": [], "mask": "User"})                  # UserError: 'mask'
+
+Layouts: a list of messages under one of several keys; Alpaca and Dolly; trl's prompt and
+completion, preferences and unpaired preferences; LLaMA-Factory's. Every key of a record is read,
+is known to describe it, or is refused (data/messages.py). One thing spelled twice, as a system
+column beside a system turn or a prompt beside the conversation that holds it, has to agree.
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
+from config import UserError  # noqa: E402  (found only once the root is on the path)
+from data.messages import (Keys, Messages, Notes, is_empty, text_of, tool_list,  # noqa: E402
+                           turns)
+
+CONVERSATION = ("messages", "conversations", "conversation")    # keys of a list of turns
+QUESTION = ("instruction", "prompt", "question")                # keys of what is asked, a text
+ANSWER = ("output", "completion", "response", "answer")         # and of what is answered
+KEPT = ("task", "answer")               # passed on as texts: eval.py checks an answer by its task
+KINDS = ("sft", "preference", "prompts", "labels")
+
+
+# --- what stands beside the turns --------------------------------------------------------------
+def extras(keys: Keys, *conversations: Messages) -> dict[str, Any]:
+    """{"tools", "documents", "chat_template_kwargs"}, those that are there, for the template.
+
+    Tools that a system turn holds are moved out of it.
+    """
+    found = keys.take_one(("tools", "functions"),
+                          lambda v, name: tool_list(v, name, wrap=name == "functions"))
+    for messages in conversations:
+        for message in messages:
+            inside = message.pop("tools", None)
+            if inside and found and inside != found:
+                raise UserError("the system turn has other tools than the record: leave one out")
+            found = found or inside
+    out = {"tools": found} if found else {}
+    documents, more = keys.take("documents"), keys.take("chat_template_kwargs")
+    if not is_empty(documents):
+        if not isinstance(documents, list):
+            raise UserError(f"documents is a {type(documents).__name__}, not a list")
+        out["documents"] = documents
+    if not is_empty(more):
+        # what render() is given by name cannot come from a record a second time
+        taken = {"messages", "template", "add_generation_prompt", "max_length", "tools",
+                 "documents", "tokenizer", "self"}
+        if not isinstance(more, dict) or taken & more.keys():
+            raise UserError("chat_template_kwargs is not an object of variables for the template")
+        more = {k: v for k, v in more.items() if v is not None}
+    if not is_empty(more):
+        out["chat_template_kwargs"] = more
+    return out
+
+
+def render_options(record: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of tokenizer.render() that a record brings beside its messages."""
+    return {**{k: record[k] for k in ("tools", "documents") if k in record},
+            **record.get("chat_template_kwargs", {})}
+
+
+def take_system(keys: Keys) -> str:
+    """The system prompt in a column of its own."""
+    return keys.take_one(("system", "system_prompt"), text_of) or ""
+
+
+def with_system(system: str, messages: Messages) -> Messages:
+    """The conversation with the text of a system column as its first turn, once."""
+    if not system.strip():
+        return messages
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"].strip() != system.strip():
+            raise UserError("the system column and the system turn say different things: leave one "
+                            "out")
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def plain(text: str) -> str:
+    """Return a text with its white space evened out, by which two spellings are compared."""
+    return " ".join(text.split())
+
+
+def restates(text: str, messages: Messages, role: str) -> bool:
+    """Tell whether a text beside a conversation is one of its turns, white space aside."""
+    return any(m["role"] == role and plain(m["content"]) == plain(text) for m in messages)
+
+
+def is_within(some: Messages, messages: Messages) -> bool:
+    """Tell whether turns come one after the other in a conversation, white space aside."""
+    short, long = ([(m["role"], plain(m["content"]), m.get("tool_calls")) for m in part]
+                   for part in (some, messages))
+    return any(long[i:i + len(short)] == short for i in range(len(long) - len(short) + 1))
+
+
+def take_restated(keys: Keys, messages: Messages) -> None:
+    """Take texts that only say again what the conversation says, as many published sets have.
+
+    UltraChat has the first question under `prompt`, orpo-dpo-mix the last; Stanford's Alpaca has
+    the whole record once more under `text`. A text that says something else stays, to be refused.
+    """
+    for name in (*QUESTION, *ANSWER):
+        value = keys.values.get(name)
+        role = "user" if name in QUESTION else "assistant"
+        if isinstance(value, str) and restates(value, messages, role) or (
+                isinstance(value, list) and is_within(turns(value, name), messages)):
+            keys.take(name)
+    whole = keys.values.get("text")
+    if isinstance(whole, str) and all(plain(part) in plain(whole) for m in messages
+                                      for part in m["content"].split("\n\n### Input:\n")):
+        keys.take("text")
+
+
+def as_context(messages: Messages) -> Messages:
+    """The messages, none of which is trained on."""
+    return [{**m, "train": False} if m["role"] == "assistant" else m for m in messages]
+
+
+# --- a record ----------------------------------------------------------------------------------
+def asked(keys: Keys) -> Messages:
+    """What is asked in a record that spells it in keys of its own: Alpaca's, or a prompt."""
+    name = keys.first(QUESTION)
+    alpaca = name == "instruction" or name is None and "input" in keys
+    if name is None and not alpaca:
+        raise UserError(f"its keys are {', '.join(map(repr, keys.values)) or 'none'}; a "
+                        f"conversation has {' or '.join(CONVERSATION[:2])}, or one of "
+                        f"{', '.join(QUESTION)} and one of {', '.join(ANSWER)}")
+    value = keys.take(name) if name else ""
+    if isinstance(value, list):
+        return turns(value, name, keys.notes)
+    before: Messages = []
+    history = keys.take("history") or []            # Alpaca with turns: [[question, answer], …]
+    if not isinstance(history, list) or any(
+            not isinstance(pair, (list, tuple)) or len(pair) != 2 for pair in history):
+        raise UserError("history is not a list of [question, answer]")
+    for question, answer in history:
+        before += [{"role": "user", "content": text_of(question, "a question in history")},
+                   {"role": "assistant", "content": text_of(answer, "an answer in history")}]
+    given = text_of(value, name or "instruction")
+    # Dolly's context is Alpaca's input; the template makes the rest of Alpaca's own prompt
+    more = keys.take_one(("input", "context"), text_of) if alpaca else None
+    if more and given.strip():
+        given += f"\n\n### Input:\n{more}"
+    return before + [{"role": "user", "content": given if given.strip() else more or given}]
+
+
+def answered(messages: Messages, notes: Notes) -> Messages:
+    """The conversation up to the first empty answer: training on one would teach silence."""
+    for k, message in enumerate(messages):
+        if (message["role"] == "assistant" and not message["content"].strip()
+                and not message.get("tool_calls") and message.get("train") is not False):
+            notes.events["empty answers, at which conversations were cut"] += 1
+            return messages[:k]
+    return messages
+
+
+def replies(keys: Keys, name: str) -> Messages:
+    """What is answered: turns (trl's completion), a single turn (LLaMA-Factory's), or a text."""
+    value = keys.take(name)
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": value}]
+    return turns([value] if isinstance(value, dict) else value, name, keys.notes)
+
+
+def spoken(keys: Keys) -> Messages:
+    """The whole conversation of a record with one answer; the prompt's own answers are context."""
+    if any(name in keys for name in CONVERSATION):
+        messages = keys.take_one(CONVERSATION, lambda v, name: turns(v, name, keys.notes))
+        if messages is None:
+            raise UserError("its list of messages is empty")
+    else:
+        turned = isinstance(keys.values.get(keys.first(QUESTION)), list)
+        messages = as_context(asked(keys)) if turned else asked(keys)
+        name = keys.first(ANSWER)
+        if name is None:
+            raise UserError(f"it has a question and none of {', '.join(ANSWER)}")
+        messages = messages + replies(keys, name)
+    messages = with_system(take_system(keys), messages)
+    keys.take("answer")                             # passed on, for eval.py
+    take_restated(keys, messages)
+    return messages
+
+
+def conversation(record: dict[str, Any], notes: Notes | None = None) -> dict[str, Any]:
+    """A record of any layout for fine-tuning -> {"messages"} and what extras() finds."""
+    notes = notes or Notes()
+    keys = Keys(record, "", notes)
+    if "chosen" in keys and "rejected" in keys:
+        raise UserError("it is a preference record (chosen, rejected), not a conversation")
+    keys.take("task")
+    messages = spoken(keys)
+    more = extras(keys, messages)
+    keys.done()
+    return {"messages": answered(messages, notes), **more}
+
+
+def joined(before: Messages, text: bool, answers: Messages, what: str) -> Messages:
+    """A prompt and what follows it, where the second may hold the first.
+
+    As trl's maybe_extract_prompt: where what follows is a whole conversation, it wins over a
+    prompt that is a text. Here the text has to be in it all the same, or something would be lost.
+    """
+    if answers[0]["role"] == "assistant":
+        if not before:
+            raise UserError(f"{what} is an answer, and its prompt is not there")
+        if before[-1]["role"] == "assistant":
+            raise UserError(f"the prompt before {what} ends with an answer already")
+        return before + answers
+    asked_before = [m for m in before if m["role"] == "user"]
+    if is_within(before, answers) or text and all(
+            restates(m["content"], answers, "user") for m in asked_before):
+        return answers
+    if text or before[-1]["role"] == "user":
+        raise UserError(f"the prompt is no part of the conversation in {what}: take one of them "
+                        "out, or give --ignore_keys with the prompt's key")
+    return before + answers                         # trl's explicit prompt: turns, then turns
+
+
+def preference(record: dict[str, Any], notes: Notes | None = None) -> dict[str, Any] | None:
+    """Two answers to one prompt -> {"chosen", "rejected"}, both whole conversations; None where
+    they are the same, which teaches nothing. One answer and a label -> {"messages", "label"}.
+    """
+    notes = notes or Notes()
+    keys = Keys(record, "", notes)
+    if not ("chosen" in keys or "rejected" in keys) and ("label" in keys or "kto_tag" in keys):
+        return unpaired(keys)
+    if missing := [k for k in ("chosen", "rejected") if is_empty(keys.values.get(k))]:
+        raise UserError(f"a preference needs chosen and rejected; {missing[0]} is not there")
+    both = {name: replies(keys, name) for name in ("chosen", "rejected")}
+    keys.take("task")
+    before: Messages = []
+    text = False
+    if name := keys.first(CONVERSATION):
+        before = turns(keys.take(name), name, notes)
+        if any(is_within(before, messages) for messages in both.values()):
+            before = []         # UltraFeedback has the chosen conversation here once more
+    elif keys.first((*QUESTION, "input")):
+        text = not isinstance(keys.values.get(keys.first(QUESTION)), list)
+        before = asked(keys)
+    system, out = take_system(keys), {}
+    for name, answers in both.items():
+        whole = joined(before, text, answers, name) if before or answers[0]["role"] == (
+            "assistant") else answers
+        out[name] = with_system(system, whole)
+        last = out[name][-1]
+        if last["role"] != "assistant" or not last["content"].strip() and not last.get(
+                "tool_calls"):
+            raise UserError(f"{name} does not end with an answer of the assistant")
+    keys.take("answer")
+    take_restated(keys, out["chosen"])
+    out |= extras(keys, out["chosen"], out["rejected"])
+    keys.done()
+    if out["chosen"] == out["rejected"]:
+        notes.events["pairs dropped, whose chosen and rejected are the same"] += 1
+        return None
+    return out
+
+
+def unpaired(keys: Keys) -> dict[str, Any]:
+    """trl's prompt, completion and label, or a conversation and LLaMA-Factory's kto_tag -> the
+    conversation, of which the completion alone is trained on, and whether it is a good one."""
+    def read(value: Any, name: str) -> bool:
+        word = str(value).strip().lower()           # a CSV has words
+        if word not in ("0", "1", "true", "false"):
+            raise UserError(f"{name} is {value!r}: true for a good completion, false for a bad one")
+        return word in ("1", "true")
+
+    label = keys.take_one(("label", "kto_tag"), read)
+    keys.take("task")
+    turned = any(isinstance(keys.values.get(name), list) for name in ANSWER)
+    messages = spoken(keys)
+    more = extras(keys, messages)
+    keys.done()
+    last = messages[-1]
+    if last["role"] != "assistant" or not last["content"].strip() and not last.get("tool_calls"):
+        raise UserError("it does not end with an answer of the assistant")
+    if not turned:                                  # then the last turn is the completion
+        messages = as_context(messages[:-1]) + [last]
+    return {"messages": messages, "label": label, **more}
+
+
+def prompt(record: dict[str, Any], notes: Notes | None = None) -> dict[str, Any]:
+    """What a model has to answer -> {"prompt"[, "answer"]}; an assistant's last turn is the key."""
+    notes = notes or Notes()
+    keys = Keys(record, "", notes)
+    keys.take("task")
+    name = keys.first(CONVERSATION)
+    messages = turns(keys.take(name), name, notes) if name else asked(keys)
+    messages = with_system(take_system(keys), messages)
+    more = extras(keys, messages)
+    out: dict[str, Any] = {}
+    if messages[-1]["role"] == "assistant":
+        last = messages.pop()["content"]
+        out = {"answer": last} if last.strip() else {}
+    name = next((name for name in reversed(ANSWER)
+                 if isinstance(keys.values.get(name), (str, int, float))), None)
+    if name:
+        out["answer"] = str(keys.take(name))
+    take_restated(keys, messages)
+    keys.done()
+    if not messages:
+        raise UserError("there is no turn before the assistant's")
+    return {"prompt": messages, **out, **more}
+
+
+def labelled(record: dict[str, Any], notes: Notes | None = None, text_key: str = "text",
+             label_key: str = "label") -> dict[str, Any]:
+    """A text and its class -> {"text", "label"}; a label may be a word or a number. The keys are
+    found in any case."""
+    keys = Keys(record, "", notes or Notes())
+    found = []
+    for wanted in (text_key, label_key):
+        names = [k for k in keys.values if str(k).strip().lower() == wanted.strip().lower()]
+        names = [wanted] if wanted in names else names
+        found.append(keys.take(names[0]) if len(names) == 1 else None)
+    text, label = found
+    label = label.strip() if isinstance(label, str) else label
+    if not isinstance(text, str) or not isinstance(label, (str, int)) or label == "":
+        raise UserError(f"a record to classify needs a {text_key} and a {label_key}; its keys are "
+                        f"{', '.join(map(repr, record)) or 'none'} (--text_key and --label_key "
+                        "name others)")
+    keys.done()
+    return {"text": text, "label": str(label)}
+
+
+ADAPTERS: dict[str, Callable] = dict(zip(KINDS, (conversation, preference, prompt, labelled)))
