@@ -25,7 +25,9 @@ from data.messages import (Keys, Messages, Notes, is_empty, text_of, tool_list, 
 CONVERSATION = ("messages", "conversations", "conversation")    # keys of a list of turns
 QUESTION = ("instruction", "prompt", "question")                # keys of what is asked, a text
 ANSWER = ("output", "completion", "response", "answer")         # and of what is answered
-KEPT = ("task", "answer")               # passed on as texts: eval.py checks an answer by its task
+# passed on as texts, for eval.py to check an answer by; `answer` is trained on where nothing else
+# in ANSWER is there
+KEPT = ("task", "answer")
 KINDS = ("sft", "preference", "prompts", "labels")
 
 

@@ -46,7 +46,7 @@ METADATA = frozenset("""
     generator engine num_turns turn turn_identifier num_tokens token_count word_count views
     avatarUrl hashed_ip redacted toxic moderation openai_moderation detoxify_moderation metadata
     meta custom_instruction skip_prompt_formatting gen_input_configs parallel_tool_calls
-    label_text margin rank
+    label_text
     """.split())
 # and columns of their kind, as prompt_id, chosen_score, rating_rejected, source_url,
 # rejected_model: numbers, words or lists of them, no objects
@@ -232,6 +232,9 @@ def turn(value: Any, what: str, notes: Notes) -> Message:
     """A message in our keys; "tools" is left in a system turn that holds some (minimind)."""
     if not isinstance(value, dict):
         raise UserError(f"{what} is a {type(value).__name__}, not an object")
+    if len(value) == 2 and isinstance(value.get("content"), str) and (
+            value.get("role") in templates.ROLES) and not notes.ignore:
+        return dict(value)              # as most are: a million of them take seconds
     keys = Keys(value, f"{what}: ", notes)
     given = keys.take("role") if "role" in keys else keys.take("from")
     other = keys.take("from", given)
