@@ -344,9 +344,9 @@ def sample(cfg: Config) -> dict[str, Any]:
     import torch
     from checkpoint import load_model, load_tokenizer, save_model
     from model import Transformer
+    from inference.generate import Sampling, generate
     from presets import preset
     from quantize import pack
-    from sample import Sampling, generate
     out: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:

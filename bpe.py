@@ -55,8 +55,9 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # GPT-4, Llama 3; Qwen has \p{N} for the numbers
+    # GPT-4, Llama 3
     "cl100k": rf"{_SUFFIX}|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACE}",
+    "qwen": rf"{_SUFFIX}|{_WORD}\p{{L}}+|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACE}",
     "o200k": rf"{_WORD}{_UPPER}*{_LOWER}+{_SUFFIX}?|{_WORD}{_UPPER}+{_LOWER}*{_SUFFIX}?"
              rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACE}",
     # SmolLM2 cuts at every digit before GPT-2's pattern runs, so a digit ends a run of spaces
@@ -77,24 +78,6 @@ def unprintable(token: str) -> bytes:
         return bytes([CHAR_BYTE[c] for c in token])
     except KeyError:
         return token.encode()
-
-
-def pattern_of(pre: dict) -> str:
-    """The split pattern of a pre_tokenizer: GPT-2's own, a regex (Llama 3, Qwen), SmolLM2's."""
-    *before, byte_level = pre.get("pretokenizers", [pre])
-    if byte_level.get("type") != "ByteLevel" or byte_level.get("add_prefix_space"):
-        raise ValueError("only byte-level BPE without a prefix space is supported")
-    gpt2_follows = byte_level.get("use_regex", True)
-    if not before and gpt2_follows:
-        return PATTERNS["gpt2"]
-    if len(before) == 1 and before[0]["type"] == "Split" and not gpt2_follows:
-        step = before[0]        # both mean: what matches is a chunk
-        if (step["behavior"], bool(step.get("invert"))) in (("Isolated", False), ("Removed", True)):
-            return str(step["pattern"]["Regex"])
-    if len(before) == 1 and before[0].get("individual_digits") and gpt2_follows:
-        return PATTERNS["smollm"]
-    raise ValueError(f"the pre_tokenizer {' + '.join(s['type'] for s in [*before, byte_level])} "
-                     "is not supported")
 
 
 # --- text -> chunks -------------------------------------------------------------------------
@@ -178,10 +161,19 @@ def split(pattern: str, text: str) -> list[str]:
     return compiled(pattern, 0xFFFF if basic else 0x10FFFF).findall(text)
 
 
+@lru_cache(maxsize=64)
+def total(pattern: str) -> str:
+    """A foreign pattern with one more alternative: what lies between its matches is a chunk too.
+
+    Ours match any text whole. tiktoken and findall() would drop the rest, `tokenizers` keeps it.
+    """
+    return pattern if pattern in PATTERNS.values() else rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
 def chunks(pattern: str, text: str) -> Iterator[list[str]]:
     """split(), a block at a time. A foreign pattern may look further: its text is not cut."""
     for block in blocks(text) if pattern in PATTERNS.values() else (text,):
-        yield split(pattern, block)
+        yield split(total(pattern), block)
 
 
 @lru_cache(maxsize=64)
@@ -295,17 +287,22 @@ def bpe(ranks: dict, piece: Any, sep: Any = None) -> list:
 class PieceCache(dict):
     """Chunk (str) -> its ids. Text repeats its words: most chunks are looked up, not merged.
 
-    lost: bytes that the vocabulary lacks, dropped from the text. limit: entries kept.
+    lost: bytes that the vocabulary lacks, dropped from the text. limit: entries kept. whole: tokens
+    that only a chunk of its own becomes, no merge. spelled: chunks are in printable characters.
     """
 
     def __init__(self, ranks: dict[bytes, int], ids: dict[bytes, int], lost: bytes = b"",
-                 limit: int = 1 << 18):
+                 limit: int = 1 << 18, whole: Iterable[bytes] = (), spelled: bool = False):
         super().__init__()
         self.ranks, self.ids, self.lost, self.limit = ranks, ids, lost, limit
+        self.whole, self.spelled = frozenset(whole), spelled
 
     def merged(self, chunk: str) -> list[int]:
         """The ids of a chunk that is not here yet."""
-        piece = chunk.encode().translate(None, self.lost)
+        piece = unprintable(chunk) if self.spelled else chunk.encode()
+        if piece in self.whole:
+            return [self.ids[piece]]
+        piece = piece.translate(None, self.lost)
         # a chunk that is a token as it stands needs no merging: tiktoken's rule
         parts = [piece] if piece in self.ranks else bpe(self.ranks, piece)
         return [self.ids[p] for p in parts]

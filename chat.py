@@ -3,15 +3,15 @@
     ids, mask = tokenizer.render([{"role": "user", "content": "Hi"},
                                   {"role": "assistant", "content": "Hello!"}])
 
-A template is a row of TEMPLATES: what stands before and after the content of each role. The same
-row writes the Jinja template that a checkpoint carries, so that transformers' apply_chat_template
-gives the same ids (tested). Sources: the chat templates that Llama 2 and 3, Mistral, Qwen, Gemma,
-ChatGLM3, GLM-4, MiniCPM, SmolLM2 and Zephyr publish with their weights; Alpaca's prompt from
-Stanford's repository. Tools are beyond them: a tool's answer is a turn like any other.
-
-Somebody else's Jinja template is not run but recognised, by the literal text in it. A wrong guess
-would talk to a model in a language it never saw, without an error: so all marks of a row have to
-be there, no other row may fit, and a control token that the row does not know rules it out.
+A model that brings a chat template is rendered by it: text/chat_template.py runs the Jinja text of
+its directory. The rows of TEMPLATES are for models that bring none, and for --template=: what
+stands before and after the content of each role. The same row writes the Jinja template that a
+checkpoint carries, so that transformers' apply_chat_template gives the same ids (tested); a saved
+text that is exactly a row's is rendered by the row, which is faster, and any other by Jinja.
+Sources of the rows: the chat templates that Llama 2 and 3, Mistral, Qwen, Gemma, ChatGLM3, GLM-4,
+MiniCPM, SmolLM2 and Zephyr publish with their weights; Alpaca's prompt from Stanford's repository.
+Tools and their calls are written as Qwen does, in the rows with <|im_start|>; the others refuse
+them. A tool's answer is a turn like any other.
 
 The mask is 1 on the content of every assistant turn and on the token that ends the turn, and
 nowhere else. Masks that get this wrong train a model that never stops, or that talks to itself.
@@ -19,18 +19,18 @@ nowhere else. Masks that get this wrong train a model that never stops, or that 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
-from itertools import groupby
-from typing import TYPE_CHECKING, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from bpe import any_of
 from config import UserError
+from text import chat_template
+from text.chat_template import ROLES, Rendered, split_thoughts
+from text.sandbox import compile_template
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
 
-ROLES = ("system", "user", "assistant", "tool")
+EOT = "<|endoftext|>"           # the end of text where a tokenizer names none
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,6 @@ class Template:
     header: dict[str, str]          # role -> what precedes the content
     end: str                        # what follows the assistant's content
     tokens: str                     # the control tokens in all of these, separated by spaces
-    marks: tuple[str, ...]          # regular expressions: all of them are in this family's Jinja
     others_end: str | None = None   # what follows the other roles' content; None: `end` as well
     begin: str = ""                 # opens a conversation
     system: str | None = None       # the system message if the conversation has none
@@ -49,7 +48,7 @@ class Template:
     lead: str = ""                  # opens the assistant's content; the model writes it itself
     closing: str = ""               # the next header ends a turn; this ends the conversation
     think: bool = False             # thoughts precede an answer: <think>\n…\n</think>\n\n
-    extras: str = ""                # control tokens that only its Jinja has (tools, images)
+    tools: bool = False             # tools and their calls have words: TOOLS, <tool_call>
 
     def after(self, role: str, eot: str) -> str:
         """What follows the content of `role`."""
@@ -76,8 +75,14 @@ def same(form: str, **names: str) -> dict[str, str]:
 
 
 NO_THOUGHTS = "<think>\n\n</think>\n\n"
+TOOLS = ("# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are "
+         "provided with function signatures within <tools></tools> XML tags:\n<tools>",
+         "\n</tools>\n\nFor each function call, return a json object with function name and "
+         "arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": "
+         "<function-name>, \"arguments\": <args-json-object>}\n</tool_call>")
+CALL = ('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>")
 _CHATML = dict(header=same("<|im_start|>{}\n"), end="<|im_end|>\n",
-               tokens="<|im_start|> <|im_end|>")
+               tokens="<|im_start|> <|im_end|>", tools=True)
 _LLAMA3 = dict(header=same("<|start_header_id|>{}<|end_header_id|>\n\n", tool="ipython"),
                end="<|eot_id|>", begin="<|begin_of_text|>", trim=True,
                tokens="<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>")
@@ -85,178 +90,279 @@ _DATES = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 _ROLES = "<|system|> <|user|> <|assistant|> <|observation|>"
 _INST = {"system": "", "user": "[INST] ", "assistant": "", "tool": "[INST] "}
 _BOS_INST = {**_INST, "user": "<s>[INST] ", "tool": "<s>[INST] "}
-# In marks, quotes are ' and escapes are resolved: see recognise(). (?!.*…): … is nowhere in it.
-# Plain chatml says nothing of its own: no thoughts, no first token, no system text by default.
-_PLAIN = (r"^(?!.*(?:<think>|bos_token|You are|<\|im_start\|>system\n[^'{\s]"
-          r"|else *-?%\}\s*\{\{-? *'[A-Z][a-z]+ ))")
 TEMPLATES = {row.name: row for row in (
     # chatml and those with a system turn of their own
-    Template("chatml", **_CHATML, marks=(r"<\|im_start\|>", _PLAIN)),
-    Template("smollm2", **_CHATML, marks=(r"<\|im_start\|>", "named SmolLM", "^(?!.*<think>)"),
+    Template("chatml", **_CHATML),
+    Template("smollm2", **_CHATML,
              system="You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
-    Template("qwen2", **_CHATML, marks=(r"<\|im_start\|>system\nYou are a helpful assistant\.<",),
-             system="You are a helpful assistant."),
-    Template("qwen2.5", **_CHATML, marks=(r"<\|im_start\|>", "You are Qwen, created by Alibaba "
-             r"Cloud\. You are a helpful assistant\.", "^(?!.*<think>)"), system="You are Qwen, "
-             "created by Alibaba Cloud. You are a helpful assistant."),
-    Template("qwen3", **_CHATML, marks=(r"<\|im_start\|>", "<think>\n\n</think>\n\n",
-                                        "enable_thinking", "^(?!.*You are)"), think=True),
-    Template("llama3", **_LLAMA3, marks=(r"<\|start_header_id\|>", "^(?!.*Cutting Knowledge)")),
+    Template("qwen2", **_CHATML, system="You are a helpful assistant."),
+    Template("qwen2.5", **_CHATML, system="You are Qwen, created by Alibaba Cloud. You are a "
+             "helpful assistant."),
+    Template("qwen3", **_CHATML, think=True),
+    Template("llama3", **_LLAMA3),
     # 3.1 and 3.2 tell the model two dates; theirs may ask for today's, ours stays the default
     Template("llama3.1", **{**_LLAMA3, "header": {**_LLAMA3["header"], "system": _LLAMA3["header"][
-             "system"] + _DATES}}, marks=(r"<\|start_header_id\|>", "Cutting Knowledge Date: "
-             "December 2023\n", "26 Jul 2024"), system="", extras="<|python_tag|> <|eom_id|>"),
-    Template("llama2", _BOS_INST, " {eot}", "<s> {eot}", (r"\[INST\]", r"<<SYS>>\n", "bos_token"),
-             others_end=" [/INST]", trim=True, fold="<<SYS>>\n{}\n<</SYS>>\n\n", lead=" "),
+             "system"] + _DATES}}, system=""),
+    Template("llama2", _BOS_INST, " {eot}", "<s> {eot}", others_end=" [/INST]", trim=True,
+             fold="<<SYS>>\n{}\n<</SYS>>\n\n", lead=" "),
     # the plain-text form of 7B v0.1 and v0.2; later ones have other spaces
-    Template("mistral", _INST, "{eot}", "<s> {eot}", (r"\[INST\] ", r" \[/INST\]", "^(?!.*<<SYS>>)",
-             "bos_token"), others_end=" [/INST]", begin="<s>", fold="{}\n\n", lead=" "),
+    Template("mistral", _INST, "{eot}", "<s> {eot}", others_end=" [/INST]", begin="<s>",
+             fold="{}\n\n", lead=" "),
     Template("gemma", same("<start_of_turn>{}\n", assistant="model"), "<end_of_turn>\n",
-             "<bos> <start_of_turn> <end_of_turn>", ("<start_of_turn>", "bos_token"), begin="<bos>",
-             trim=True, fold="{}\n\n"),
+             "<bos> <start_of_turn> <end_of_turn>", begin="<bos>", trim=True, fold="{}\n\n"),
     Template("glm4", same("<|{}|>\n", tool="observation"), "", f"[gMASK] <sop> {_ROLES}",
-             (r"\[gMASK\]<sop>", "^(?!.*<think>)"), begin="[gMASK]<sop>", closing="<|user|>",
-             extras="<|begin_of_image|> <|endoftext|> <|end_of_image|>"),
+             begin="[gMASK]<sop>", closing="<|user|>"),
     # the model writes the newline (an empty name of a tool), the space and its answer
     Template("chatglm3", {**same("<|{}|>\n ", tool="observation"), "assistant": "<|assistant|>"},
-             "", f"[gMASK] sop {_ROLES}", (r"\[gMASK\]sop",), begin="[gMASK]sop", lead="\n ",
-             closing="<|user|>"),
-    Template("zephyr", same("<|{}|>\n"), "{eot}\n", "{eot}", tuple(
-             rf"<\|{role}\|>\n' ?\+ ?message\[?\.?'?content'?\]? ?\+ ?eos_token" for role in
-             ("user", "system", "assistant")) + ("^(?!.*bos_token)",),
-             extras="<|user|> <|system|> <|assistant|>"),
+             "", f"[gMASK] sop {_ROLES}", begin="[gMASK]sop", lead="\n ", closing="<|user|>"),
+    Template("zephyr", same("<|{}|>\n"), "{eot}\n", "{eot}"),
     # These two separate turns by plain words, which a user can type as well.
     Template("minicpm", {"system": "", "user": "<用户>", "assistant": "<AI>", "tool": ""},
-             "{eot}", "{eot}", ("<用户>", "<AI>"), others_end="", trim=True),
+             "{eot}", "{eot}", others_end="", trim=True),
     Template("alpaca", {"system": "", "user": "### Instruction:\n", "tool": "### Input:\n",
-                        "assistant": "### Response:\n"}, "{eot}", "{eot}", ("### Instruction:",
-             "### Response:", "Below is an instruction that describes a task"),
+                        "assistant": "### Response:\n"}, "{eot}", "{eot}",
              others_end="\n\n", system="Below is an instruction that describes a task. Write a "
              "response that appropriately completes the request."),
 )}
 
 
-def find(name: str | None, foreign: bool = False) -> Template:
-    """The row of a name. foreign: the model has a template, one that nobody here knows."""
+def find(name: str | None) -> Template:
+    """The row of a name."""
     if name in TEMPLATES:
         return TEMPLATES[name]
-    what = (f"{name!r} is not a chat template" if name else
-            "the model's chat template is none that this program knows" if foreign else
-            "the tokenizer has no chat template")
+    what = (f"unknown chat template {name!r}" if name else "the tokenizer has no chat template")
     raise UserError(f"{what}: choose one with --template={' | '.join(TEMPLATES)}")
 
 
-def recognise(jinja: str) -> str | None:
-    """The row that a Jinja template belongs to: ours are signed in a comment, others marked."""
-    if signed := [n for n in TEMPLATES if f"{{# {n} #}}" in jinja]:
-        return signed[0]
-    text = jinja.replace("\\n", "\n").replace('\\"', "'").replace("\\'", "'").replace('"', "'")
-    found = set(re.findall(r"<\|\w+\|>", text))
-    fitting = [n for n, row in TEMPLATES.items()
-               if all(re.search(mark, text, re.DOTALL) for mark in row.marks)
-               and found <= {*row.control(""), *row.extras.split()}]
-    return fitting[0] if len(fitting) == 1 else None
+def choose(tokenizer: Tokenizer, name: str | None = None, tools: Any = None) -> Template | str:
+    """What renders a conversation: a row, or the Jinja text of the model's own template.
 
-
-def thoughts(content: str) -> tuple[str, str]:
-    """(thoughts, answer) of an assistant's content; thoughts are between <think> and </think>."""
-    before, end, answer = content.rpartition("</think>")
-    return before.rpartition("<think>")[2].strip("\n"), answer.lstrip("\n") if end else answer
-
-
-def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking: bool = True
-          ) -> Iterator[tuple[str, int, bool]]:
-    """A conversation in order, as (text, trained on, written by the template).
-
-    Trained on is 1, 0, or -1 for an answer that is context only ("train": False): it is cut into
-    tokens apart from what stands around it, like any answer.
+    name: of a row or of one of the model's templates, where it has several; None: the model's own,
+    for tools the one that is named tool_use, as in transformers.
     """
-    if not messages:
-        raise UserError("a conversation needs at least one message")
-    yield row.begin, 0, True
-    if row.system is not None and messages[0].get("role") != "system":
-        yield row.default_system(eot), 0, True
-    folded, last = "", 0                # last: how the answer just before is trained on
-    asked = max((k for k, m in enumerate(messages, 1) if m.get("role") == "user"), default=0)
+    if name and name not in TEMPLATES and name in tokenizer.jinjas:
+        return tokenizer.jinjas[name]
+    if name or tokenizer.template:
+        return find(name or tokenizer.template)
+    if tools is not None and "tool_use" in tokenizer.jinjas:
+        return tokenizer.jinjas["tool_use"]
+    if not tokenizer.jinja and tokenizer.jinjas:
+        raise UserError("the model has several chat templates and none by default: choose one with "
+                        f"--template={' | '.join(tokenizer.jinjas)}")
+    return tokenizer.jinja or find(None)
+
+
+def variables(chosen: Template | str) -> frozenset[str]:
+    """The variables that a template reads, besides messages: tools, enable_thinking, …"""
+    if isinstance(chosen, str):
+        return compile_template(chosen).names
+    return frozenset(name for name, there in (("tools", chosen.tools),
+                                              ("enable_thinking", chosen.think)) if there)
+
+
+def refuse_unread(tokenizer: Tokenizer, template: str | None, **given: Any) -> None:
+    """UserError for what the template would drop in silence: tools, documents, its switches."""
+    given = {k: v for k, v in given.items() if v is not None}
+    if not given:
+        return
+    chosen = choose(tokenizer, template, given.get("tools"))
+    if unread := sorted(given.keys() - variables(chosen)):
+        whose = f"the chat template {chosen.name}" if isinstance(chosen, Template) else (
+            "the model's chat template")
+        raise UserError(f"{whose} has no place for {', '.join(unread)}: leave it out, or give "
+                        "another with --template=")
+
+
+# ------------------------------------------------------------------------- rendering with a row
+
+
+def words(row: Template, message: dict[str, Any], k: int) -> tuple[str, str]:
+    """(thoughts, content with its tool calls) of message k of a conversation, checked."""
+    content, thought = message.get("content") or "", ""
+    if not isinstance(content, str):
+        raise UserError(f"message {k} has a {type(content).__name__} as content, and the chat "
+                        f"template {row.name} writes text alone")
+    content = content.strip() if row.trim else content
+    if message.get("role") != "assistant":
+        return "", content
+    thought = next((message[n] for n in chat_template.REASONING if message.get(n)), "")
+    calls = message.get("tool_calls") or []
+    if calls and not row.tools:
+        raise UserError(f"message {k} calls a tool, for which the chat template {row.name} has no "
+                        "words: choose --template=chatml or another with <|im_start|>")
+    if row.think and not thought:
+        thought, content = split_thoughts(content)
+    thought = thought.strip("\n")
+    if thought and not row.think:       # a model that never learnt to drop them: they are text
+        thought, content = "", f"<think>\n{thought}\n</think>\n\n{content}"
+    for call in calls:
+        call = call.get("function", call)
+        arguments = call.get("arguments")
+        arguments = arguments if isinstance(arguments, str) else json.dumps(
+            arguments, ensure_ascii=False)
+        content += "\n" * bool(content) + call["name"].join(CALL[:2]) + arguments + CALL[2]
+    return thought, content
+
+
+def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking: bool = True,
+          tools: list | None = None) -> Iterator[tuple[str, int, bool, int]]:
+    """A conversation in order: (text, said by an assistant, written by the template, message)."""
+    chat_template.check_messages(messages)
+    yield row.begin, 0, True, 0
+    first = messages[0].get("role") == "system"
+    if tools:
+        yield row.header["system"], 0, True, 0
+        before = words(row, messages[0], 1)[1] if first else row.system or ""
+        yield before + "\n\n" * bool(before), 0, False, 0
+        yield TOOLS[0], 0, True, 0
+        yield "".join("\n" + json.dumps(t, ensure_ascii=False) for t in tools), 0, False, 0
+        yield TOOLS[1] + row.after("system", eot), 0, True, 0
+    elif row.system is not None and not first:
+        yield row.default_system(eot), 0, True, 0
+    folded, last = "", ""
+    asked = max((k for k, m in enumerate(messages, 1) if m["role"] == "user"), default=0)
     for k, message in enumerate(messages, 1):
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str):
-            raise UserError(f"message {k} needs a role ({', '.join(ROLES)}) and a text as content; "
-                            f"it has the role {role!r} and {type(content).__name__} as content")
-        content = content.strip() if row.trim else content
-        train = (-1 if message.get("train") is False else 1) if role == "assistant" else 0
-        if message.get("tool_calls"):
-            raise UserError(f"message {k} calls a tool, for which the template {row.name} has no "
-                            "words")
-        if thought := message.get("reasoning_content"):
-            content = "<think>\n{}\n</think>\n\n{}".format(thought.strip("\n"), content)
+        role = message["role"]
+        thought, content = words(row, message, k)
         if role == "system" and row.fold:
             folded = row.fold.format(content)
             continue
+        if role == "system" and tools and k == 1:
+            continue
         # GLM-4 has no end token: the header that follows tells the model's turn is over
-        yield row.header[role], last if row.closing else 0, True
+        yield row.header[role], int(bool(row.closing) and last == "assistant"), True, k - 1
         if role == "user":
             content, folded = folded + content, ""
-        if role == "assistant" and row.think:
-            # only the newest answer keeps its thoughts, old ones would fill the context
-            thought, content = thoughts(content)
-            if k > asked and thought:
-                content = f"<think>\n{thought}\n</think>\n\n{content}"
-            elif k > asked and k == len(messages):
-                yield NO_THOUGHTS, 0, True
-                content = content.lstrip("\n")
-        yield (row.lead if role == "assistant" else "") + content, train, False
-        yield row.after(role, eot), train, True
-        last = train
+        # only the newest answer keeps its thoughts, old ones would fill the context
+        if thought and k > asked:
+            content = f"<think>\n{thought}\n</think>\n\n" + content.lstrip("\n")
+        elif role == "assistant" and row.think and k > asked and k == len(messages):
+            yield NO_THOUGHTS, 0, True, k
+            content = content.lstrip("\n")
+        speaks = int(role == "assistant")
+        yield (row.lead if speaks else "") + content, speaks, False, k
+        yield row.after(role, eot), speaks, True, k
+        last = role
     if prompt:
-        yield row.header["assistant"], 0, True
+        yield row.header["assistant"], 0, True, 0
         if row.think and not thinking:
-            yield NO_THOUGHTS, 0, True
-    elif last:
-        yield row.closing, last, True
+            yield NO_THOUGHTS, 0, True, 0
+    elif last == "assistant":
+        yield row.closing, 1, True, len(messages)
 
 
-def render(tokenizer: Tokenizer, messages: list[dict[str, str]], template: str | None = None,
-           add_generation_prompt: bool = False, max_length: int | None = None,
-           enable_thinking: bool = True) -> tuple[list[int], list[int]]:
-    """A conversation -> (ids, mask), of the same length, cut to max_length.
-
-    messages: [{"role": one of ROLES, "content": text}, …]. add_generation_prompt: end with the
-    header of an answer, for a model to go on; enable_thinking=False tells a model that thinks
-    first (Qwen3) to answer at once. The first token of a text (tokenizer.prefix) is in the rows
-    that have one: nothing is to be put before. Errors: UserError for a malformed message and for
-    control tokens that the tokenizer lacks.
-
-    Content is always text: a user who types "<|im_end|>" sends those letters. Text between two
-    control tokens is cut as a whole, as Hugging Face does it, except where an answer begins:
-    there the prompt ends in generation, so the tokens have to end there in training too.
-    """
-    row = find(template or tokenizer.template, foreign=bool(tokenizer.jinja))
-    eot = tokenizer.eot_token or "<|endoftext|>"
-    if missing := [t for t in row.control(eot) if t not in tokenizer.special]:
+def render_row(tokenizer: Tokenizer, row: Template, messages: list[dict], prompt: bool,
+               thinking: bool, tools: list | None) -> Rendered:
+    """A conversation by a row. UserError for control tokens that the tokenizer lacks."""
+    eot = tokenizer.eot_token or EOT
+    control = row.control(eot)
+    if missing := [t for t in control if t not in tokenizer.added]:
         raise UserError(f"the tokenizer lacks {', '.join(missing)} of the chat template "
                         f"{row.name}: add_special_tokens() gives it new ids for them")
-    names = any_of(frozenset(tokenizer.special))
-    runs: list[tuple[str, int, bool]] = []          # (text, trained on, control token)
-    for text, train, ours in parts(row, messages, eot, add_generation_prompt, enable_thinking):
-        # Control tokens are looked for in the template's own text alone. Of what follows an
-        # answer, the control token is trained on and what leads to it, not chatml's newline after.
-        start = 0
-        for m in names.finditer(text) if ours and names else ():
-            runs += [(text[start:m.start()], train, False), (m.group(), train, True)]
-            start, train = m.end(), 0
-        runs.append((text[start:], train, False))
-    ids: list[int] = []
-    mask: list[int] = []
-    after = ""              # what stands before a run of text, for SentencePiece's spaces
-    for (train, control), run in groupby(filter(lambda r: r[0], runs), key=lambda r: r[1:]):
-        texts = [text for text, _, _ in run]
-        new = ([tokenizer.special[t] for t in texts] if control
-               else tokenizer.encode_ordinary("".join(texts), after))
-        after = "token" if control else "text"
-        ids += new
-        mask += [int(train > 0)] * len(new)
-    return ids[:max_length], mask[:max_length]
+    controls = chat_template.controls_of(tokenizer, row.name, lambda: (" ".join(control), ""))
+    typed = chat_template.typed_for([messages, tools])
+    asked = max((k for k, m in enumerate(messages, 1) if m.get("role") == "user"), default=0)
+    lost = {k - 1: "the template drops its thoughts" for k, m in enumerate(messages[:asked], 1)
+            if row.think and m.get("role") == "assistant" and m.get("train") is not False
+            and words(row, m, k)[0]}
+    texts: list[str] = []
+    spans: list[tuple[int, int, bool]] = []
+    at = 0
+    for text, speaks, ours, k in parts(row, messages, eot, prompt, thinking, tools):
+        end = len(text)
+        if not ours:
+            text = chat_template.escape(text, controls, typed, frozenset() if speaks else None)
+            end = len(text)
+        elif speaks and (found := controls.pattern.search(text)):
+            # Of what follows an answer, the control token is trained on and what leads to it, not
+            # chatml's newline after.
+            end = found.end()
+        if speaks and end:
+            trained = messages[k - 1].get("train") is not False and k - 1 not in lost
+            if spans and spans[-1][1:] == (at, trained):
+                spans[-1] = (spans[-1][0], at + end, trained)
+            else:
+                spans.append((at, at + end, trained))
+        texts.append(text)
+        at += len(text)
+    return Rendered(*chat_template.encode(tokenizer, "".join(texts), spans, controls, typed), lost)
+
+
+def render(tokenizer: Tokenizer, messages: list[dict[str, Any]], template: str | None = None,
+           add_generation_prompt: bool = False, max_length: int | None = None,
+           enable_thinking: bool | None = None, tools: list | None = None,
+           documents: list | None = None, **template_kwargs: Any) -> Rendered:
+    """A conversation -> (ids, mask) of the same length, cut to max_length; and what is lost.
+
+    messages: [{"role": one of ROLES, "content": text}, …], an assistant's also with tool_calls,
+    reasoning_content, and "train": False where it is context alone. template: a row or one of the
+    model's templates by name; None: the model's own. add_generation_prompt: end with the header of
+    an answer, for a model to go on; enable_thinking=False tells a model that thinks first (Qwen3)
+    to answer at once, None leaves it to the template. tools, documents and template_kwargs are
+    what the model's template makes of them. The first token of a text (tokenizer.prefix) is
+    written by the templates that have one: nothing is to be put before. lost: numbers of answers
+    that are masked because the template drops part of them. Errors: UserError for a malformed
+    message, for what the template refuses, and for control tokens that the tokenizer lacks.
+
+    Content is always text: a user who types "<|im_end|>" sends those letters. An assistant's
+    content may hold the model's own marks (<think>, <tool_call>), which are their tokens there.
+    """
+    chosen = choose(tokenizer, template, tools)
+    if isinstance(chosen, str):
+        switches = {k: v for k, v in {"enable_thinking": enable_thinking, **template_kwargs}.items()
+                    if v is not None}
+        out = chat_template.render(tokenizer, chosen, messages, add_generation_prompt, tools,
+                                   documents, switches)
+    else:
+        refuse_unread(tokenizer, chosen.name, tools=tools or None, documents=documents or None,
+                      **template_kwargs)
+        out = render_row(tokenizer, chosen, messages, add_generation_prompt,
+                         enable_thinking is not False, tools)
+    return Rendered(out.ids[:max_length], out.mask[:max_length], out.lost)
+
+
+def examples(tokenizer: Tokenizer, messages: list[dict[str, Any]], template: str | None = None,
+             **given: Any) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
+    """([(ids, mask)] of a conversation to train on, why answers are not: one reason for each).
+
+    One for the whole conversation; and where that drops part of an answer (the thoughts of earlier
+    turns), one more that ends with this answer and trains on it alone, as it was generated.
+    """
+    whole = render(tokenizer, messages, template, **given)
+    out, reasons = [(whole.ids, whole.mask)], []
+    for k, reason in whole.lost.items():
+        before = [{**m, "train": False} for m in messages[:k]]
+        one = render(tokenizer, [*before, messages[k]], template, **given) \
+            if k < len(messages) - 1 else whole
+        if one.lost:
+            reasons.append(reason)
+        else:
+            out.append((one.ids, one.mask))
+    return out, reasons
+
+
+def turn_ends(tokenizer: Tokenizer, template: str | None = None) -> list[str]:
+    """The control tokens that end an answer in a chat by this template; [] without one."""
+    if not (template or tokenizer.template or tokenizer.jinja):
+        return []
+    chosen = choose(tokenizer, template)
+    if isinstance(chosen, str):
+        return chat_template.turn_ends(tokenizer, chosen)
+    return chosen.stops(tokenizer.eot_token or EOT)
+
+
+def inherit_template(tokenizer: Tokenizer, other: Tokenizer) -> None:
+    """Give a tokenizer the templates that another one brought."""
+    tokenizer.template = other.template
+    tokenizer.facts.jinjas = dict(other.jinjas)
+    tokenizer.facts.jinja_files = True
+
+
+def stop_ids(tokenizer: Tokenizer, template: str | None = None) -> set[int]:
+    """The ids that end an answer in a chat by this template. UserError if there is none."""
+    choose(tokenizer, template)
+    ends = turn_ends(tokenizer, template)
+    return {*tokenizer.stop_ids, *(tokenizer.added[n]["id"] for n in ends if n in tokenizer.added)}
 
 
 def fit(render: Callable, messages: list[dict], room: int) -> list[int]:
@@ -272,6 +378,39 @@ def fit(render: Callable, messages: list[dict], room: int) -> list[int]:
         del messages[first:first + 2]
 
 
+def row_of(source: str, eot: str) -> str | None:
+    """The row that a Jinja template is exactly the text of; None for any other text."""
+    name = source.partition("{# ")[2].partition(" #}")[0]
+    return name if name in TEMPLATES and jinja(TEMPLATES[name], eot) == source else None
+
+
+def answer_jinja(row: Template, content: str) -> list[str]:
+    """What words() and parts() do with an assistant's message, in Jinja."""
+    block = "'<think>\\n' ~ ns.thought ~ '\\n</think>\\n\\n'"
+    out = ["{% set ns.thought = m['reasoning_content'] or '' %}"
+           "{% set ns.answer = " + content.replace("m['content']", "(m['content'] or '')") + " %}"]
+    if row.think:
+        out.append("{% if not ns.thought %}{% set p = ns.answer.rpartition('</think>') %}"
+                   "{% set ns.thought = p[0].rpartition('<think>')[2] %}"
+                   "{% set ns.answer = p[2].lstrip('\\n') if p[1] else p[2] %}{% endif %}")
+    out.append("{% set ns.thought = ns.thought.strip('\\n') %}")
+    if not row.think:
+        out.append("{% if ns.thought %}{% set ns.answer = " + block + " ~ ns.answer %}{% endif %}")
+    if row.tools:
+        out.append("{% for call in m['tool_calls'] or [] %}{% set f = call['function'] or call %}"
+                   "{% set arguments = f['arguments'] if f['arguments'] is string else "
+                   "(f['arguments'] | tojson) %}"
+                   "{% set ns.answer = ns.answer ~ ('\\n' if ns.answer else '') ~ "
+                   + f"{json.dumps(CALL[0])} ~ f['name'] ~ {json.dumps(CALL[1])} ~ arguments ~ "
+                   + json.dumps(CALL[2]) + " %}{% endfor %}")
+    if not row.think:
+        return [*out, "{{ ns.answer }}"]
+    return [*out, "{% if loop.index0 > ns.asked and ns.thought %}"
+            "{{ " + block + " ~ ns.answer.lstrip('\\n') }}"
+            "{% elif loop.index0 > ns.asked and loop.last %}{{ " + json.dumps(NO_THOUGHTS) +
+            " ~ ns.answer.lstrip('\\n') }}{% else %}{{ ns.answer }}{% endif %}"]
+
+
 def jinja(row: Template, eot: str) -> str:
     """The row as a Jinja template, signed with its name in a comment."""
     def say(text: str) -> str:
@@ -279,9 +418,15 @@ def jinja(row: Template, eot: str) -> str:
 
     content = "(m['content'] | trim)" if row.trim else "m['content']"
     out = [f"{{# {row.name} #}}", say(row.begin)]
+    if row.tools:
+        first = "messages[0]['content'] if messages[0]['role'] == 'system'"
+        out += ["{% if tools %}", say(row.header["system"]), "{% set s = " + first + " else " +
+                json.dumps(row.system or "") + " %}{{ s ~ '\\n\\n' if s else '' }}", say(TOOLS[0]),
+                "{% for t in tools %}{{ '\\n' ~ (t | tojson) }}{% endfor %}",
+                say(TOOLS[1] + row.after("system", eot)), "{% endif %}"]
     if row.system is not None:
-        out += ["{% if messages[0]['role'] != 'system' %}", say(row.default_system(eot)),
-                "{% endif %}"]
+        out += ["{% if messages[0]['role'] != 'system'" + " and not tools" * row.tools + " %}",
+                say(row.default_system(eot)), "{% endif %}"]
     # Jinja forgets what a loop assigns, except to a namespace.
     out.append("{% set ns = namespace(folded='', asked=-1) %}")
     if row.think:
@@ -296,19 +441,14 @@ def jinja(row: Template, eot: str) -> str:
         elif role == "user" and row.fold:
             out += [say(row.header[role]), "{{ ns.folded ~ " + content + " }}",
                     say(row.after(role, eot)), "{% set ns.folded = '' %}"]
-        elif role == "assistant" and row.think:
-            # thoughts() and what parts() does with them
-            out += [say(row.header[role]), "{% set p = m['content'].rpartition('</think>') %}"
-                    "{% set thought = p[0].rpartition('<think>')[2].strip('\\n') %}"
-                    "{% set answer = p[2].lstrip('\\n') if p[1] else p[2] %}"
-                    "{% if loop.index0 > ns.asked and thought %}"
-                    "{{ '<think>\\n' ~ thought ~ '\\n</think>\\n\\n' ~ answer }}"
-                    "{% elif loop.index0 > ns.asked and loop.last %}", say(NO_THOUGHTS),
-                    "{{ answer.lstrip('\\n') }}{% else %}{{ answer }}{% endif %}",
+        elif role == "assistant":
+            out += [say(row.header[role]), say(row.lead), *answer_jinja(row, content),
                     say(row.after(role, eot))]
+        elif role == "system" and row.tools:
+            out += ["{% if not (tools and loop.first) %}", say(row.header[role]),
+                    "{{ " + content + " }}", say(row.after(role, eot)), "{% endif %}"]
         else:
-            out += [say(row.header[role]), say(row.lead if role == "assistant" else ""),
-                    "{{ " + content + " }}", say(row.after(role, eot))]
+            out += [say(row.header[role]), "{{ " + content + " }}", say(row.after(role, eot))]
         out.append("{% endif %}")
     out.append("{% endfor %}{% if add_generation_prompt %}" + say(row.header["assistant"]))
     if row.think:

@@ -39,9 +39,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+import chat
 import checkpoint
 import kernels
-import sample
 import sft
 import stage
 import tokenizer as tokenizers
@@ -49,9 +49,11 @@ import train
 import weights
 from config import UserError, run
 from data import chats, loader
+from inference.generate import Sampling, generate
 from machine import Machine
 from model import ModelConfig, Transformer
 from presets import PRESETS, from_settings
+from quantize import pack
 
 TEACHERS = ("out/dpo", "out/sft")     # the last of the demo's chain that is there
 PROJECTIONS = "projections.safetensors"             # beside a checkpoint's weights, for resuming
@@ -141,6 +143,8 @@ def start(cfg: Config) -> tuple[ModelConfig, Any]:
     if cfg.init_from != "scratch" and cfg.init_from not in PRESETS:     # a checkpoint, or resume
         cfg.template = cfg.template or known.template or ""
         mine, tokenizer = stage.start_from(cfg)
+        if known.jinja and not cfg.template:    # the teacher's own words
+            chat.inherit_template(tokenizer, known)
         cfg.block_size = cfg.block_size or min(shape.block_size, mine.block_size, stage.CONTEXT)
         return mine, tokenizer
     cfg.block_size = cfg.block_size if cfg.block_size > 0 else min(shape.block_size, stage.CONTEXT)
@@ -303,7 +307,8 @@ def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
     count = cfg.generate if cfg.generate_temperature else min(cfg.generate, len(records))
     name = checkpoint.digest(
         checkpoint.fingerprint(checkpoint.resolve(cfg.teacher)), records, held, count,
-        cfg.generate_temperature, cfg.generate_tokens, cfg.block_size, cfg.seed, tokenizer.template)
+        cfg.generate_temperature, cfg.generate_tokens, cfg.block_size, cfg.seed,
+        tokenizer.template or tokenizer.jinja)
     (rank, world), folder = ranks(), Path(cfg.cache_dir, name)
     parts = folder.with_name(f".{name}.parts")
     if not folder.is_dir():
@@ -313,7 +318,7 @@ def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
         parts.mkdir(parents=True, exist_ok=True)
         if mine := missing[rank::world]:
             teacher = checkpoint.load_model(checkpoint.resolve(cfg.teacher), cfg.device, cfg.dtype)
-            sample.pack(teacher)                    # one matmul for what reads the same
+            pack(teacher)                    # one matmul for what reads the same
             for s in progress(mine, "the teacher answers, parts"):
                 some = [records[i % len(records)] for i in range(s, min(count, s + ANSWERS))]
                 write_lines(files[s], converse(cfg, teacher, tokenizer, some, s))
@@ -337,7 +342,7 @@ def converse(cfg: Config, teacher: Any, tokenizer: Any, records: list[dict], num
              ) -> list[dict]:
     """The records with every assistant's turn said by the teacher, who sees its own earlier ones;
     one that does not end, says nothing or has no room is left out. number: of the first."""
-    stops, how = set(tokenizer.stop_ids), sample.Sampling(temperature=cfg.generate_temperature)
+    stops, how = set(tokenizer.stop_ids), Sampling(temperature=cfg.generate_temperature)
     said: dict[int, list[dict]] = {k: [] for k in range(len(records))}      # those that go on
     for turn in range(max(len(r["messages"]) for r in records)):
         asked = {}                                  # record -> ids after which it is to answer
@@ -356,7 +361,7 @@ def converse(cfg: Config, teacher: Any, tokenizer: Any, records: list[dict], num
         longest = max(map(len, asked.values()), default=0)
         room = min(cfg.generate_tokens, cfg.block_size + 1 - longest)
         # every answer draws for itself: a seed for each turn of each conversation
-        steps = sample.generate(teacher, list(asked.values()), room, how,
+        steps = generate(teacher, list(asked.values()), room, how,
                                 cfg.seed + number + turn * 1_000_003, tokenizer.vocab_size,
                                 lambda _, token: token in stops) if asked else ()
         for step in steps:

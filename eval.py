@@ -24,9 +24,9 @@ import torch
 
 import checkpoint
 import kernels
-import sample
 from config import UserError, run
 from data import chats, skills
+from inference.generate import Sampling, encode, generate
 from train import clock
 
 
@@ -80,7 +80,7 @@ def answers(model: Any, tokenizer: Any, records: list[dict[str, Any]], template:
     chat, stops = bool(template or tokenizer.jinja), set(tokenizer.stop_ids)
     prompts = [tokenizer.render(r["messages"][:-1], template or None, True,
                                 **chats.render_options(r))[0] if chat else
-               sample.encode(tokenizer, "".join(m["content"] + "\n" for m in r["messages"][:-1]))
+               encode(tokenizer, "".join(m["content"] + "\n" for m in r["messages"][:-1]))
                for r in records]
     said: list[list[int]] = [[] for _ in records]
     # prompts of one length beside each other: a batch waits for its longest answer anyway
@@ -93,8 +93,8 @@ def answers(model: Any, tokenizer: Any, records: list[dict[str, Any]], template:
             # without a template a line is an answer, and only text can tell that it ended
             return token in stops or not chat and "\n" in tokenizer.decode([token])
 
-        for step in sample.generate(model, [prompts[i] for i in part], max_new_tokens,
-                                    sample.Sampling(temperature=0), 0, tokenizer.vocab_size, over):
+        for step in generate(model, [prompts[i] for i in part], max_new_tokens,
+                             Sampling(temperature=0), 0, tokenizer.vocab_size, over):
             for i, token in zip(part, step):
                 if token is not None:
                     said[i].append(token)

@@ -30,14 +30,12 @@ from typing import Any, Iterable, Iterator, Mapping
 
 from bpe import PATTERNS, PieceCache, any_of, bpe, mend
 from chat import surround
+from text.added_tokens import cut, flags_of, number
+from text.tokenizer_json import listed
 
 SPACE = "\u2581"
 SEP = "\ud800"          # between the halves of a merge: half a surrogate pair is never in a text
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-# White space as Rust's regex crate knows it; Python's own \s has four control characters more.
-BLANK = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008" \
-        "\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
-
 # SentencePiece's remove_extra_whitespaces in the words of tokenizer.json: pattern -> replacement,
 # the last one once spaces are escaped. \A and \z, not ^ and $, which there stand at every line.
 TRIM = {r"\A +": "", " {2,}": " ", SPACE + r"+\z": ""}
@@ -85,13 +83,13 @@ class SentencePiece:
         names = {b: f"<0x{b:02X}>" for b in range(256)} if model.get("byte_fallback") else {}
         self.bytes = {b: self.vocab[n] for b, n in names.items() if n in self.vocab}
         # tokens that are looked for in the text before anything is merged, control tokens too
-        self.added = {str(t["content"]): t for t in document.get("added_tokens") or []}
-        if strange := [n for n, t in self.added.items() if t.get("single_word") or not n]:
-            raise ValueError(f"the added token {strange[0]!r} is empty or a single word")
+        tokens = document.get("added_tokens") or []
+        self.added = ({t["content"]: flags_of(t, t["id"]) for t in tokens} if self.strict
+                      else number(tokens, self.vocab))
         self.steps = list(self._steps(document.get("normalizer")))
         self._read_pre_tokenizer(document.get("pre_tokenizer"))
         self._read_decoder(document["decoder"])
-        self.names: dict[frozenset, tuple] = {}     # see _names()
+        self.names: dict[tuple, tuple] = {}     # see _names()
 
     def __getstate__(self) -> dict[str, Any]:
         # caches are cheap to fill again, and heavy to send to another process
@@ -194,13 +192,13 @@ class SentencePiece:
         return [n for n, t in self.added.items()
                 if self.strict and n in self.vocab and not t["special"]]
 
-    def _names(self, controls: Mapping[str, int]) -> tuple:
+    def _names(self, controls: Mapping[str, int], letters: frozenset[str]) -> tuple:
         """(pattern, spelling -> added token) for raw text, and the same for normalized text."""
-        key = frozenset(controls)
+        key = frozenset(controls), letters
         if key not in self.names:
             raw, normal = {}, {}
             for name, token in self.added.items():
-                if token.get("special") and name not in controls:
+                if token["special"] and name not in controls or name in letters:
                     continue                    # control tokens in a text are letters
                 if self.strict and name in self.vocab and not token["special"]:
                     normal[name] = token
@@ -209,20 +207,21 @@ class SentencePiece:
                     normal[self.normalize(name)] = token
                 else:
                     raw[name] = token
-            raw.update({n: {"id": i} for n, i in controls.items() if n not in self.added})
             self.names[key] = (any_of(frozenset(raw)), raw), (any_of(frozenset(normal)), normal)
         return self.names[key]
 
-    def encode(self, text: str, controls: Mapping[str, int] = {}, after: str = "") -> list[int]:
+    def encode(self, text: str, controls: Mapping[str, int] = {}, after: str = "",
+               letters: frozenset[str] = frozenset()) -> list[int]:
         """Text -> ids. controls: the control tokens that count as such in it, with their ids.
 
-        after: what stands before the text, "" for nothing, "token" for a control token, or
-        "text", when it goes on in the middle of one and gets no space in front.
+        letters: added tokens that do not count in it. after: what stands before the text, "" for
+        nothing, "token" for a control token, or "text", when it goes on in the middle of one and
+        gets no space in front.
         """
         # Four steps, as in the library: control and other added tokens of the raw text; what is
         # between them is normalized; added tokens of the normalized text; the rest is merged.
         text = text if text.isascii() else mend(text)
-        raw, normal = self._names(controls)
+        raw, normal = self._names(controls, letters)
         out: list[int] = []
         for start, part, token in cut(text, *raw):
             if token is not None:
@@ -304,13 +303,13 @@ class SentencePiece:
             token = self.normalize(token)       # " <s>": what it took from the text
         return token.replace(SPACE, " ").encode()
 
-    def json(self, special: Mapping[str, int], post: dict | None) -> dict[str, Any]:
-        """The document of the `tokenizers` library, with these control tokens."""
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                 "special": True}
-        added = [{**flags, "id": i, "content": n} for n, i in special.items()
-                 if n not in self.added]
-        added = sorted([*self.added.values(), *added], key=lambda t: t["id"])
+    def json(self, post: dict | None) -> dict[str, Any]:
+        """The document of the `tokenizers` library."""
+        added = listed(self.added)
+        # tokens that the library would number otherwise stand in the vocabulary as well
+        vocab = dict(self.vocab)
+        vocab.update((n, self.added[n]["id"]) for n, t in number(added, vocab).items()
+                     if t["id"] != self.added[n]["id"])
         # a tie between two pairs of one piece: here, the longer left half goes first
         if self.strict:         # a piece with a rank -> all pairs that spell it
             merges = [[t[:k], t[k:]] for t in sorted(self.ranks, key=self.ranks.__getitem__)
@@ -318,7 +317,7 @@ class SentencePiece:
                       if self._merges(t[:k]) and self._merges(t[k:])]
         else:
             merges = [k.split(SEP) for k in sorted(self.ranks, key=self.ranks.__getitem__)]
-        model = {**self.document["model"], "vocab": self.vocab, "merges": merges}
+        model = {**self.document["model"], "vocab": vocab, "merges": merges}
         return {"version": "1.0", "truncation": None, "padding": None, **self.document,
                 "added_tokens": added, "post_processor": post, "model": model}
 
@@ -335,25 +334,6 @@ class Chunks(PieceCache):
 
     def merged(self, chunk: str) -> list[int]:
         return self.spm.spell(bpe(self.ranks, chunk, self.spm.sep))
-
-
-def cut(text: str, pattern: re.Pattern | None, tokens: Mapping[str, dict]
-        ) -> Iterator[tuple[int, str, int | None]]:
-    """(start, text between added tokens, None) and (start, "", id of a token), in order."""
-    begin = 0
-    for m in pattern.finditer(text) if pattern else ():
-        token, (start, stop) = tokens[m.group()], m.span()
-        # some tokens swallow the white space beside them (<mask>, Phi-3's <|user|>)
-        while token.get("lstrip") and start > begin and text[start - 1] in BLANK:
-            start -= 1
-        while token.get("rstrip") and stop < len(text) and text[stop] in BLANK:
-            stop += 1
-        if begin < start:
-            yield begin, text[begin:start], None
-        yield start, "", int(token["id"])
-        begin = stop
-    if begin < len(text):
-        yield begin, text[begin:], None
 
 
 class Charsmap:
@@ -427,9 +407,9 @@ def from_json(document: dict, ranks: dict[str, int] | None = None) -> dict[str, 
     if document["model"].get("type", "BPE") != "BPE":
         raise ValueError("only BPE is supported")
     spm = SentencePiece(document, ranks)
-    special = {n: int(t["id"]) for n, t in spm.added.items() if t.get("special")}
+    special = {n: t["id"] for n, t in spm.added.items() if t["special"]}
     ids = {t.encode(): i for t, i in spm.vocab.items() if t not in special}
-    ids.update((n.encode(), int(t["id"])) for n, t in spm.added.items() if n not in special)
+    ids.update((n.encode(), t["id"]) for n, t in spm.added.items() if n not in special)
     return dict(ranks={}, special=special, pattern="", ids=ids, spm=spm,
                 post=document.get("post_processor"))
 

@@ -25,6 +25,7 @@ import lora
 import train
 from config import UserError, show
 from data import chats
+from inference.generate import Sampling, sample_text
 from machine import Machine, find_machine
 from model import ModelConfig, Transformer
 from translate import family_of
@@ -94,9 +95,10 @@ def inherit(cfg: Config, shape: ModelConfig, tokenizer: Any, chat: bool = True) 
         raise UserError(f"block_size {cfg.block_size} is more than the {shape.block_size} tokens "
                         "that the checkpoint was made for: use at most that")
     said.append(f"a tokenizer of {tokenizer.vocab_size:,} ids")
-    done = bool(tokenizer.template) and cfg.template in ("", tokenizer.template)
+    own = "" if tokenizer.template or not tokenizer.jinjas else "the checkpoint's own chat template"
+    done = bool(tokenizer.template or own) and cfg.template in ("", tokenizer.template)
     if done:
-        said.append(f"template {tokenizer.template}")
+        said.append(own or f"template {tokenizer.template}")
     # what the saved settings say of the model shall be true of it
     for name in asdict(cfg).keys() & asdict(shape).keys() - {"block_size", "dropout", "init_std"}:
         setattr(cfg, name, getattr(shape, name))
@@ -104,13 +106,11 @@ def inherit(cfg: Config, shape: ModelConfig, tokenizer: Any, chat: bool = True) 
     said = ["inherited from the checkpoint: " + ", ".join(said)]
     if done or not chat:
         return said
-    # a template of somebody else's that nobody here knows: the user has to say which to use
-    row = templates.find(cfg.template or (None if tokenizer.jinja else "chatml"),
-                         foreign=bool(tokenizer.jinja))
+    row = templates.find(cfg.template or "chatml")
     control = row.control(tokenizer.eot_token or "<|endoftext|>")
-    names = [name for name in control if name not in tokenizer.special]
+    names = [name for name in control if name not in tokenizer.added]
     tokenizer.add_special_tokens(names)
-    instead = f" instead of {tokenizer.template}" if tokenizer.template else ""
+    instead = f" instead of {tokenizer.template or own}" if tokenizer.template or own else ""
     tokenizer.template = row.name
     said.append(f"template {row.name}{instead}" + (
         f", whose tokens {' '.join(names)} are new: a vocabulary of {tokenizer.vocab_size:,} ids"
@@ -172,12 +172,9 @@ def check(cfg: Config) -> None:
 
 def answer(model: Transformer, tokenizer: Any, messages: list[dict], seed: int) -> str:
     """The first question of a conversation and what the model says to it, with control tokens."""
-    import sample                       # a stage: known here only where one is asked for
     first = next((k for k, m in enumerate(messages) if m["role"] == "assistant"), None)
-    ids, stops = tokenizer.render(messages[:first], None, True)[0], set(tokenizer.stop_ids)
-    new = sample.generate(model, [ids], 100, sample.Sampling(temperature=0), seed,
-                          tokenizer.vocab_size, lambda _, token: token in stops)
-    return tokenizer.decode(ids + [row[0] for row in new])
+    ids = tokenizer.render(messages[:first], None, True)[0]
+    return sample_text(model, tokenizer, ids, Sampling(temperature=0), seed)
 
 # ----------------------------------------------------------------------------- the way it goes
 

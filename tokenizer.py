@@ -36,10 +36,13 @@ import tiktoken
 
 import chat
 import spm as sentencepiece
-from bpe import (BYTE_ORDER, PATTERNS, PieceCache, any_of, bpe, chunks, count_chunks, file_texts,
-                 learn, mend, pattern_of, printable, read_json, read_text, unprintable)
+from bpe import (PATTERNS, PieceCache, any_of, chunks, count_chunks, file_texts, learn, mend,
+                 read_json, read_text, total, unprintable)
 from config import UserError, run
-from text import files
+from text import files, tokenizer_files, tokenizer_json
+from text.added_tokens import Names, flags_of
+from text.pre_tokenizer import Splits
+from text.tokenizer_files import Facts
 
 EOT = "<|endoftext|>"
 # Other names of the token between documents. The first one that a vocabulary has is taken.
@@ -49,56 +52,102 @@ MAX_ID = 1 << 24        # an id beyond this is a broken file, not a vocabulary
 
 
 class Tokenizer:
-    """A vocabulary with its split pattern, control tokens and chat template.
+    """A vocabulary with its split pattern, added tokens and chat template.
 
     ranks: token bytes -> merge order; empty in character mode, where `pattern` is "" too.
     ids: token bytes -> id, of every token but the control tokens; None if ids are ranks.
-    special: control token -> id. template: a name in chat.TEMPLATES, or None. eos: the eos_token of
-    the file it came from, which ends documents if none of EOT_NAMES is there.
-    nfc: é written as e and an accent is composed first (Qwen). post: Hugging Face's
-    post_processor, which adds a first token in transformers: `prefix` here. encode() never does.
-    spm: the rules of a SentencePiece vocabulary; then ranks and pattern are empty, and the keys of
-    ids are tokens as its file spells them. jinja: a chat template that is none of chat.TEMPLATES.
+    special: control token -> id. added: name -> flags of all added tokens (text/added_tokens.py);
+    those that are not special count in any text. template: a name in chat.TEMPLATES, or None.
+    forms: Unicode forms that text is brought to first: ("NFC",) composes an é of two characters
+    (Qwen). post: Hugging Face's post_processor, which adds a first token in transformers: `prefix`
+    here. encode() never does. splits: instead of a pattern, a sequence of cuts. whole: tokens that
+    a chunk of its own becomes, and no merge. other: tokens of the vocabulary that no text becomes.
+    document: what else a tokenizer.json said, for saving. spm: the rules of a SentencePiece
+    vocabulary; then ranks and pattern are empty, and the keys of ids are tokens as its file
+    spells them.
+
+    What the files beside a vocabulary say: text/tokenizer_files.py.
     """
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], pattern: str,
                  ids: dict[bytes, int] | None = None, template: str | None = None,
-                 nfc: bool = False, post: dict | None = None,
-                 spm: sentencepiece.SentencePiece | None = None):
+                 forms: tuple[str, ...] = (), post: dict | None = None,
+                 spm: sentencepiece.SentencePiece | None = None, added: dict | None = None,
+                 splits: Splits | None = None, whole: Iterable[bytes] = (),
+                 other: dict[str, int] | None = None, document: dict | None = None):
         self.ranks, self.special, self.pattern = ranks, dict(special), pattern
         self.ids = ranks if ids is None else ids
-        self.template, self.nfc, self.post, self.eos = template, nfc, post, None
-        self.spm, self.jinja = spm, ""
+        self.template, self.forms, self.post, self.spm = template, forms, post, spm
+        self.splits, self.whole, self.other = splits, frozenset(whole), dict(other or {})
+        self.document = document or {}
+        self.added = spm.added if spm else dict(added or {})
+        for name, i in self.special.items():
+            self.added.setdefault(name, flags_of({"special": True}, i))
+        self.facts = Facts()
         # SmolLM2's vocabulary lacks 21 bytes, control characters and the like; where they occur,
         # its library drops them, and so do we. A vocabulary without letters is of another kind.
-        self.lost = bytes(b for b in range(256) if bytes([b]) not in ranks) if pattern else b""
+        bytewise = bool(pattern or splits)
+        self.lost = bytes(b for b in range(256) if bytes([b]) not in ranks) if bytewise else b""
         if kinds := [chr(b) for b in self.lost if 32 <= b < 127]:
             raise UserError(f"the vocabulary has no token for {''.join(kinds)!r}: it is not a "
                             "byte-level one, or was trained without the whole byte alphabet")
         self._index()
 
     def _index(self) -> None:
-        """Rebuild what follows from ids and special: tokens by id, and the size."""
-        self.tokens = {i: self.spm.spelled(t.decode()) if self.spm else t
-                       for t, i in self.ids.items()}
-        self.tokens.update((i, self.spm.spelled(name) if self.spm else name.encode())
-                           for name, i in self.special.items())
-        if clash := [n for n in self.special if not n or n.encode() in self.ids]:
-            raise UserError(f"{clash[0]!r} cannot name a control token: it is empty or the text of "
-                            "an ordinary token")
+        """Rebuild what follows from ids and added tokens: tokens by id, and the size."""
+        spelled = self.spm.spelled if self.spm else str.encode
+        self.tokens = {i: spelled(t.decode()) if self.spm else t for t, i in self.ids.items()}
+        self.tokens.update((i, spelled(name)) for name, i in self.other.items())
+        self.tokens.update((token["id"], spelled(name)) for name, token in self.added.items())
         if not all(0 <= i < MAX_ID for i in self.tokens):
             raise UserError(f"the vocabulary has ids outside 0..{MAX_ID}: its file is broken")
         self.vocab_size = max(self.tokens, default=-1) + 1      # gaps count: it sizes embeddings
+        self.names: dict[tuple[frozenset, frozenset], Names] = {}       # see _names()
         self.__dict__.pop("tiktoken", None)
+        if self.spm:
+            self.spm.names.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         # what cannot be sent to a worker process, or is cheaper to build there, stays here
-        return {k: v for k, v in self.__dict__.items() if k not in ("tiktoken", "_cache")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("tiktoken", "_cache")} | {
+            "names": {}}
+
+    # -- what the files beside the vocabulary say of it
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """tokenizer_config.json as it was read, unknown keys included."""
+        return self.facts.settings
+
+    @property
+    def jinjas(self) -> dict[str, str]:
+        """The directory's own chat templates by name, "default" and others, texts unchanged."""
+        return self.facts.jinjas
+
+    @property
+    def jinja(self) -> str:
+        """The directory's own chat template, "" if it has none."""
+        return self.jinjas.get("default", "")
+
+    @property
+    def bos_token(self) -> str | None:
+        """The token that the files name as a text's first, None if they name none."""
+        return self.facts.named.get("bos_token")
+
+    @property
+    def eos_token(self) -> str | None:
+        """The token that the files name as the end; of a chat model, the end of a turn."""
+        return self.facts.named.get("eos_token")
+
+    @property
+    def pad_token(self) -> str | None:
+        """The token that the files name for padding."""
+        return self.facts.named.get("pad_token")
 
     @property
     def eot_token(self) -> str | None:
         """The control token between documents, None if there is none (character mode)."""
-        return next((n for n in (*EOT_NAMES, self.eos) if n in self.special), None)
+        return next((n for n in (*EOT_NAMES, self.eos_token) if n in self.special), None)
 
     @property
     def eot(self) -> int | None:
@@ -117,10 +166,24 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """The ids that end an answer: the end of text, and the ends of the template's turns."""
-        names = chat.find(self.template).stops(self.eot_token or EOT) if self.template else []
-        names += [self.eot_token, self.eos]
-        return sorted({self.special[n] for n in names if n in self.special})
+        """The ids that end an answer: the ends that any file names, and the template's turn ends."""
+        names = [*chat.turn_ends(self), self.eot_token, self.eos_token]
+        stops = {self.added[n]["id"] for n in names if n in self.added}
+        return sorted(stops | {i for i in self.facts.ends if i in self.tokens})
+
+    def token_ids(self) -> dict[str, int | list[int] | None]:
+        """What config.json says of the first, the last and the padding token.
+
+        The names of tokenizer_config.json count, then what the config.json said beside which the
+        tokenizer was read. A model that names no first token begins at the end of text (GPT-2).
+        """
+        said = {key: value for key, value in self.facts.model_ids.items()
+                if (value if isinstance(value, int) else value[0]) in self.tokens}
+        first = [self.added[n]["id"] for n in (self.bos_token,) if n in self.added]
+        first += [i for i in (said.get("bos_token_id"), *self.prefix, self.eot) if i is not None]
+        pad = self.added.get(self.pad_token, {}).get("id", said.get("pad_token_id"))
+        return {"bos_token_id": first[0] if first else None,
+                "eos_token_id": said.get("eos_token_id", self.eot), "pad_token_id": pad}
 
     # -- text -> ids
 
@@ -140,59 +203,84 @@ class Tokenizer:
         Those in allowed_special ("all" or a set) become their id; those in disallowed_special
         ("all": every other one) raise UserError; what is in neither is read as text.
         """
-        return self._encode(text, allowed_special, disallowed_special, self.encode_ordinary)
+        return self._encode(text, allowed_special, disallowed_special, self._merge)
 
     def encode_fast(self, text: str, allowed_special: Any = frozenset(),
                     disallowed_special: Any = "all") -> list[int]:
         """encode(), through tiktoken: the same ids, from Rust. For corpora."""
-        return self._encode(text, allowed_special, disallowed_special, self._encode_rust)
+        return self._encode(text, allowed_special, disallowed_special, self._merge_rust)
 
     def _encode(self, text: str, allowed: Any, refused: Any, ordinary: Any) -> list[int]:
         controls = self._controls(text, allowed, refused)
         if self.spm:                # there, control tokens matter for the text around them
             return self.spm.encode(text, controls)
-        out, start = [], 0
-        for m in any_of(frozenset(controls)).finditer(text) if controls else ():
-            out += ordinary(text[start:m.start()])
-            out.append(controls[m.group()])
-            start = m.end()
-        return out + ordinary(text[start:]) if out else ordinary(text)
+        return self._assemble(text, self._names(frozenset(controls)), ordinary)
 
-    def encode_ordinary(self, text: str, after: str = "") -> list[int]:
+    def _names(self, controls: frozenset[str], letters: frozenset[str] = frozenset()) -> Names:
+        """The added tokens that count in a text: these control tokens, and what is not special."""
+        key = controls, letters
+        if key not in self.names:
+            if len(self.names) > 99:
+                self.names.clear()
+            self.names[key] = Names({n: t for n, t in self.added.items() if n not in letters
+                                     and (n in controls or not t["special"])}, self._normal)
+        return self.names[key]
+
+    def _assemble(self, text: str, names: Names, ordinary: Any) -> list[int]:
+        """Text -> ids: added tokens of the raw text, then of the normalized text, then merges."""
+        if not names:
+            return ordinary(self._normal(text))
+        out: list[int] = []
+        for _, part, token in names.cut_raw(text if text.isascii() else mend(text)):
+            if token is not None:
+                out.append(token)
+                continue
+            for _, piece, token in names.cut_normal(self._normal(part)):
+                out += ordinary(piece) if token is None else [token]
+        return out
+
+    def encode_ordinary(self, text: str, after: str = "",
+                        letters: frozenset[str] = frozenset()) -> list[int]:
         """Text -> ids, by hand; control tokens are read as text.
 
         after: "token" if a control token stands before the text, "text" if the text goes on from
         one encoded before: SentencePiece's spaces depend on it, byte-level BPE does not.
+        letters: added tokens that are not special, and are read as text all the same.
         """
         if self.spm:
-            return self.spm.encode(text, {}, after)
-        text = self._normal(text)
-        if self.pattern:
+            return self.spm.encode(text, {}, after, letters)
+        return self._assemble(text, self._names(frozenset(), letters), self._merge)
+
+    def _merge(self, text: str) -> list[int]:
+        """Normalized text without added tokens -> ids."""
+        if self.pattern or self.splits:
             look_up = self._cache.__getitem__
+            cut = self.splits.chunks(text) if self.splits else chunks(self.pattern, text)
             return list(chain.from_iterable(
-                chain.from_iterable(map(look_up, words)) for words in chunks(self.pattern, text)))
+                chain.from_iterable(map(look_up, words)) for words in cut))
         try:
             return [self.ids[c] for c in map(str.encode, text)]
         except KeyError as e:
             raise UserError(f"the character {e.args[0].decode()!r} is not among the "
                             f"{len(self.ids)} characters of this tokenizer") from None
 
-    def _encode_rust(self, text: str) -> list[int]:
+    def _merge_rust(self, text: str) -> list[int]:
         if self._only_by_hand(text):
-            return self.encode_ordinary(text)
-        return self._named(self.tiktoken.encode_ordinary(self._normal(text)))
+            return self._merge(text)
+        return self._named(self.tiktoken.encode_ordinary(text))
 
     def encode_batch(self, texts: list[str], threads: int = os.cpu_count() or 1) -> list[list[int]]:
         """encode_ordinary() of many texts, on tiktoken's threads."""
-        if any(map(self._only_by_hand, texts)):
-            return [self._encode_rust(t) for t in texts]
+        names = self._names(frozenset()) if not self.spm else ()
+        if names or any(map(self._only_by_hand, texts)):
+            return [self.encode_fast(t, disallowed_special=()) for t in texts]
         normal = [self._normal(t) for t in texts]
         return [self._named(row) for row in
                 self.tiktoken.encode_ordinary_batch(normal, num_threads=threads)]
 
     def _only_by_hand(self, text: str) -> bool:
         """True for characters, and where tiktoken would panic: blank texts, bytes it lacks."""
-        if not self.pattern or too_blank(text):
+        if not self.pattern or self.whole or too_blank(text):
             return True
         raw = mend(text).encode() if self.lost else b""
         return len(raw.translate(None, self.lost)) < len(raw)
@@ -200,17 +288,21 @@ class Tokenizer:
     def _normal(self, text: str) -> str:
         if text.isascii():
             return text
-        return unicodedata.normalize("NFC", mend(text)) if self.nfc else mend(text)
+        text = mend(text)
+        for form in self.forms:
+            text = unicodedata.normalize(form, text)
+        return text
 
     @cached_property
     def _cache(self) -> PieceCache:
-        return PieceCache(self.ranks, self.ids, self.lost)
+        return PieceCache(self.ranks, self.ids, self.lost, whole=self.whole,
+                          spelled=bool(self.splits and self.splits.spelled))
 
     @cached_property
     def tiktoken(self) -> tiktoken.Encoding:
         """A tiktoken.Encoding of our ranks. It returns ranks, which _named() turns into ids."""
         special = self.special if self._rank_to_id is None else {}
-        return tiktoken.Encoding("handmade", pat_str=self.pattern, mergeable_ranks=self.ranks,
+        return tiktoken.Encoding("handmade", pat_str=total(self.pattern), mergeable_ranks=self.ranks,
                                  special_tokens=special)
 
     @cached_property
@@ -266,103 +358,74 @@ class Tokenizer:
         return lengths
 
     def add_special_tokens(self, names: Iterable[str]) -> int:
-        """Give each new name the next id at the end of the vocabulary; returns how many."""
-        new = [n for n in dict.fromkeys(names) if n not in self.special]
-        self.special.update((n, self.vocab_size + k) for k, n in enumerate(new))
+        """Give each new name the next id at the end of the vocabulary; returns how many.
+
+        An added token of that name, special or not, stays what it is.
+        """
+        new = [n for n in dict.fromkeys(names) if n not in self.added]
+        if clash := [n for n in new if not n or n.encode() in self.ids or n in self.other
+                     or not self.spm and unprintable(n) in self.ids]:
+            raise UserError(f"{clash[0]!r} cannot name a control token: it is empty or the text of "
+                            "an ordinary token")
+        for k, name in enumerate(new, self.vocab_size):
+            self.special[name] = k
+            self.added[name] = flags_of({"special": True}, k)
         self._index()
         return len(new)
 
-    def render(self, messages: list[dict[str, str]], template: str | None = None,
+    def render(self, messages: list[dict[str, Any]], template: str | None = None,
                add_generation_prompt: bool = False, max_length: int | None = None,
-               enable_thinking: bool = True) -> tuple[list[int], list[int]]:
+               enable_thinking: bool | None = None, tools: list | None = None,
+               documents: list | None = None, **template_kwargs: Any
+               ) -> tuple[list[int], list[int]]:
         """A conversation -> (ids, mask); chat.render() says how."""
         return chat.render(self, messages, template, add_generation_prompt, max_length,
-                           enable_thinking)
+                           enable_thinking, tools, documents, **template_kwargs)[:2]
 
     # -- from and to a file
 
-    def read_settings(self, settings: dict, jinja: Path, model: bool) -> None:
-        """What lies beside a vocabulary: tokenizer_config.json, parsed, and a chat template.
-
-        From there: which token ends a document; the template, which newer transformers writes to a
-        file of its own; and, with a tokenizer.model, whether tokens surround a text.
-        """
-        bos, self.eos = (t.get("content") if isinstance(t, dict) else t
-                         for t in map(settings.get, ("bos_token", "eos_token")))
-        wanted = [settings.get(k) for k in ("add_bos_token", "add_eos_token")]
-        if model and wanted != [None, None]:    # as in transformers: tokenizer.json knows better
+    def read_settings(self, facts: Facts, model: bool = False) -> None:
+        """Take in what lies beside a vocabulary. model: it is a tokenizer.model, for which the
+        settings say whether tokens surround a text; tokenizer.json knows better."""
+        self.facts = facts
+        for name, token in facts.added_tokens():
+            if name in self.added:          # flags of tokenizer_config.json count, as the library's
+                self.added[name].update(token)
+        for name in facts.named.values():   # what has a role is a control token
+            if name in self.added:
+                self.added[name]["special"] = True
+            elif (i := self.ids.get(self._spell(name))) is not None and self.pattern:
+                self.added[name] = flags_of({"special": True}, i)
+        self.special = {n: t["id"] for n, t in self.added.items() if t["special"]}
+        wanted = [facts.settings.get(k) for k in ("add_bos_token", "add_eos_token")]
+        if model and wanted != [None, None]:
             first, last = ({n: self.special[n]} if on and n in self.special else {}
-                           for on, n in zip(wanted, (bos, self.eos)))
+                           for on, n in zip(wanted, (self.bos_token, self.eos_token)))
             if chat.affixes(self.post) != ([*first.values()], [*last.values()]):
                 self.post = chat.surround(first, last)
         chat.affixes(self.post)        # ValueError now, not in the middle of a run
-        found = settings.get("chat_template") or ""
-        if isinstance(found, list):     # several, by name
-            found = {t["name"]: t["template"] for t in found}.get("default", "")
-        found = read_text(jinja) if jinja.exists() else str(found)
-        self.template = chat.recognise(found)
-        self.jinja = "" if self.template else found
+        # our own text is the row of that name, which renders faster; any other is run
+        self.template = chat.row_of(self.jinja, self.eot_token or EOT)
+        self._index()
+
+    def _spell(self, name: str) -> bytes:
+        """The key in ids of a token of the vocabulary, as its file writes it."""
+        return name.encode() if self.spm else unprintable(name)
+
+    def own_template(self) -> bool:
+        """Whether the directory's own chat template is still the one in use."""
+        return not self.template or self.template == chat.row_of(
+            self.jinja, self.eot_token or EOT)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Write tokenizer.json and tokenizer_config.json; opened by tokenizers, transformers."""
-        out = Path(directory)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast",
-                  "clean_up_tokenization_spaces": False}
-        if end := self.eos if self.eos in self.special else self.eot_token:
-            config["eos_token"] = end       # a chat model's own file names the end of a turn here
-        if len(self.prefix) == 1:
-            config["bos_token"] = self.decode(self.prefix)
-        if self.spm and self.spm.unk is not None:
-            config["unk_token"] = self.spm.unknown
-        if self.template:
-            config["chat_template"] = chat.jinja(chat.find(self.template), self.eot_token or EOT)
-        elif self.jinja:
-            config["chat_template"] = self.jinja
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"{out} is a file: name a folder for the tokenizer") from None
-        for name, value in (("tokenizer_config.json", config), ("tokenizer.json", self._json())):
-            beside = out / f".{name}.{os.getpid()}"     # renamed when whole: never half a file
-            try:
-                beside.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-                os.replace(beside, out / name)
-            finally:
-                beside.unlink(missing_ok=True)
+        """Write tokenizer.json, tokenizer_config.json and chat templates, as transformers does."""
+        row = None if self.own_template() else \
+            chat.jinja(chat.find(self.template), self.eot_token or EOT)
+        tokenizer_files.save(Path(directory), self, row)
 
     def _json(self) -> dict[str, Any]:
         """The document of the `tokenizers` library, from normalizer to decoder."""
-        if self.spm:
-            return self.spm.json(self.special, self.post)
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-        added = [{"id": i, "content": n, **flags, "special": True}
-                 for n, i in sorted(self.special.items(), key=lambda item: item[1])]
-        cut = {"type": "Split", "pattern": {"Regex": self.pattern or r"[\s\S]"},
-               "behavior": "Isolated", "invert": False}
-        if self.pattern:
-            byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                          "use_regex": False}
-            pre, decoder = {"type": "Sequence", "pretokenizers": [cut, byte_level]}, byte_level
-            # the two halves of a token are what the older tokens alone make of it
-            halves, older = [], {}
-            for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
-                halves.append(bpe(older, token))
-                older[token] = rank
-            model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False,
-                     "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                     "byte_fallback": False,
-                     # a token without halves can only be a whole chunk, looked up before merging
-                     "ignore_merges": any(len(h) > 2 for h in halves),
-                     "vocab": {**{printable(t): i for t, i in self.ids.items()}, **self.special},
-                     "merges": [" ".join(map(printable, h)) for h in halves if len(h) == 2]}
-        else:       # a character is a "word"; one never seen is an error there too
-            pre, decoder = cut, {"type": "Fuse"}
-            model = {"type": "WordLevel", "unk_token": "<unk>",
-                     "vocab": {**{t.decode(): i for t, i in self.ids.items()}, **self.special}}
-        # control tokens stand in the vocabulary as well: the library would number them anew
-        return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-                "normalizer": {"type": "NFC"} if self.nfc else None, "pre_tokenizer": pre,
-                "post_processor": self.post, "decoder": decoder, "model": model}
+        return self.spm.json(self.post) if self.spm else tokenizer_json.write(self)
 
 
 class Stream:
@@ -440,42 +503,29 @@ def train_chars(texts: Iterable[str]) -> Tokenizer:
 # --- loading --------------------------------------------------------------------------------
 
 def load(path_or_name: str | os.PathLike) -> Tokenizer:
-    """A folder or tokenizer.json (ours, Hugging Face's), encoder.json + vocab.bpe, or a name.
+    """A folder or tokenizer.json (ours, Hugging Face's), vocab.json + merges.txt, or a name.
 
     The names are tiktoken's gpt2, cl100k_base and o200k_base, which it downloads once.
     """
     path = Path(path_or_name)
     if not path.exists() and str(path_or_name) in TIKTOKEN:
         return load_tiktoken(str(path_or_name))
-    folder = path if path.is_dir() else path.parent
-    files = [path / "tokenizer.json"] if path.is_dir() else [path]
-    files += [path / n for n in ("tokenizer.model", "encoder.json", "vocab.bpe", "vocab.json",
-                                 "merges.txt")]
-    whole, model, *old = [f if f.exists() else None for f in files]
-    if path.suffix == ".model":
-        whole, model = None, whole
-    old = old[:2] if all(old[:2]) else old[2:]
-    if not whole and not model and not all(old):
+    whole, model, tables = tokenizer_files.find(path)
+    if not whole and not model and not tables:
         raise UserError(f"no tokenizer at {path}: give a folder with tokenizer.json, "
-                        "tokenizer.model or encoder.json and vocab.bpe, or one of "
-                        f"{', '.join(TIKTOKEN)}")
+                        "tokenizer.model, vocab.json and merges.txt or encoder.json and vocab.bpe, "
+                        f"or one of {', '.join(TIKTOKEN)}")
     try:
-        settings, network = ({} if not f.exists() or whole == path else read_json(f) for f in
-                             (folder / "tokenizer_config.json", folder / "config.json"))
+        facts = tokenizer_files.read_facts(path)
         if whole:
             tokenizer = from_json(read_json(whole))
         elif model:
-            added = {t["content"]: {"id": int(i), "special": bool(t.get("special"))}
-                     for i, t in (settings.get("added_tokens_decoder") or {}).items()}
-            family = f"{settings.get('tokenizer_class')} {network.get('model_type')}"
-            tokenizer = Tokenizer(**sentencepiece.from_model(model.read_bytes(), family, added))
-        else:       # GPT-2's first form: the same two tables, each in a file
-            vocab, lines = read_json(old[0]), read_text(old[1]).split("\n")
-            merges = [m for m in lines if m and not m.startswith("#version")]
-            added = [{"id": vocab[n], "content": n} for n in EOT_NAMES if n in vocab]
-            tokenizer = from_json({"model": {"vocab": vocab, "merges": merges},
-                                   "added_tokens": added, "pre_tokenizer": {"type": "ByteLevel"}})
-        tokenizer.read_settings(settings, folder / "chat_template.jinja", bool(model and not whole))
+            family = f"{facts.settings.get('tokenizer_class')} {facts.model_type}"
+            tokenizer = Tokenizer(**sentencepiece.from_model(model.read_bytes(), family,
+                                                             dict(facts.added_tokens())))
+        else:
+            tokenizer = from_json(tokenizer_files.from_tables(*tables, facts))
+        tokenizer.read_settings(facts, bool(model and not whole))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
         raise UserError(f"{path} is not a tokenizer that this program reads "
                         f"({type(e).__name__}: {e})") from None
@@ -486,36 +536,7 @@ def from_json(document: dict) -> Tokenizer:
     """A tokenizer.json -> Tokenizer. What it does not support raises ValueError with the name."""
     if sentencepiece.fits(document):
         return Tokenizer(**sentencepiece.from_json(document))
-    model, normalizer = document["model"], document.get("normalizer")
-    special = {}
-    for token in document.get("added_tokens") or []:
-        if token.get("lstrip") or token.get("rstrip") or token.get("single_word"):
-            raise ValueError(f"the token {token['content']!r} strips its neighbours")
-        special[str(token["content"])] = int(token["id"])
-    vocab = {str(t): int(i) for t, i in model["vocab"].items() if t not in special}
-    if model.get("type") == "WordLevel":
-        if any(len(t) != 1 for t in vocab):
-            raise ValueError("words are not supported, only characters")
-        return Tokenizer({}, special, "", ids={t.encode(): i for t, i in vocab.items()})
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback"):
-        raise ValueError("only byte-level and SentencePiece-style BPE are supported")
-    if normalizer and normalizer.get("normalizers", [normalizer]) not in ([], [{"type": "NFC"}]):
-        raise ValueError("only the normalizer NFC is supported")
-    # Ids say nothing about order (SmolLM2 begins with its control tokens): a rank is the place
-    # among the merges, the first place where several make the same token (Llama 3).
-    ids = {unprintable(t): i for t, i in vocab.items()}
-    known = (bytes([b]) for b in BYTE_ORDER if bytes([b]) in ids)
-    ranks = {byte: k for k, byte in enumerate(known)}
-    for merge in model["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        ranks.setdefault(unprintable(left) + unprintable(right), len(ranks))
-    if any(t not in ids for t in ranks):
-        raise ValueError("a merge makes a token that is not in the vocabulary")
-    if model.get("ignore_merges"):          # tokens that no merge makes are found as whole chunks
-        for token in ids:
-            ranks.setdefault(token, len(ranks))
-    return Tokenizer(ranks, special, pattern_of(document.get("pre_tokenizer") or {}), ids=ids,
-                     nfc=bool(normalizer), post=document.get("post_processor"))
+    return Tokenizer(**tokenizer_json.read(document))
 
 
 def load_tiktoken(name: str) -> Tokenizer:

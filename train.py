@@ -36,6 +36,7 @@ import kernels
 import tokenizer as tokenizers
 from config import UserError, run, show
 from data import loader
+from inference.generate import Sampling, encode, sample_text
 from machine import PEAK_TFLOPS, Machine, find_machine, memory_used, utilisation
 from model import ModelConfig, Transformer
 from optim import Optimizer, clip_grad_norm
@@ -535,6 +536,8 @@ def main(cfg: Config) -> State:
     machine = find_machine(cfg)
     dataset = loader.Dataset(loader.find(cfg.dataset))
     tokenizer = tokenizers.load(loader.find(cfg.dataset))
+    # before any training: it may have a character that the vocabulary lacks
+    prompt = encode(tokenizer, cfg.sample_prompt) if cfg.sample_interval else []
     rows = rows_of_step(cfg, machine)
     batches = loader.Batches(dataset.tokens("train"), rows, cfg.block_size, seed=cfg.seed,
                              eot=dataset.eot, documents=cfg.document_mask)
@@ -551,11 +554,8 @@ def main(cfg: Config) -> State:
               f"{str(machine.dtype).split('.')[-1]}", file=sys.stderr)
 
     def on_sample() -> str:
-        import sample               # a stage: known here only where one is asked for
-        ids = sample.encode(tokenizer, cfg.sample_prompt)
-        how = sample.Sampling(temperature=0.8, top_k=200)
-        new = sample.generate(model, [ids], 100, how, cfg.seed, tokenizer.vocab_size)
-        return tokenizer.decode(ids + [row[0] for row in new])
+        how = Sampling(temperature=0.8, top_k=200)
+        return sample_text(model, tokenizer, prompt, how, cfg.seed)
 
     try:
         return fit(cfg, model, batches, next_token_loss(cfg), machine, eval_batches=held_out,

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -30,7 +31,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError  # noqa: E402  (found only once the root is on the path)
+import chat as templates  # noqa: E402  (found only once the root is on the path)
+from config import UserError  # noqa: E402
 from data import loader  # noqa: E402
 from data.layouts import (ADAPTERS, KEPT, KINDS, as_context, conversation,  # noqa: E402, F401
                           preference, render_options)
@@ -142,6 +144,7 @@ class Rendered(list):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.numbers: list[int] = []        # of render_all: the record of each conversation
+        self.untold: Counter[str] = Counter()   # why answers are not trained on: how many of them
 
 
 def render_all(tokenizer: Any, records: Iterable[dict[str, Any]], template: str | None,
@@ -149,23 +152,34 @@ def render_all(tokenizer: Any, records: Iterable[dict[str, Any]], template: str 
     """Render the messages of every record, cut to max_length tokens.
 
     The mask is true on what the assistants say and on the token that ends it. A conversation
-    whose cut leaves none of that (no answer, or a prompt that fills the row) is skipped.
+    whose cut leaves none of that (no answer, or a prompt that fills the row) is skipped. One whose
+    template drops thoughts of earlier answers is several: each of these ends one of its own.
     """
     out = Rendered()
     for number, record in enumerate(records):
         if not record["messages"]:                  # an empty answer was all there was
             out.skipped += 1
             continue
-        ids, mask = tokenizer.render(record["messages"], template, **render_options(record))
-        # the first token has nothing before it that could predict it
-        live = np.array(mask[:max_length], dtype=bool)
-        live[:1] = False
-        if not live.any():
-            out.skipped += 1
-            continue
-        out.cut += len(ids) > max_length
-        out.append((np.array(ids[:max_length], dtype=np.int32), live))
-        out.numbers.append(number)
+        options = render_options(record)
+        try:
+            templates.refuse_unread(tokenizer, template, **options)
+            examples, reasons = templates.examples(tokenizer, record["messages"], template,
+                                                   **options)
+        except UserError as e:
+            raise UserError(f"conversation {number + 1}: {e}") from None
+        out.untold.update(reasons)
+        kept = 0
+        for ids, mask in examples:
+            # the first token has nothing before it that could predict it
+            live = np.array(mask[:max_length], dtype=bool)
+            live[:1] = False
+            if not live.any():
+                continue
+            kept += 1
+            out.cut += len(ids) > max_length
+            out.append((np.array(ids[:max_length], dtype=np.int32), live))
+            out.numbers.append(number)
+        out.skipped += not kept
     return out
 
 
@@ -289,9 +303,11 @@ class Packed:
         c = self.conversations
         left = f" ({getattr(c, 'skipped', 0):,} without an answer skipped, " \
                f"{getattr(c, 'cut', 0):,} cut to {self.block_size + 1} tokens)"
+        untold = "".join(f"; {n:,} answer{'s' * (n > 1)} not trained on, because {why}"
+                         for why, n in getattr(c, "untold", {}).items())
         return (f"{len(c) // self.unit:,} {self.kind}s{left} in {len(self):,} rows, "
                 f"{self.fill:.1%} full; "
-                f"{self.trained:,} of {self.tokens:,} tokens are trained on")
+                f"{self.trained:,} of {self.tokens:,} tokens are trained on{untold}")
 
     def gather(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Rows by number -> {"ids", "targets" (B, T) int64, "doc" (B, T) int32}, and the columns

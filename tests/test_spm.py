@@ -361,6 +361,7 @@ def test_tokens_that_the_configuration_adds_behind_tokenizer_model(trained, tmp_
     tok.add_special_tokens(["<new>"])
     tok.save(tmp_path)
     assert T.load(tmp_path).special["<new>"] == 1101
+    (tmp_path / "tokenizer_config.json").unlink()
     assert T.load(tmp_path / "tokenizer.model").special.get("<new>") is None
 
 
@@ -419,7 +420,7 @@ def test_a_foreign_tokenizer_json_is_refused_in_one_sentence(vocab, tmp_path):
         "Digits": put("pre_tokenizer", {"type": "Digits"}),
         "prepend_scheme": put("pre_tokenizer", {"type": "Metaspace", "prepend_scheme": "last"}),
         "decoder": put("decoder", "decoders", [{"type": "Replace"}, {"type": "CTC"}]),
-        "single": put("added_tokens", 0, "single_word", True),
+        "single_word": put("added_tokens", 0, "single_word", "yes"),
         "ids": put("model", "vocab", "the", -5), "post_processor": put("post_processor", {
             "type": "Magic"})}
     for words, spoil in faults.items():

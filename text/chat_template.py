@@ -1,0 +1,455 @@
+"""A conversation -> (ids, mask), by a model's own chat template or any other text with spans.
+
+    source = tokenizer.jinja                            # the directory's template, unchanged
+    ids, mask, lost = render(tokenizer, source, [{"role": "user", "content": "Hi"},
+                                                 {"role": "assistant", "content": "Hello!"}])
+
+The text is transformers' (text/sandbox.py), and so are the ids, with two differences.
+(1) Content is text: a control token that somebody typed is encoded as letters. While the template
+runs, a private-use character stands inside it, so that it is not found; it is taken out before the
+text is encoded. What an assistant says may hold the model's marks of thoughts and tool calls, which
+are its own words. (2) Text is cut where an answer begins, as the prompt is in generation; that
+differs from transformers where a split pattern would join the two (GPT-2's, at "\\n\\n").
+
+The mask comes from the template's {% generation %} blocks if it has them. If not, an answer is what
+the conversation up to it adds to its prompt (add_generation_prompt), up to the token that ends the
+turn: rendering prefixes tells, and a template whose prefixes do not nest is refused. An answer is
+only trained on whole: where the template drops its thoughts, words or tool calls, it is masked
+and its number is in `lost` (Qwen3 keeps only the newest thoughts). See examples() in chat.py.
+"""
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
+
+from bpe import any_of
+from config import UserError
+from text.added_tokens import BLANK
+from text.sandbox import Template, compile_template
+
+ROLES = ("system", "user", "assistant", "tool")
+# Control tokens that belong to what an assistant says, whatever its file calls special.
+MARKS = re.compile(r"think|thought|reason|tool_?▁?call|python_tag", re.IGNORECASE)
+# Marks of thoughts at the end of a prompt, and all that may stand in the rest of one.
+_MARK = r"(?:<[^<>\s]*(?:think|thought|channel)[^<>\s]*>(?:thought)?)"
+OPENED = re.compile(rf"{_MARK}(?:\s|{_MARK})*\Z")
+THOUGHTS = re.compile(rf"(?:\s|{_MARK})*")
+REASONING = ("reasoning_content", "thinking", "reasoning")      # transformers' names, in its order
+
+
+class Controls(NamedTuple):
+    """The tokens that have a meaning in a rendered conversation, for one tokenizer and template."""
+    pattern: re.Pattern | None          # any of them
+    ids: dict[str, int]
+    loose: frozenset[str]               # special: false, so that any text could hold them
+    end: str = ""                       # the one that follows an answer, or a mark within it
+
+
+class Rendered(NamedTuple):
+    ids: list[int]
+    mask: list[int]                     # 1: trained on
+    lost: dict[int, str]                # answers that should be trained on, and are not: why
+
+# ---------------------------------------------------------------------- messages -> safe messages
+
+
+def controls_of(tokenizer: Any, key: str, probe: Callable[[], tuple[str, str]]) -> Controls:
+    """The control tokens of a tokenizer, and of its other added tokens those that make turns.
+
+    ChatGLM3 lists <|user|> as special: false. probe() renders conversations without words: what
+    the template writes around them is structure, but for marks of thoughts and tool calls; and
+    what it writes behind an answer. key: of the template. The result is kept in the tokenizer.
+    """
+    key = (key, len(tokenizer.special), len(tokenizer.added))
+    kept = tokenizer.__dict__.setdefault("_chat_controls", {})
+    if key not in kept:
+        around, behind = probe()
+        others = {n for n in tokenizer.added if n not in tokenizer.special and not n.isspace()}
+        finder = any_of(frozenset(others))
+        loose = frozenset(n for n in finder.findall(around) if not MARKS.search(n)) \
+            if finder else frozenset()
+        ids = {**tokenizer.special, **{n: tokenizer.added[n]["id"] for n in loose}}
+        pattern = any_of(frozenset(ids))
+        ends = [n for n in (pattern.findall(behind) if pattern else ()) if not MARKS.search(n)]
+        kept[key] = Controls(pattern, ids, loose, (ends or [""])[0])
+    return kept[key]
+
+
+def escape(text: str, controls: Controls, typed: str, said: frozenset[str] | None = None) -> str:
+    """The text with a mark inside each control token in it, which is not found any more then.
+
+    said: where an assistant speaks, the names that are left as they are, besides MARKS.
+    """
+    found = controls.pattern and controls.pattern.search(text)
+    while found:
+        name, at = found.group(), found.start() + 1
+        if said is None or not (name in said or MARKS.search(name)):
+            text = text[:at] + typed + text[at:]
+            at += 1
+        else:
+            at = found.end()
+        found = controls.pattern.search(text, at)
+    return text
+
+
+def walk(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of JSON data with every text changed; keys stay."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {k: walk(v, change) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [walk(v, change) for v in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    raise UserError(f"expected texts, numbers, lists and objects in a conversation, got a "
+                    f"{type(value).__name__}")
+
+
+def typed_for(value: Any) -> str:
+    """A private-use character that no text in `value` has."""
+    there: set[str] = set()
+
+    def look(text: str) -> str:
+        if not text.isascii():
+            there.update(text)
+        return text
+
+    walk(value, look)
+    return next(c for c in map(chr, range(0xF0000, 0xFFFFE)) if c not in there)
+
+
+def check_messages(messages: Any) -> None:
+    """UserError for a conversation that is none."""
+    if not messages:
+        raise UserError("a conversation needs at least one message")
+    for k, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, dict) else None
+        content = message.get("content") if role else None
+        if role not in ROLES or not (isinstance(content, (str, list))
+                                     or content is None and message.get("tool_calls")):
+            raise UserError(f"message {k} needs a role ({', '.join(ROLES)}) and a text as content; "
+                            f"it has the role {role!r} and {type(content).__name__} as content")
+
+
+def clean(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it to a template: no empty keys, thoughts by all names."""
+    out = {k: v for k, v in message.items() if v is not None and k != "train"}
+    thought = next((out[k] for k in REASONING if k in out), None)
+    return out if thought is None else {"thinking": thought, **out, "reasoning_content": thought}
+
+
+def split_thoughts(content: str) -> tuple[str, str]:
+    """(thoughts, answer) of an assistant's content; thoughts are between <think> and </think>."""
+    before, end, answer = content.rpartition("</think>")
+    return before.rpartition("<think>")[2].strip("\n"), answer.lstrip("\n") if end else answer
+
+
+def is_whole(message: Mapping[str, Any], text: str) -> bool:
+    """Whether all that an assistant thinks, says and calls is in the text."""
+    content = message.get("content")
+    parts = [*split_thoughts(content)] if isinstance(content, str) else []
+    parts += [message[k] for k in REASONING if isinstance(message.get(k), str)]
+    for call in message.get("tool_calls") or ():
+        call = call.get("function", call) if isinstance(call, dict) else {}
+        parts.append(str(call.get("name", "")))
+    return all(part.strip() in text for part in parts)
+
+# ------------------------------------------------------------------------- what is trained on
+
+
+class Drawing:
+    """One conversation and what a template makes of its beginnings."""
+
+    def __init__(self, template: Template, messages: list[dict], variables: dict[str, Any]):
+        self.template, self.messages, self.variables = template, messages, variables
+        self.kept: dict[tuple[int, bool], tuple[str, list]] = {}
+
+    def draw(self, count: int, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        """(text, generation blocks) of the first `count` messages, with the prompt of an answer."""
+        if (count, prompt) not in self.kept:
+            self.kept[count, prompt] = self.run(self.messages[:count], prompt)
+        return self.kept[count, prompt]
+
+    def run(self, messages: list[dict], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+        return self.template.run({**self.variables, "messages": messages,
+                                  "add_generation_prompt": prompt})
+
+
+def marked_answers(drawing: Drawing) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """(number of a message, its spans) by the template's own generation blocks."""
+    answers = [k for k, m in enumerate(drawing.messages) if m["role"] == "assistant"]
+    spans = drawing.draw(len(drawing.messages))[1]
+    if len(spans) == len(answers):
+        yield from ((k, [span]) for k, span in zip(answers, spans))
+        return
+    if len(answers) == 1:
+        yield answers[0], spans
+        return
+    begin = 0                           # several blocks an answer, or none: count them in prefixes
+    for k in answers:
+        end = len(drawing.draw(k + 1)[1])
+        yield k, spans[begin:end]
+        begin = end
+    if begin != len(spans):
+        raise UserError("the model's chat template has generation blocks that belong to no "
+                        "answer: what is trained on cannot be told")
+
+
+class Answer(NamedTuple):
+    """Where an answer stands in the text of a conversation, or why it cannot be told."""
+    spans: list[tuple[int, int]]
+    append: str = ""                    # what has to follow the whole text for it to end
+    reason: str = ""
+
+
+def find_answer(drawing: Drawing, k: int, text: str, controls: Controls) -> Answer:
+    """Answer k in the text of the whole conversation, by what it adds to its prompt."""
+    prompt, own = drawing.draw(k, True)[0], drawing.draw(k + 1)[0]
+    start = answer_start(prompt, own, controls.pattern)
+    if start is None:
+        return Answer([], reason="the template asks for an answer in other words than it writes it")
+    end = answer_end(own, start, controls)
+    said = own[start:end]
+    at = follow(said, text[start:]) if text.startswith(own[:start]) else None
+    if at is None:
+        return Answer([], reason="the template writes it in another way once the conversation has "
+                                 "gone on")
+    stop = start + len(said) - at
+    if end is not None:
+        return Answer([(start, stop)])
+    # GLM-4 has no end token: the header that follows tells that the turn is over
+    after = text[stop:] or next_header(drawing, k)
+    header = controls.pattern.match(after, len(after) - len(after.lstrip())) \
+        if controls.pattern else None
+    if not header:
+        raise UserError("the model's chat template has no token that ends an answer, so a model "
+                        "would never learn to stop: give another with --template=")
+    return Answer([(start, stop + header.end())], "" if text[stop:] else after[:header.end()])
+
+
+def answer_end(own: str, start: int, controls: Controls) -> int | None:
+    """The end of the token that ends the answer in `own`, None if no token does.
+
+    What follows it is not the answer's, such as chatml's newline or the end of text that Phi-3
+    writes behind the last turn. Of several tokens at the end, it is the one that ends a turn
+    elsewhere, or else the last.
+    """
+    found = [m for m in (controls.pattern.finditer(own, start) if controls.pattern else ())
+             if not MARKS.search(m.group())]
+    after, ends = len(own), []
+    for m in reversed(found):
+        if own[m.end():after].strip():
+            break
+        ends.append(m)
+        after = m.start()
+    usual = [m for m in ends if m.group() == controls.end]
+    return (usual or ends)[0].end() if ends else None
+
+
+def next_header(drawing: Drawing, k: int) -> str:
+    """What the template would write behind answer k, the last one, if another turn followed."""
+    message = drawing.messages[k]
+    answer = {key: value for key, value in message.items() if key not in REASONING}
+    if isinstance(answer.get("content"), str):      # thoughts are dropped once a turn follows
+        answer["content"] = split_thoughts(answer["content"])[1]
+    turns = [*drawing.messages[:k], answer]
+    turn = {"role": "tool" if message.get("tool_calls") else "user", "content": "x"}
+    own, longer = drawing.run(turns, False)[0], drawing.run([*turns, turn], False)[0]
+    return longer[len(own):] if longer.startswith(own) else ""
+
+
+def answer_start(prompt: str, own: str, pattern: re.Pattern | None) -> int | None:
+    """Where the answer begins in `own`, which ends with it: behind its prompt.
+
+    A prompt may end with thoughts that this answer does not have as such ("<think>\\n" before
+    "<think></think>", or before nothing): then all of them are the answer's. None if the prompt has
+    anything else that the conversation has not.
+    """
+    if own.startswith(prompt):
+        return len(prompt)
+    same = next((i for i, (a, b) in enumerate(zip(prompt, own)) if a != b),
+                min(len(prompt), len(own)))
+    # not in the middle of a token, nor behind marks of thoughts
+    same = min([m.start() for m in (pattern.finditer(prompt) if pattern else ())
+                if m.start() < same < m.end()], default=same)
+    opened = OPENED.search(prompt, 0, same)
+    same = opened.start() if opened else same
+    return same if THOUGHTS.fullmatch(prompt, same) else None
+
+
+def follow(said: str, rest: str) -> int | None:
+    """How much of the beginning of `said` is missing in `rest`, which goes on with the others.
+
+    An answer that is not the newest may lack its beginning (Qwen3's empty thoughts).
+    """
+    at = 0
+    while at < len(said):
+        if rest.startswith(said[at:]):
+            return at
+        at = said.find(rest[0], at + 1) if rest else -1
+        if at < 0:
+            return None
+    return None if said else 0
+
+
+def answers_of(drawing: Drawing, text: str, controls: Controls) -> Iterator[tuple[int, Answer]]:
+    """(number of a message, where it stands) of all answers, in order."""
+    if drawing.template.marked:
+        yield from ((k, Answer(spans)) for k, spans in marked_answers(drawing))
+        return
+    for k, message in enumerate(drawing.messages):
+        if message["role"] == "assistant":
+            yield k, find_answer(drawing, k, text, controls)
+
+# -------------------------------------------------------------------------------- text -> ids
+
+
+def encode(tokenizer: Any, text: str, spans: Iterable[tuple[int, int, bool]],
+           controls: Controls, typed: str) -> tuple[list[int], list[int]]:
+    """A rendered conversation -> (ids, mask). spans: (start, end, trained on), in order.
+
+    Text between two control tokens is encoded as a whole, as Hugging Face does it, but for a cut
+    where a span begins or ends.
+    """
+    runs: list[tuple[str, bool, bool]] = []         # (text, trained on, control token)
+    begin = 0
+    for start, stop, trained in (*spans, (len(text), len(text), False)):
+        for first, last, train in ((begin, start, False), (start, stop, trained)):
+            at = first
+            for m in controls.pattern.finditer(text, first, last) if controls.pattern else ():
+                if at < m.start():
+                    runs.append((text[at:m.start()], train, False))
+                runs.append((m.group(), train, True))
+                at = m.end()
+            if at < last:
+                runs.append((text[at:last], train, False))
+        begin = stop
+    ids: list[int] = []
+    mask: list[int] = []
+    after = ""              # what stands before a run of text, for SentencePiece's spaces
+    for k, (piece, trained, control) in enumerate(runs):
+        if control:
+            new = [controls.ids[piece]]
+        else:
+            piece = untyped(beside(piece, runs, k, tokenizer.added), typed)
+            new = tokenizer.encode_ordinary(piece, after, controls.loose) if piece else []
+        after = "token" if control else "text" if piece else after
+        ids += new
+        mask += [int(trained)] * len(new)
+    return ids, mask
+
+
+def beside(piece: str, runs: list[tuple[str, bool, bool]], k: int, added: Mapping) -> str:
+    """The text of run k without the white space that the tokens beside it take with them."""
+    if k and runs[k - 1][2] and added.get(runs[k - 1][0], {}).get("rstrip"):
+        piece = piece.lstrip(BLANK)
+    if k + 1 < len(runs) and runs[k + 1][2] and added.get(runs[k + 1][0], {}).get("lstrip"):
+        piece = piece.rstrip(BLANK)
+    return piece
+
+
+def untyped(piece: str, typed: str) -> str:
+    """The text without the marks of typed control tokens."""
+    if piece.isascii():
+        if "\\ud" not in piece:
+            return piece
+        piece = piece.replace(json.dumps(typed)[1:-1], "")      # a template may write JSON so
+    return piece.replace(typed, "")
+
+# ---------------------------------------------------------------------------------- all of it
+
+def probe(template: Template, named: dict[str, str]) -> tuple[str, str]:
+    """(conversations without words, rendered; what the template writes behind an answer)."""
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    mark = "\U000f0000"
+    out = []
+    for messages in (turns[:1], [*turns, *turns], [{"role": "system", "content": ""}, *turns],
+                     [turns[0], {**turns[1], "content": mark}, turns[0]]):
+        try:
+            out.append(template.run({**named, "messages": messages, "tools": None, "documents": None,
+                                     "add_generation_prompt": messages[-1]["role"] == "user"})[0])
+        except UserError:               # a template without a system turn, say
+            continue
+    return "\n".join(out), (out or [""])[-1].partition(mark)[2]
+
+
+def marks_read(drawing: Drawing, raw: list[dict], controls: Controls, typed: str
+               ) -> frozenset[str]:
+    """The control tokens in assistants' words that the template itself looks for.
+
+    It renders another text where they are there (Gemma 4 cuts thoughts at them, gpt-oss refuses),
+    so they are marks of the model's, not letters that somebody quotes.
+    """
+    names: set[str] = set()
+    for m in raw:
+        if m["role"] == "assistant":
+            walk(m, lambda text: names.update(controls.pattern.findall(text)) or text)
+    names = {n for n in names if not MARKS.search(n)}
+    if not names:
+        return frozenset()
+    plain, read = untyped(drawing.run(drawing.messages, False)[0], typed), set()
+    for name in sorted(names):
+        messages = [safe if m["role"] != "assistant" else
+                    safe_message(m, controls, typed, frozenset([name]))
+                    for m, safe in zip(raw, drawing.messages)]
+        if untyped(drawing.run(messages, False)[0], typed) != plain:
+            read.add(name)
+    return frozenset(read)
+
+
+def safe_message(message: dict, controls: Controls, typed: str, said: frozenset[str]) -> dict:
+    """The message with typed control tokens marked; `said` ones count where an assistant speaks."""
+    speaks = said if message["role"] == "assistant" else None
+    return {k: v if k == "role" else walk(v, lambda t: escape(t, controls, typed, speaks))
+            for k, v in message.items()}
+
+
+def render(tokenizer: Any, source: str, messages: list[dict], prompt: bool = False,
+           tools: list | None = None, documents: list | None = None,
+           switches: Mapping[str, Any] | None = None) -> Rendered:
+    """A conversation by the Jinja template `source`; switches: its further variables."""
+    check_messages(messages)
+    template, named = compile_template(source), tokenizer.facts.named
+    controls = controls_of(tokenizer, source, lambda: probe(template, named))
+    raw = [clean(m) for m in messages]
+    given = {"tools": tools, "documents": documents, **(switches or {})}
+    typed = typed_for([raw, given])
+    variables = {**named, **walk(given, lambda text: escape(text, controls, typed))}
+    drawing = Drawing(template, [safe_message(m, controls, typed, frozenset()) for m in raw],
+                      variables)
+    if controls.pattern and (said := marks_read(drawing, raw, controls, typed)):
+        drawing = Drawing(template, [safe_message(m, controls, typed, said) for m in raw],
+                          variables)
+    text = drawing.draw(len(raw), prompt)[0]
+    spans, lost, append = [], {}, ""
+    try:
+        for k, answer in answers_of(drawing, text, controls):
+            append += answer.append
+            said = "".join(text[a:b] for a, b in answer.spans)
+            whole = not answer.reason and is_whole(drawing.messages[k], said)
+            trained = messages[k].get("train") is not False
+            # an answer that is not trained on is cut from its prompt all the same
+            spans += [(a, b, trained and whole) for a, b in answer.spans]
+            if trained and not whole:
+                lost[k] = answer.reason or "the template drops its thoughts, words or tool calls"
+    except UserError:
+        if not prompt:
+            raise
+    return Rendered(*encode(tokenizer, text + append, spans, controls, typed), lost)
+
+
+def turn_ends(tokenizer: Any, source: str) -> list[str]:
+    """The control tokens that end an answer by this template, in a chat without tools."""
+    template, named = compile_template(source), tokenizer.facts.named
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    drawing = Drawing(template, turns, {**named, "tools": None, "documents": None})
+    controls = controls_of(tokenizer, source, lambda: probe(template, named))
+    try:
+        text = drawing.draw(2)[0]
+        (_, answer), = answers_of(drawing, text, controls)
+    except UserError:
+        return []
+    text = (text + answer.append)[:answer.spans[-1][1]] if answer.spans else ""
+    return [m.group() for m in controls.pattern.finditer(text)][-1:] if controls.pattern else []
