@@ -203,10 +203,11 @@ def steps(note: Callable[[str, float], None], title: str, *args: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         script(ROOT, *args, "--dataset=shakespeare_char", f"--out_dir={folder}/out",
                "--eval_iters=1", "--eval_interval=1000", "--log_interval=1")
-        rows = [json.loads(x) for x in open(f"{folder}/out/log.jsonl")]
+        rows = [json.loads(x) for x in open(f"{folder}/out/log.jsonl", encoding="utf-8")]
     rows = [r for r in rows if "loss" in r and r["step"] > 2]
     note(f"{title}, tokens/s", statistics.median(r["tokens_per_second"] for r in rows))
-    note(f"{title}, peak GB", rows[-1]["memory"])
+    if rows[-1]["memory"] is not None:
+        note(f"{title}, peak GB", rows[-1]["memory"])
 
 
 def train_on_gpu(cfg: Config) -> dict[str, Any]:
@@ -263,8 +264,8 @@ def train(cfg: Config) -> dict[str, Any]:
             if theirs:
                 text = script(theirs, "config/train_shakespeare_char.py", "--compile=False",
                               where, *(a.format(4) for a in LARGE))[1]
-                steps = [float(x) for x in re.findall(r"iter [1-9]\d*:.*time ([\d.]+)ms", text)]
-                note("6/6/384: nanoGPT, tokens/s", 64 * 256e3 / statistics.median(steps))
+                times = [float(x) for x in re.findall(r"iter [1-9]\d*:.*time ([\d.]+)ms", text)]
+                note("6/6/384: nanoGPT, tokens/s", 64 * 256e3 / statistics.median(times))
             for title, form, n in (("ours", "auto", 8), ("torch", "torch", 8),
                                    ("reference", "reference", 4)):
                 steps(note, f"6/6/384: {title}", str(config), "--device=cpu",
@@ -305,7 +306,7 @@ def families(cfg: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for name in EXAMPLES:
             seconds, text = script(ROOT, f"config/{name}.py", f"--out_dir={folder}/{name}")
-            rows = [json.loads(x) for x in open(f"{folder}/{name}/log.jsonl")]
+            rows = [json.loads(x) for x in open(f"{folder}/{name}/log.jsonl", encoding="utf-8")]
             out[f"{name}: val loss"] = [[r["val_loss"] for r in rows if "val_loss" in r][-1]]
             out[f"{name}: seconds"] = [seconds]
             rates = [r["tokens_per_second"] for r in rows if "loss" in r and r["step"] > 2]

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -122,7 +122,7 @@ def theirs(cfg: Child, stage: str, folder: str, tuned: bool) -> dict[str, float]
         def on_step_end(self, *args, **kwargs) -> None:
             clock.end()
 
-    records = [json.loads(line) for line in Path(cfg.dataset).read_text().splitlines()]
+    records = [json.loads(line) for line in Path(cfg.dataset).read_text(encoding="utf-8").splitlines()]
     how: dict[str, Any] = dict(
         output_dir=f"{folder}/out", use_cpu=True, report_to="none", save_strategy="no",
         disable_tqdm=True, max_steps=STEPS,
@@ -164,14 +164,13 @@ def theirs(cfg: Child, stage: str, folder: str, tuned: bool) -> dict[str, float]
 def child(cfg: Child) -> None:
     """python bench_stages.py WHO STAGE: the numbers as JSON on the last line of stdout."""
     import torch
+    from machine import memory_used
     who, stage = cfg.words
     torch.set_num_threads(cfg.threads or torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         result = ours(cfg, stage, folder, who == "lean") if who in ("ours", "lean") else (
             theirs(cfg, stage, folder, who == "tuned"))
-    # of Linux in kilobytes, of a Mac in bytes
-    unit = 1 if sys.platform == "darwin" else 1024
-    result["peak GB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    result["peak GB"] = memory_used(torch.device("cpu")) or math.nan
     print(json.dumps(result))
 
 

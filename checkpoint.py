@@ -187,14 +187,18 @@ def write_json(path: Path, value: dict) -> None:
 
 def sync(path: Path) -> None:
     """Have the disk, and not only the kernel, know the content of a file or a directory."""
-    handle = os.open(path, os.O_RDONLY)
+    # Windows opens no directory and syncs no read-only file; some file systems sync no directory
+    lenient = path.is_dir() or path.exists() and not os.access(path, os.W_OK)
+    handle = None
     try:
+        handle = os.open(path, os.O_RDONLY if lenient else os.O_RDWR)
         os.fsync(handle)
-    except OSError:                                     # some file systems sync no directories
-        if not path.is_dir():
+    except OSError:
+        if not lenient:
             raise
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def aside(path: Path) -> Path:

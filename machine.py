@@ -17,6 +17,11 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+try:
+    import resource
+except ImportError:         # Windows
+    resource = None
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -116,11 +121,13 @@ def utilisation(flops_per_second: float, device: torch.device) -> float | None:
     peak = next((v for k, v in PEAK_TFLOPS.items() if re.search(rf"\b{k}\b", name)), None)
     return flops_per_second / (peak * 1e12) if peak else None
 
-def memory_used(device: torch.device) -> float:
-    """Peak memory of this process in GB: the device's on a GPU, resident elsewhere."""
+def memory_used(device: torch.device) -> float | None:
+    """Peak memory of this process in GB: the device's on a GPU, resident elsewhere; None where the
+    system does not say (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -8,14 +8,21 @@
     echo "def main(" | python sample.py --temperature=0      # prompt from a pipe; 0 is greedy
 
 Only the text goes to stdout; what model it is and its tokens/s go to stderr, and GB/s, the weights
-and keys read a second: a decode step does little else, so the machine's memory is its roof. What to
-expect: the same command gives the same text, sample r of --seed=S is the only sample of --seed=S+r,
-and rows of a batch, prompts of any length, are what each would be alone.
+and keys read per second: a decode step does little else, so memory bandwidth is its limit.
 
-Two phases. Prefill: all tokens of the prompt at once, whose keys and values fill the cache; only
-the last position's logits are ever made. Decode: one token a row at a time, each attending to the
-cache. When the context is full, its last half is encoded again and generation goes on; a chat
-forgets its oldest exchange instead.
+The same command gives the same text. In float32, sample r of --seed=S is the only sample of
+--seed=S+r, and a prompt in a batch, of any lengths, gives the text that it gives alone. In other
+types (a checkpoint's own is bfloat16 as a rule) it gives that text up to where two tokens are
+nearly tied: sums over another batch are rounded in another order. --speculate likewise.
+
+When the context is full, its last half is encoded again and generation goes on; a chat forgets its
+oldest exchange instead. Each answer of a chat draws anew: answer k of --seed=S from S + k *
+1000003, so the same turns give the same conversation. `/help` in a chat lists its commands.
+
+    python sample.py --model=out/spam --prompt="You won" --device=cpu   # a classifier: its label
+
+A checkpoint of `sft.py --task=classify` labels its prompt, with --lines each line of it: one line
+per text with the label and then every label's probability, separated by tabs.
 
 Adapters bring their base model, and are added up until a chat says `/adapter brief` for that one,
 or `/adapter` for none. They are merged into the weights: tokens cost no more, a switch loads again.
@@ -23,8 +30,8 @@ or `/adapter` for none. They are merged into the weights: tokens cost no more, a
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
-import math
 import os
 import re
 import stat
@@ -34,19 +41,30 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
-from torch import Tensor
 
 import chat as templates
 import kernels
 import lora
 from checkpoint import load_model, load_tokenizer, resolve
 from config import UserError, run
+from inference import classify
+from inference.generate import TURN, Memory, Sampling, Text, encode, generate
 from machine import Meter
 from quantize import pack
 from text import files
 
 SMALL = 4_000_000       # parameters; below, a second CPU thread costs more than it helps decode
 SEPARATOR = "---------------"       # between several samples, nanoGPT's
+COMMANDS = {
+    "/help": "this list",
+    "/new": "forget the conversation",
+    "/adapter": "take the adapters that follow by name, none: the model alone",
+    "/quit": "end; so do /exit, Ctrl-D and an empty line",
+    "/exit": "",
+}
+# settings that a classifier heeds; it refuses the others
+CLASSIFIES = ("out_dir", "model", "which", "adapter", "prompt", "start", "file", "lines", "device",
+              "dtype", "backend", "quantize")
 
 
 @dataclass
@@ -64,13 +82,15 @@ class Config(Sampling):
     chat: bool = False              # turns: --prompt is the only one, else from terminal or pipe
     system: str = ""                # what the model is told first; empty: the template's own
     template: str = ""              # of the conversation; empty: the model's
-    think: bool = True              # False tells a model that thinks first to answer at once
+    think: bool | None = None       # of a model that can think first: True, False (to answer at
+                                    # once), None (as its template does by default)
     # --- how much
     num_samples: int = 1            # of each prompt
     max_new_tokens: int = 500       # a sample ends here or at the end-of-text token
     temperature: float = 0.8        # 0: always the likeliest token; 1: the model's distribution
     top_k: int = 200                # keep the k likeliest tokens (0: all)
-    seed: int = 1337                # of sample 0; sample r draws from seed + r
+    seed: int = 1337                # of sample 0; sample r draws from seed + r, and the k-th
+                                    # answer of a chat from seed + 1000003 k
     stop: list[str] = field(default_factory=list)   # strings, by commas, that end a sample unseen
     ignore_eot: bool = False        # go on after the end-of-text token
     # --- how to run and print
@@ -178,7 +198,7 @@ class Served:
 
 
 def say(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]], stops: set[int],
-        stream: bool, memory: Memory | None = None) -> tuple[list[str], Meter]:
+        stream: bool, seed: int, memory: Memory | None = None) -> tuple[list[str], Meter]:
     """What the model says after each prompt; with `stream` on stdout too, as it comes."""
     rows = [Text(tokenizer, cfg.stop, set() if cfg.ignore_eot else stops, ids) for ids in prompts]
     said = [""] * len(rows)
@@ -192,7 +212,7 @@ def say(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]], s
         put(r, rows[r].put(token))
         return rows[r].over
 
-    steps = generate(served.model, prompts, cfg.max_new_tokens, cfg, cfg.seed,
+    steps = generate(served.model, prompts, cfg.max_new_tokens, cfg, seed,
                      tokenizer.vocab_size, ends_at, cfg.speculate, memory)
     meter = Meter(prompts, served.bytes, served.token)
     try:
@@ -212,18 +232,27 @@ def say(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]], s
 # ---------------------------------------------------------------------------------- to talk
 
 
-def turns(cfg: Config) -> Iterator[str]:
-    """What the user says: --prompt alone, the lines of a pipe, or of a terminal with editing."""
-    if cfg.prompt or cfg.start or cfg.file:
-        yield read_prompt(cfg)
+def read_turn(line: str) -> str | list[str]:
+    """Return a message, or the words of a command: a line that begins with one slash."""
+    if line.startswith("//"):
+        return line[1:]
+    return line.split() if line.startswith("/") else line
+
+
+def turns(cfg: Config) -> Iterator[str | list[str]]:
+    """Yield what the user says: --prompt alone, the lines of a pipe, or of a terminal with editing.
+    The content of a file is always a message: code may begin with //."""
+    if typed := cfg.prompt or cfg.start or cfg.file:
+        text, file = read_prompt(cfg), cfg.file or typed == "-" or typed.startswith("FILE:")
+        yield text if file else read_turn(text)
         return
     if not sys.stdin.isatty():
-        yield from filter(str.strip, map(str.rstrip, files.lines()))
+        yield from map(read_turn, filter(str.strip, map(str.rstrip, files.lines())))
         return
     with contextlib.suppress(ImportError):              # Windows has none
         importlib.import_module("readline")             # arrow keys and history
-    print("your turn; /new forgets all, /adapter NAME takes another adapter, an empty line or "
-          "Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
+    print("your turn; /help lists commands, an empty line or Ctrl-D ends, Ctrl-C stops an answer",
+          file=sys.stderr)
     while True:
         print("\n> ", end="", file=sys.stderr, flush=True)
         try:
@@ -232,48 +261,93 @@ def turns(cfg: Config) -> Iterator[str]:
             return
         if not line.strip():
             return
-        yield line
+        yield read_turn(line)
+
+
+def check_command(words: list[str], adapters: dict[str, Path]) -> str:
+    """Return what is wrong with a command of a chat, "" if nothing is."""
+    name, *rest = words
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return (f"there is no command {name!r}: {hint}/help lists them; begin with // for a message"
+                " that begins with /")
+    if name != "/adapter":
+        return f"{name} stands alone on its line, got {' '.join(words)!r}" if rest else ""
+    odd = [n for n in rest if n not in adapters]
+    return (f"there is no adapter {odd[0]!r}, only {', '.join(adapters) or 'the model'}: see "
+            "--adapter") if odd else ""
 
 
 def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any) -> None:
     """Turns of a user, and the model's answers on stdout; what was said is not computed again."""
     name = cfg.template or tokenizer.template
-    stops = templates.stop_ids(tokenizer, name)
+    row = templates.find(name, foreign=bool(tokenizer.jinja))
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages, memory, served = list(opening), Memory(), Served(cfg, directory, adapters)
-    if not cfg.think:
-        templates.refuse_unread(tokenizer, name, enable_thinking=False)
+    eot = tokenizer.eot_token or "<|endoftext|>"
+    stops = {*tokenizer.stop_ids, *(tokenizer.special[t] for t in row.stops(eot)
+                                    if t in tokenizer.special)}
+
+    thinking = {} if cfg.think is None else {"enable_thinking": cfg.think}
 
     def render(said: list[dict]) -> list[int]:
-        return tokenizer.render(said, name, add_generation_prompt=True,
-                                enable_thinking=None if cfg.think else False)[0]
+        return tokenizer.render(said, name, add_generation_prompt=True, **thinking)[0]
 
     # an answer has room for its --max_new_tokens, or for half of a small context
     limit = served.model.config.block_size
     room = max(1, limit - cfg.max_new_tokens, limit // 2)
-    for line in turns(cfg):
-        word, *names = line.split()
-        if line.strip() == "/new":
-            messages, memory = list(opening), Memory()
-            continue
-        if word == "/adapter":
-            if odd := [n for n in names if n not in adapters]:
-                wrong = UserError(f"there is no adapter {odd[0]!r}, only "
-                                  f"{', '.join(adapters) or 'the model'}: see --adapter")
+    answers = 0                         # of this process, so that /new repeats nothing either
+    for turn in turns(cfg):
+        if isinstance(turn, list):
+            word, *names = turn
+            if wrong := check_command(turn, adapters):
                 if not sys.stdin.isatty():
-                    raise wrong
+                    raise UserError(wrong)
                 print(wrong, file=sys.stderr)
-                continue
-            # what is remembered are keys of other weights; and there is never room for two models
-            served, memory = None, Memory()
-            served = Served(cfg, directory, {n: adapters[n] for n in names})
+            elif word == "/help":
+                print("\n".join(f"{c:10}{text}" for c, text in COMMANDS.items() if text),
+                      "//...     a message that begins with one slash", sep="\n", file=sys.stderr)
+            elif word == "/new":
+                messages, memory = list(opening), Memory()
+            elif word == "/adapter":
+                # what is remembered are keys of other weights; there is no room for two models
+                served, memory = None, Memory()
+                served = Served(cfg, directory, {n: adapters[n] for n in names})
+            else:
+                return
             continue
-        messages.append({"role": "user", "content": line})
+        messages.append({"role": "user", "content": turn})
         ids = templates.fit(render, messages, room)
-        said, meter = say(cfg, served, tokenizer, [ids], stops, True, memory)
+        seed = cfg.seed + answers * TURN
+        answers += 1
+        said, meter = say(cfg, served, tokenizer, [ids], stops, True, seed, memory)
         print(flush=True)
         messages.append({"role": "assistant", "content": said[0]})
         print(f"({meter})", file=sys.stderr)
+
+# ------------------------------------------------------------------------------- a classifier
+
+
+def label(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any, text: str
+          ) -> None:
+    """Print the label of the prompt, or of each of its lines, and the labels' probabilities."""
+    if cfg.chat:
+        raise UserError(f"{directory} is a classifier, which labels a text and cannot chat: leave "
+                        "out --chat")
+    if idle := [name for name in getattr(cfg, "given", ()) if name not in CLASSIFIES]:
+        raise UserError(f"--{min(idle)} has no effect on a classifier, as {directory} is: leave it "
+                        "out")
+    # the newline at the end of a file or a pipe is none of the text
+    texts = [t for t in text.splitlines() if t] if cfg.lines else [text.rstrip("\r\n")]
+    if not "".join(texts).strip():
+        raise UserError("there is no text to label: give it with --prompt, --file or a pipe")
+    served = Served(cfg, directory, adapters)
+    names = list(classify.label_ids(tokenizer))
+    length = classify.text_length(tokenizer, served.model.config)
+    for row in classify.probabilities(served.model, tokenizer, texts, length):
+        order = row.argsort(descending=True, stable=True).tolist()
+        print(names[order[0]], *(f"{names[k]} {row[k]:.4f}" for k in order), sep="\t", flush=True)
 
 # ----------------------------------------------------------------------------- the script
 
@@ -289,6 +363,8 @@ def main(cfg: Config) -> None:
     directory = find_model(cfg, adapters)
     text = "" if cfg.chat else read_prompt(cfg)
     tokenizer = load_tokenizer(directory)
+    if classify.label_ids(tokenizer):
+        return label(cfg, directory, adapters, tokenizer, text)
     if cfg.chat:
         return chat(cfg, directory, adapters, tokenizer)
     texts = [line for line in text.splitlines() if line] if cfg.lines else [text]
@@ -299,7 +375,7 @@ def main(cfg: Config) -> None:
     served = Served(cfg, directory, adapters)
     stream, before = cfg.stream and len(texts) == 1, texts if cfg.echo else [""] * len(texts)
     print(before[0] if stream else "", end="", flush=True)
-    said, meter = say(cfg, served, tokenizer, prompts, set(tokenizer.stop_ids), stream)
+    said, meter = say(cfg, served, tokenizer, prompts, set(tokenizer.stop_ids), stream, cfg.seed)
     print("" if stream else f"\n{SEPARATOR}\n".join(map("".join, zip(before, said))), flush=True)
     print("\n" * sys.stderr.isatty() + str(meter), file=sys.stderr)     # leave the live line
 

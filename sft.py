@@ -35,6 +35,7 @@ import stage
 import train
 from config import UserError, run
 from data import chats
+from inference.classify import LABEL, label_ids, report, text_ids
 from machine import Machine
 from model import ModelConfig, Transformer
 
@@ -47,15 +48,6 @@ class Config(stage.Config):
     label_key: str = "label"            # classify: key or column of the label
 
 # ---------------------------------------------------------------------------- classification
-LABEL = "<|label:{}|>"          # the control token of a label
-
-
-def label_ids(tokenizer: Any) -> dict[str, int]:
-    """Label -> id of its token, in the order of the ids."""
-    start, end = LABEL.split("{}")
-    found = [(i, name) for name, i in tokenizer.special.items()
-             if name.startswith(start) and name.endswith(end)]
-    return {name[len(start):-len(end)]: i for i, name in sorted(found)}
 
 
 def add_labels(tokenizer: Any, records: list[dict], held: list[dict]) -> str:
@@ -76,9 +68,8 @@ def add_labels(tokenizer: Any, records: list[dict], held: list[dict]) -> str:
 def texts(tokenizer: Any, records: list[dict], max_length: int) -> chats.Rendered:
     """Each text, its first tokens if it is long, and its label's token, the only target."""
     out, ids = chats.Rendered(), label_ids(tokenizer)
-    start = tokenizer.prefix or [tokenizer.eot or 0]        # what a document began with before
     for record in records:
-        text = start + tokenizer.encode_ordinary(record["text"])
+        text = text_ids(tokenizer, record["text"])
         out.cut += len(text) >= max_length
         row = text[:max_length - 1] + [ids[record["label"]]]
         out.append((np.array(row, dtype=np.int32), np.arange(1, len(row) + 1) == len(row)))
@@ -109,17 +100,6 @@ def class_loss(ids: list[int], confusion: Tensor | None = None) -> train.Loss:
         total, right = model(batch["ids"], doc=batch["doc"], head=head)
         return total, (targets >= 0).sum(), {"accuracy": right}
     return loss
-
-
-def report(labels: list[str], confusion: Tensor) -> str:
-    """Accuracy, and a row of counts for each true label, with a column for each answer."""
-    right, total = confusion.trace().item(), int(confusion.sum())
-    wide = max(8, *(len(label) + 2 for label in labels))
-    lines = [f"accuracy {right / max(1, total):.4f} ({int(right)} of {total})",
-             "truth \\ answer".ljust(wide + 7) + "".join(label.rjust(wide) for label in labels)]
-    for label, row in zip(labels, confusion.long().tolist()):
-        lines.append(label.ljust(wide + 7) + "".join(f"{n:{wide}d}" for n in row))
-    return "\n".join(lines)
 
 # ----------------------------------------------------------------------------- the script
 
@@ -157,6 +137,7 @@ def read(cfg: Config, shape: ModelConfig, tokenizer: Any, rows: int, notes: list
     notes += left_out.lines()
     if classify:
         notes.append(add_labels(tokenizer, records, held))
+        tokenizer.settings["model_max_length"] = cfg.block_size     # see classify.text_length
     made = [texts(tokenizer, part, length) if classify else
             chats.render_all(tokenizer, part, None, length) for part in (records, held)]
     how = dict(block_size=cfg.block_size, seed=cfg.seed, pad=tokenizer.eot or 0, name=cfg.dataset)

@@ -237,8 +237,20 @@ def complain(message: str) -> None:
           file=sys.stderr, flush=True)
 
 
+def tolerate_output() -> None:
+    """Have stdout print `?` for a character that its encoding lacks, instead of raising.
+
+    The encoding stays the terminal's own or PYTHONIOENCODING's (cp1252 is common on Windows, ascii
+    in bare containers); error handling that PYTHONIOENCODING names, as in cp1252:strict, stays too.
+    """
+    named = os.environ.get("PYTHONIOENCODING", "").partition(":")[2]
+    if not named and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def run(main: Callable[[Any], Any], cls: type, positional: Sequence[str] = ()) -> None:
     """configure(), then main(cfg); what the user can mend becomes one sentence and status 2."""
+    tolerate_output()
     try:
         main(configure(cls, positional=positional))
         sys.stdout.flush()
@@ -248,6 +260,12 @@ def run(main: Callable[[Any], Any], cls: type, positional: Sequence[str] = ()) -
     except KeyboardInterrupt:
         complain("interrupted")
         sys.exit(130)
+    except UnicodeEncodeError as e:         # PYTHONIOENCODING=ascii:strict asked for it
+        if e.encoding.startswith("utf"):
+            raise
+        complain(f"the output's encoding {sys.stdout.encoding} has no {ascii(e.object[e.start])}: "
+                 "leave out :strict, or set PYTHONIOENCODING=utf-8")
+        sys.exit(2)
     except BrokenPipeError:                 # `sample.py | head`: the reader has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -183,7 +183,8 @@ def generate(model: Any, prompts: list[list[int]], max_new_tokens: int,
     max_new_tokens. Row r draws from seed + r. vocab_size (0: the model's) is that of the
     tokenizer: a model's matrix may be padded with rows that mean nothing. speculate: a single row
     runs up to so many guessed tokens along with its newest one, and keeps those that it would
-    have chosen: the same tokens, several a step. memory: of a single row, for the next call.
+    have chosen: several a step, in float32 the same ones. memory: of a single row, for the next
+    call. Logits that are nan or infinite are a UserError, with the tokens before them yielded.
     """
     config = model.config
     if not prompts or not all(prompts):
@@ -231,11 +232,9 @@ def generate(model: Any, prompts: list[list[int]], max_new_tokens: int,
             else:
                 logits = decode(model, tokens, cache)
             for n in range(1 + len(guesses)):
-                rows = logits[n:n + 1] if guesses else logits
-                # one number for the CPU: a sum is finite only if all that is added is
-                total = rows.sum()
-                tokens = next_token(rows[:, :vocab_size], sampling,
-                                    [generators[r] for r in batch],
+                rows = (logits[n:n + 1] if guesses else logits)[:, :vocab_size]
+                total = rows.sum()              # finite only if all that it adds up is
+                tokens = next_token(rows, sampling, [generators[r] for r in batch],
                                     None if seen is None else seen[batch])
                 if seen is not None:
                     seen[batch, tokens] = True

@@ -300,7 +300,7 @@ def test_generation_in_transformers_ends_where_ours_does(tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert theirs.generation_config.eos_token_id == tok.stop_ids and len(tok.stop_ids) == 2
     expected = theirs.generate(torch.tensor([[1, 2, 3]]), do_sample=False, max_new_tokens=9)
-    from sample import Sampling, generate
+    from inference.generate import Sampling, generate
     ends = set(tok.stop_ids)
     ours = [step[0] for step in generate(load_model(tmp_path / "m", "cpu"), [[1, 2, 3]], 9,
                                          Sampling(0), ends=lambda row, token: token in ends)]

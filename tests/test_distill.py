@@ -22,12 +22,12 @@ import torch.nn.functional as F
 import checkpoint
 import distill
 import kernels
-import sample
 import sft
 import tokenizer as tokenizers
 import train
 from config import UserError, configure
 from data import chats, prepare
+from inference.generate import Sampling, generate
 from machine import Machine
 from model import Transformer
 from presets import family
@@ -648,8 +648,8 @@ def test_the_teacher_s_answers_are_its_own(go, model, words, talk, tmp_path):
         for message in record["messages"]:
             if message["role"] == "assistant":
                 ids = words.render(said, None, True)[0]
-                new = [row[0] for row in sample.generate(
-                    teacher, [ids], min(40, max(0, 65 - len(ids))), sample.Sampling(temperature=0),
+                new = [row[0] for row in generate(
+                    teacher, [ids], min(40, max(0, 65 - len(ids))), Sampling(temperature=0),
                     1, words.vocab_size, lambda _, token: token in words.stop_ids)]
                 text = words.decode(new[:-1])
                 if not new or new[-1] not in words.stop_ids or not text.strip():

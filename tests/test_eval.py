@@ -14,7 +14,6 @@ import distill
 import dpo
 import eval as evaluation
 import lifecycle
-import sample
 import sft
 import tokenizer as tokenizers
 from config import UserError, configure
@@ -68,7 +67,7 @@ def run(folder, data, *flags):
 
 
 def put_words(monkeypatch, tokenizer, words):
-    """sample.generate says words(prompt), whatever the model; returns the prompts it was given."""
+    """generate() says words(prompt), whatever the model; returns the prompts it was given."""
     given = []
 
     def generate(model, prompts, n, how, seed, vocab_size, ends, *rest):
@@ -85,7 +84,7 @@ def put_words(monkeypatch, tokenizer, words):
                     step[r] = ids[k]
                     over[r] = ends(r, ids[k])
             yield step
-    monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(evaluation, "generate", generate)
     return given
 
 

@@ -17,7 +17,7 @@ from conftest import ROOT
 from model import Linear, Transformer
 from presets import FAMILIES, family
 from quantize import Blocked, Int4, Int8, Integer, Packed, Plain, pack
-from sample import Sampling, generate
+from inference.generate import Sampling, generate
 
 V = 48
 SHAPE = dict(vocab_size=V, block_size=64, n_layer=2, n_head=4, n_kv_head=2, n_embd=64,

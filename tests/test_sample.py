@@ -13,15 +13,17 @@ import torch
 import transformers
 
 import chat as templates
+import kernels
 import lora
 import sample
 import tokenizer as tokenizers
 from checkpoint import load_model, load_tokenizer, save_model
 from config import UserError
 from conftest import ROOT
+from inference import generate as generation
+from inference.generate import Sampling, Text, generate, next_token, prefill, warp
 from model import ModelConfig, Transformer
 from presets import GPT2, LLAMA
-from sample import Sampling, Text, generate, next_token, prefill, warp
 
 V = 61
 SHAPE = dict(vocab_size=V, block_size=24, n_layer=2, n_head=4, n_embd=32)
@@ -167,13 +169,13 @@ def test_generation_with_a_cache_equals_computing_everything_again(kind):
 
 def test_prefill_makes_logits_of_the_last_position_only(monkeypatch):
     model, heads = build(), []
-    real = sample.kernels.linear
+    real = kernels.linear
 
     def watched(x, weight, bias=None):
         if weight is model.output_weight:
             heads.append(tuple(x.shape))
         return real(x, weight, bias)
-    monkeypatch.setattr(sample.kernels, "linear", watched)
+    monkeypatch.setattr(kernels, "linear", watched)
     prompts = [prompt(4), prompt(20)]
     last, cache = prefill(model, prompts, 24)
     assert heads == [(2, 32)] and cache.lengths == [4, 20]
@@ -443,13 +445,13 @@ def test_guessing_changes_the_speed_and_not_the_text(kind, count, settings, monk
     model = build("llama", **WINDOWS) if kind == "windows" else build(kind)
     start = prompt(5) * 3                               # repeats itself, so that guesses are made
     plain = run_all(model, [start], 120, settings, seed=3)
-    tried, kept, real = [], [], sample.Lookup.guess
+    tried, kept, real = [], [], generation.Lookup.guess
 
     def watched(self, ids, most):
         kept.append(len(ids))
         tried.append(len(found := real(self, ids, most)))
         return found
-    monkeypatch.setattr(sample.Lookup, "guess", watched)
+    monkeypatch.setattr(generation.Lookup, "guess", watched)
     assert run_all(model, [start], 120, settings, seed=3, speculate=count) == plain
     assert max(tried) == min(count, max(tried)) > 0
     if settings is GREEDY:                              # a greedy text runs into a loop
@@ -458,7 +460,7 @@ def test_guessing_changes_the_speed_and_not_the_text(kind, count, settings, monk
 
 def test_the_lookup_is_a_search_through_the_text():
     """The newest place where the last three tokens, or two, stood before; against a plain loop."""
-    ids, lookup = prompt(400), sample.Lookup()
+    ids, lookup = prompt(400), generation.Lookup()
     ids = [i % 4 for i in ids]
     for end in range(1, len(ids)):
         text = ids[:end]
@@ -563,14 +565,14 @@ def test_a_chat_longer_than_the_context_goes_on(talker, capsys, stdin):
 
 def test_ctrl_c_ends_an_answer_and_not_the_conversation(talker, capsys, monkeypatch):
     """At a terminal; what was said until then stays, and the half-done step is forgotten."""
-    lines, calls, real = iter(["hello", "the fox", ""]), [], sample.decode
+    lines, calls, real = iter(["hello", "the fox", ""]), [], generation.decode
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
         return real(*args)
-    monkeypatch.setattr(sample, "decode", interrupted)
+    monkeypatch.setattr(generation, "decode", interrupted)
     monkeypatch.setattr("builtins.input", lambda: next(lines))
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     out = run_main(capsys, talker, chat=True, temperature=0, max_new_tokens=9, ignore_eot=True)

@@ -1,0 +1,169 @@
+"""A classifier is applied as it was trained: sample.py and eval.py beside transformers and sft.py."""
+import csv
+import random
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import eval as evaluation
+import sample
+import sft
+import tokenizer as tokenizers
+from config import UserError, configure
+from inference import classify
+from model import Transformer
+from presets import family
+# the fixtures of the stages' tests: a model, a vocabulary, and a run of sft.py
+from test_sft import base, go, mail, talk, words        # noqa: F401
+
+LABELS = ("ham", "spam", "a b")
+TEXTS = ["hello", "what is 1 + 2? it is 3", "<|label:ham|> be brief <|endoftext|>", "naïve 🐈 " * 9,
+         "it is 3. " * 40]
+
+
+@pytest.fixture(scope="module", params=["qwen3", "gemma2", "gpt2"])
+def classifier(request, words, tmp_path_factory):                                   # noqa: F811
+    """A checkpoint of random weights with three labels, as sft.py --task=classify leaves one."""
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp(request.param)
+    words.save(folder)
+    tokenizer = tokenizers.load(folder)
+    tokenizer.add_special_tokens([sft.LABEL.format(name) for name in LABELS])
+    tokenizer.settings["model_max_length"] = 40
+    model = Transformer(family(request.param, n_layer=2, n_head=2, n_embd=32, block_size=64,
+                               vocab_size=tokenizer.vocab_size))
+    with torch.no_grad():
+        for p in model.parameters():            # far from a tie, and soft-capped ones capped
+            p.add_(torch.randn_like(p) * 0.3)
+    return checkpoint.save_model(folder / "m", model, tokenizer)
+
+
+def run(config, main, *flags):
+    return main(configure(config, [*flags, "--device=cpu"]))
+
+
+def label(folder, *flags):
+    return run(sample.Config, sample.main, f"--model={folder}", *flags)
+
+
+def test_labels_and_probabilities_are_those_of_transformers(classifier, tmp_path, capsys):
+    """One text, a file, the lines of a file; long texts cut at the length of training."""
+    model = AutoModelForCausalLM.from_pretrained(classifier, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    assert tokenizer.model_max_length == 40
+    ends = tokenizer.convert_tokens_to_ids([sft.LABEL.format(name) for name in LABELS])
+    expected = []
+    for text in TEXTS:
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        ids = [tokenizer.convert_tokens_to_ids("<|endoftext|>"), *ids][:40]
+        with torch.no_grad():
+            p = model(torch.tensor([ids])).logits[0, -1, ends].softmax(-1)
+        order = p.argsort(descending=True).tolist()
+        expected.append([LABELS[order[0]], *((LABELS[k], float(p[k])) for k in order)])
+    assert len({row[0] for row in expected}) > 1, "or nothing is told apart"
+
+    def said():
+        rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+        return [[row[0], *((pair[:-7], float(pair[-6:])) for pair in row[1:])] for row in rows]
+
+    def same(got, wanted):
+        assert [r[0] for r in got] == [r[0] for r in wanted]
+        for g, w in zip(got, wanted):
+            assert [n for n, _ in g[1:]] == [n for n, _ in w[1:]]
+            assert [p for _, p in g[1:]] == pytest.approx([p for _, p in w[1:]], abs=6e-5)
+    for text, row in zip(TEXTS, expected):
+        label(classifier, f"--prompt={text}")
+        same(said(), [row])
+    file = tmp_path / "texts.txt"
+    file.write_text("\n\n".join(TEXTS) + "\n", encoding="utf-8")
+    label(classifier, f"--file={file}", "--lines")
+    same(said(), expected)
+    file.write_text(TEXTS[1] + "\n", encoding="utf-8")
+    label(classifier, f"--file={file}")
+    same(said(), [expected[1]])
+
+
+@pytest.fixture(scope="module")
+def letters(tmp_path_factory):
+    """train, val and test tables; long texts whose ends differ."""
+    folder, rng = tmp_path_factory.mktemp("letters"), random.Random(0)
+    for split, n in (("train", 30), ("val", 12), ("test", 17)):
+        with open(folder / f"{split}.csv", "w", encoding="utf-8", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["label", "text"])
+            for _ in range(n):
+                size = rng.choice((3, 60))
+                rows.writerow([rng.choice(("ham", "spam")), "".join(
+                    rng.choice(" 123456789?") for _ in range(size))])
+    return folder
+
+
+def test_eval_computes_what_sft_computes(go, letters, capsys):                      # noqa: F811
+    """The report of the validation set, printed by both; and each text's loss, whose cut is that
+    of training (24 tokens here, of a model that reads 64)."""
+    out = go("out", f"--dataset={letters}", "--task=classify", "--max_iters=2", "--block_size=24")
+    report = capsys.readouterr().out
+    folder = checkpoint.resolve(out)
+    right = run(evaluation.Config, evaluation.main, f"--model={out}", f"--dataset={letters}",
+                "--split=val", "--batch_size=5")
+    assert capsys.readouterr().out == report and f"{right:.4f}" in report
+    run(evaluation.Config, evaluation.main, f"--model={out}", f"--dataset={letters}", "--limit=16")
+    assert "of 16)" in capsys.readouterr().out
+    run(evaluation.Config, evaluation.main, f"--model={out}", f"--dataset={letters}", "--wrong=99")
+    shown = capsys.readouterr()
+    assert "of 17)" in shown.out and 0 < shown.err.count("', not '") < 17
+    # each text by itself, with the loss of training
+    model, tokenizer = checkpoint.load_model(folder, "cpu"), checkpoint.load_tokenizer(folder)
+    ids = list(classify.label_ids(tokenizer).values())
+    _, records = evaluation.read_split(evaluation.Config(dataset=str(letters)), "labels")
+    found = classify.probabilities(model, tokenizer, [r["text"] for r in records],
+                                   classify.text_length(tokenizer, model.config), 4)
+    for record, p in zip(records, found):
+        (row, mask), = sft.texts(tokenizer, [record], 25)
+        batch = {"ids": torch.tensor(row[None, :-1]).long(), "doc": None,
+                 "targets": torch.where(torch.tensor(mask[1:]), torch.tensor(row[1:]), -100)[None]}
+        with torch.no_grad():
+            loss = float(sft.class_loss(ids)(model, batch)[0])
+        truth = ["ham", "spam"].index(record["label"])
+        assert loss == pytest.approx(-float(p[truth].log()), abs=1e-5)
+
+
+def test_a_single_file_is_split_as_in_training(go, mail, capsys):                   # noqa: F811
+    out = go("out", f"--dataset={mail}", "--task=classify", "--max_iters=2")
+    report = capsys.readouterr().out
+    flags = [f"--model={out}", f"--dataset={mail}"]
+    run(evaluation.Config, evaluation.main, *flags, "--split=val")
+    assert capsys.readouterr().out == report
+    for split, count in (("--split=train", 114), ("--limit=0", 120)):
+        run(evaluation.Config, evaluation.main, *flags, split)
+        assert f"of {count})" in capsys.readouterr().out
+    with pytest.raises(UserError, match="one file, without a split 'test'"):
+        run(evaluation.Config, evaluation.main, *flags, "--split=test")
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--chat"], "is a classifier, which labels a text and cannot chat"),
+    (["--prompt=a", "--num_samples=2"], "--num_samples has no effect on a classifier"),
+    (["--prompt=a", "--temperature=0"], "--temperature has no effect on a classifier"),
+    ([], "there is no text to label"),
+    (["--prompt= "], "there is no text to label")])
+def test_what_a_classifier_cannot_do_is_one_sentence(classifier, flags, says, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UserError, match=says):
+        label(classifier, *flags)
+
+
+def test_eval_of_a_classifier_refuses_other_data(classifier, talk, tmp_path):       # noqa: F811
+    def ask(*flags):
+        return run(evaluation.Config, evaluation.main, f"--model={classifier}", *flags)
+    file = tmp_path / "a.csv"
+    file.write_text("text,label\nhello,ham\nhi,eggs\n", encoding="utf-8")
+    with pytest.raises(UserError, match="the label 'eggs', the classifier only ham, spam, a b"):
+        ask(f"--dataset={file}")
+    with pytest.raises(UserError, match="--think has no effect on a classifier"):
+        ask(f"--dataset={file}", "--think=0")
+    with pytest.raises(UserError, match="text and a label"):
+        ask(f"--dataset={talk / 'train.jsonl'}")
