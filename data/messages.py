@@ -35,7 +35,7 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")       # of Qwen3, of g
 # 1 or true, 0 or false: OpenAI's and Mistral's, axolotl's (twice), ms-swift's
 TRAINED = ("weight", "train", "training", "loss")
 # Keys with which published sets (UltraChat, OpenOrca, SlimOrca, OpenHermes, Tulu, WildChat,
-# UltraFeedback, argilla's, Magpie) say where a record comes from, who wrote it and how it was
+# UltraFeedback, HelpSteer, argilla's, Magpie) say where a record comes from, who wrote it and how it was
 # judged. None of them holds words of the conversation, or says which of them to train on. A name
 # that somewhere does (title, context, knowledge, user, original_answer, mask) is not in here.
 METADATA = frozenset("""
@@ -46,7 +46,7 @@ METADATA = frozenset("""
     generator engine num_turns turn turn_identifier num_tokens token_count word_count views
     avatarUrl hashed_ip redacted toxic moderation openai_moderation detoxify_moderation metadata
     meta custom_instruction skip_prompt_formatting gen_input_configs parallel_tool_calls
-    label_text
+    label_text helpfulness correctness coherence verbosity
     """.split())
 # and columns of their kind, as prompt_id, chosen_score, rating_rejected, source_url,
 # rejected_model: numbers, words or lists of them, no objects
