@@ -88,8 +88,8 @@ def read_split(cfg: Config, kind: str) -> tuple[Path, list[dict[str, Any]]]:
 def read(cfg: Config) -> list[dict[str, Any]]:
     """Conversations that end with an answer of the assistant, and have a question before it."""
     if idle := {"text_key", "label_key"} & set(getattr(cfg, "given", ())):
-        raise UserError(f"--{min(idle)} names a column for a classifier, and this is none: leave it "
-                        "out")
+        raise UserError(f"--{min(idle)} names a column for a classifier, and this is none: leave "
+                        "it out")
     path, records = read_split(cfg, "sft")
     records = [r for r in records if len(r["messages"]) > 1
                and r["messages"][-1]["role"] == "assistant"]

@@ -1,5 +1,4 @@
-"""text/files.py: one reader of what users write, wherever it is read. The oracle is Python's codecs.
-"""
+"""text/files.py: one reader of what users write, wherever it is read. Oracle: Python's codecs."""
 import codecs
 import io
 import json

@@ -1,7 +1,7 @@
 """data/layouts.py: whatever layout a record has, its keys are learnt, or refused by name.
 
 Oracles: trl's own functions where it has them; else messages written out by hand from the pages of
-the projects that named the layouts (OpenAI, axolotl, LLaMA-Factory, ms-swift, Stanford, Databricks).
+the projects that named the layouts (OpenAI, axolotl, LLaMA-Factory, ms-swift, Alpaca, Dolly).
 """
 import copy
 import json
@@ -49,7 +49,8 @@ SFT = {
                {"messages": said(U, "Add\n\n### Input:\n1 2", A, "3")}),
     "alpaca, asked in input": ({"instruction": "", "input": "1 2", "output": "3"},
                                {"messages": said(U, "1 2", A, "3")}),
-    "input and output alone": ({"input": "1 2", "output": "3"}, {"messages": said(U, "1 2", A, "3")}),
+    "input and output alone": ({"input": "1 2", "output": "3"},
+                               {"messages": said(U, "1 2", A, "3")}),
     "alpaca as published": ({"instruction": "Add", "input": "1 2", "output": "3", "text":
                              "Below is …\n\n### Instruction:\nAdd\n\n### Input:\n1 2\n\n"
                              "### Response:\n3"},
@@ -128,8 +129,8 @@ PREFERENCE = {
                                 "rejected": "Go"}, {k: said(S, "x") + v for k, v in BOTH.items()}),
     "llama-factory, one turn each": ({"conversations": GPT[:1], "chosen": GPT[1],
                                       "rejected": {"from": "gpt", "value": "Go"}}, BOTH),
-    "ultrafeedback": ({**BOTH, "messages": PAIR, "prompt": "Hi", "prompt_id": "f", "score_chosen": 9,
-                       "score_rejected": 1.5}, BOTH),
+    "ultrafeedback": ({**BOTH, "messages": PAIR, "prompt": "Hi", "prompt_id": "f",
+                       "score_chosen": 9, "score_rejected": 1.5}, BOTH),
     "orpo-dpo-mix": ({**BOTH, "prompt": "Hi", "question": "Hi", "source": "x"}, BOTH),
     "alpaca": ({"instruction": "Hi", "input": "", "output": "", "chosen": "Hello",
                 "rejected": "Go"}, BOTH),
@@ -324,7 +325,7 @@ def test_what_was_left_out_is_told(tmp_path):
     records = [{"messages": PAIR, "source": "a", "mask": 1}, {"messages": GO, "id": 1},
                {"messages": [PAIR[0], {"role": A, "content": "", "mask": 2}], "source": "b"}]
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    with pytest.raises(UserError, match=r"a\.jsonl, line 1: unknown key 'mask'.*--ignore_keys=mask"):
+    with pytest.raises(UserError, match=r"jsonl, line 1: unknown key 'mask'.*--ignore_keys=mask"):
         list(chats.read_chats(path))
     notes = Notes(["mask", "nothing"])
     assert len(list(chats.read_chats(path, notes=notes))) == 3
