@@ -282,13 +282,10 @@ def check_command(words: list[str], adapters: dict[str, Path]) -> str:
 def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any) -> None:
     """Turns of a user, and the model's answers on stdout; what was said is not computed again."""
     name = cfg.template or tokenizer.template
-    row = templates.find(name, foreign=bool(tokenizer.jinja))
+    stops = templates.stop_ids(tokenizer, name)
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages, memory, served = list(opening), Memory(), Served(cfg, directory, adapters)
-    eot = tokenizer.eot_token or "<|endoftext|>"
-    stops = {*tokenizer.stop_ids, *(tokenizer.special[t] for t in row.stops(eot)
-                                    if t in tokenizer.special)}
-
+    templates.refuse_unread(tokenizer, name, enable_thinking=cfg.think)
     thinking = {} if cfg.think is None else {"enable_thinking": cfg.think}
 
     def render(said: list[dict]) -> list[int]:

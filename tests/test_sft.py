@@ -418,7 +418,7 @@ def test_without_validation_data_it_trains_and_saves(go, talk, tmp_path):
     ("--dataset={tmp}/empty.jsonl", "no conversation with an answer"),
     ("--dataset={tmp}/bad.jsonl", "bad.jsonl, line 1: .*--skip_bad=1"),
     ("--block_size=65", "block_size 65 is more than the 64 tokens"),
-    ("--template=nosuch", "'nosuch' is not a chat template"),
+    ("--template=nosuch", "unknown chat template 'nosuch'"),
     ("--document_mask=0", "leave it out"),
     ("--batch_size=0", "batch_size is 0"),
     ("--max_iters=-1", "max_iters is -1"),

@@ -852,90 +852,36 @@ def test_transformers_renders_the_saved_template_to_the_same_ids(name, chat_tok,
                 assert theirs == ids
 
 
-M = "message['content']"
-LOOP = "{% for message in messages %}"
-USER = "{% if message['role'] == 'user' %}"
-CHATML_LOOP = LOOP + "{{'<|im_start|>' + message['role'] + '\n' + " + M + " + '<|im_end|>'}}"
-DATES = ('{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}{{- "Cutting Knowledge Date: '
-         'December 2023\\n" }}{% set date_string = "26 Jul 2024" %}'
-         '{{- "<|eom_id|>" }}{{- "<|python_tag|>" }}')
-ZEPHYR = LOOP + "\n" + "".join(f"{{% if message['role'] == '{r}' %}}\n{{{{ '<|{r}|>\n' + {M} + "
-                               "eos_token }}\n{% endif %}" for r in ("user", "system", "assistant"))
+CHATML_LOOP = ("{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + "
+               "message['content'] + '<|im_end|>\n'}}{% endfor %}"
+               "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-def default(system: str) -> str:
-    return ("{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n" + system +
-            "<|im_end|>\n' }}{% endif %}" + CHATML_LOOP)
-
-
-# What tells the published templates apart, with the text and the quotes that they have.
-JINJAS = [
-    ("smollm2", "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful "
-                "AI assistant named SmolLM, trained by Hugging Face<|im_end|>' }}{% endif %}"),
-    ("chatml", "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>'}}"),
-    ("chatml", '{{- "<|im_start|>system\\n" + messages[0].content }}{{- "# Tools\\n\\nYou may" }}'),
-    ("qwen2", default("You are a helpful assistant.")),
-    ("qwen2.5", '{{- "<|im_start|>system\\n" }}{{- "You are Qwen, created by Alibaba Cloud. You '
-                'are a helpful assistant." }}{{- "<|im_start|>user\\n<tool_response>\\n" }}'),
-    ("qwen3", CHATML_LOOP + "{% if enable_thinking is defined and enable_thinking is false %}"
-     r"{{- '<think>\n\n</think>\n\n' }}{% endif %}{{- '\n<think>\n' + reasoning_content }}"),
-    ("llama3", "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>' %}"),
-    ("llama3.1", "{{- bos_token }}" + DATES),
-    ("llama2", "{% set content = '<<SYS>>\\n' + system_message + '\\n<</SYS>>\\n\\n' + " + M +
-     "%}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}"),
-    ("mistral", "{{ bos_token }}" + LOOP + USER + "{{ '[INST] ' + " + M + " + ' [/INST]' }}"),
-    ("gemma", "{{ bos_token }}{{ '<start_of_turn>' + role + '\n' }}"),
-    ("glm4", "[gMASK]<sop>" + LOOP + "<|{{ message['role'] }}|>\n{{ " + M + " }}<|assistant|>"),
-    ("chatglm3", LOOP + "{% if loop.first %}[gMASK]sop<|{{ message['role'] }}|>\n {{ " + M + " }}"),
-    ("minicpm", LOOP + USER + "{{'<用户>' + " + M + ".strip() + '<AI>'}}{% else %}{{" + M + "}}"),
-    ("zephyr", ZEPHYR),
-    ("alpaca", "{{ 'Below is an instruction that describes a task. Write' }}"
-               "{{ '### Instruction:\\n' + " + M + " + '### Response:\\n' }}"),
-    # None of them: near relatives with other spaces, other system texts, other control tokens.
-    (None, "{{ messages }}"), (None, "{{ '### Instruction:\n' + " + M + " + '### Response:\n' }}"),
-    (None, default("Please reason step by step.")),                             # Qwen2.5-Math
-    (None, default("You are a helpful assistant")),                             # Qwen1.5, no stop
-    (None, "{{- '<|im_start|>system\\n' }}{%- if x %}{{- x }}\n{%- else %}\n    {{- 'Please reason "
-     "step by step.' }}{% endif %}{{- '<|im_end|>' }}"),
-    (None, "{{ bos_token }}" + CHATML_LOOP),                                    # InternLM2
-    (None, CHATML_LOOP + "{{ '<|im_sep|>' }}"),                                 # Phi-4
-    (None, CHATML_LOOP + "{{ '<|im_start|>assistant\n<think>\n' }}"),           # QwQ
-    (None, "{{ '<|im_start|>system\nnamed SmolLM' }}<think>\n\n</think>\n\n"),  # SmolLM3
-    (None, "{{ bos_token + '[INST]' + " + M + " + '[/INST]' }}"),               # Mistral Nemo
-    (None, "{{ bos_token + '[INST] ' + " + M + " + '[/INST]' }}"),              # Mistral v0.3
-    (None, "[gMASK]<sop><|{{ role }}|>\n<think></think>"),                      # GLM-4.5
-    (None, LOOP + "{{ '<|user|>\n' + " + M + " + '<|end|>\n<|assistant|>\n' }}"),     # Phi-3
-    (None, LOOP + "{{ '<|user|>\n' + " + M + " + '\n<|assistant|>\n' + eos_token }}"),  # Tulu
-    (None, ""),
-]
-
-
-@pytest.mark.parametrize("name, jinja", JINJAS)
 @pytest.mark.parametrize("where", ["tokenizer_config.json", "chat_template.jinja"])
-def test_a_published_template_is_recognised(name, jinja, where, tok, tmp_path):
+def test_a_models_own_template_is_rendered_and_kept(where, tok, tmp_path):
+    tok = copy.deepcopy(tok)
+    tok.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     tok.save(tmp_path)
-    text = json.dumps({"chat_template": jinja}) if where.endswith("json") else jinja
+    text = json.dumps({"chat_template": CHATML_LOOP}) if where.endswith("json") else CHATML_LOOP
     (tmp_path / where).write_text(text, encoding="utf-8")
     again = T.load(tmp_path)
-    assert again.template == name
-    assert again.jinja == jinja
-    if name is None:        # not known: an error that says what is, and nothing is lost by saving
-        with pytest.raises(UserError, match="--template=chatml .*llama2") as e:
-            again.render(CHAT)
-        assert ("none that this program knows" in str(e.value)) == bool(jinja)
-        again.save(tmp_path / "again")
-        assert T.load(tmp_path / "again").jinja == jinja
-
-
-def test_every_row_is_recognised_in_a_published_template():
-    assert {name for name, _ in JINJAS if name} == set(chat.TEMPLATES)
+    assert again.template is None and again.jinja == CHATML_LOOP
+    assert again.render(CHAT) == again.render(CHAT, "chatml")
+    again.save(tmp_path / "again")
+    assert T.load(tmp_path / "again").jinja == CHATML_LOOP
+    # one with the name of a row in it, or most of its words, is no row for that
+    for edited in ("{# chatml #}" + CHATML_LOOP, chat.jinja(chat.find("chatml"), T.EOT) + " "):
+        (tmp_path / where).write_text(json.dumps({"chat_template": edited}) if "json" in where
+                                      else edited, encoding="utf-8")
+        assert T.load(tmp_path).template is None
 
 
 def test_a_list_of_templates_means_the_one_named_default(tok, tmp_path):
     tok.save(tmp_path)
     both = [{"name": "tools", "template": "x"}, {"name": "default", "template": CHATML_LOOP}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": both}))
-    assert T.load(tmp_path).template == "chatml"
+    assert T.load(tmp_path).jinja == CHATML_LOOP
+    assert T.load(tmp_path).jinjas == {"tools": "x", "default": CHATML_LOOP}
 
 
 def test_qwen3_thinks_first_unless_told_not_to(chat_tok, tmp_path):

@@ -1,4 +1,6 @@
-"""Run a script as on Windows, as far as Linux can play it: python tests/windows.py SCRIPT ARGS.
+"""Run scripts as on Windows, as far as Linux can play it, one after the other:
+
+    python tests/windows.py SCRIPT ARGS… [--then SCRIPT ARGS…]
 
 What is put in place, by the documentation of CPython: modules that are missing; names of os and
 signal that are missing; a folder that cannot be opened (EACCES); fsync of a descriptor that may not
@@ -10,6 +12,7 @@ import errno
 import fcntl
 import os
 import runpy
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -71,6 +74,7 @@ def play(open_=os.open, fsync_=os.fsync, rename_=os.rename, replace_=os.replace,
 
     os.open, os.fsync, os.unlink, os.remove = open_file, fsync, unlink, unlink
     os.rename, os.replace = move(rename_, False), move(replace_, True)
+    shutil._use_fd_functions = False            # rmtree by names, as where folders do not open
     signal.signal = handle_signal
     for name in MODULES:
         sys.modules[name] = None
@@ -88,6 +92,13 @@ if __name__ == "__main__":
     import requests     # noqa: F401
     import triton       # noqa: F401
     play()
-    sys.argv = sys.argv[1:]
     sys.path[0] = str(root)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    words = sys.argv[1:]
+    while words:
+        end = words.index("--then") if "--then" in words else len(words)
+        sys.argv, words = words[:end], words[end + 1:]
+        try:
+            runpy.run_path(str(root / sys.argv[0]), run_name="__main__")
+        except SystemExit as e:
+            if e.code:
+                raise

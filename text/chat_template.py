@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import re
+from os.path import commonprefix
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
 from bpe import any_of
@@ -35,6 +36,7 @@ MARKS = re.compile(r"think|thought|reason|tool_?▁?call|python_tag", re.IGNOREC
 _MARK = r"(?:<[^<>\s]*(?:think|thought|channel)[^<>\s]*>(?:thought)?)"
 OPENED = re.compile(rf"{_MARK}(?:\s|{_MARK})*\Z")
 THOUGHTS = re.compile(rf"(?:\s|{_MARK})*")
+EMPTY = re.compile(rf"\s*{_MARK}")
 REASONING = ("reasoning_content", "thinking", "reasoning")      # transformers' names, in its order
 
 
@@ -43,7 +45,7 @@ class Controls(NamedTuple):
     pattern: re.Pattern | None          # any of them
     ids: dict[str, int]
     loose: frozenset[str]               # special: false, so that any text could hold them
-    end: str = ""                       # the one that follows an answer, or a mark within it
+    end: str = ""                       # the one that ends an answer, be it the last turn or not
 
 
 class Rendered(NamedTuple):
@@ -72,7 +74,7 @@ def controls_of(tokenizer: Any, key: str, probe: Callable[[], tuple[str, str]]) 
         ids = {**tokenizer.special, **{n: tokenizer.added[n]["id"] for n in loose}}
         pattern = any_of(frozenset(ids))
         ends = [n for n in (pattern.findall(behind) if pattern else ()) if not MARKS.search(n)]
-        kept[key] = Controls(pattern, ids, loose, (ends or [""])[0])
+        kept[key] = Controls(pattern, ids, loose, (ends or [""])[-1])
     return kept[key]
 
 
@@ -264,11 +266,12 @@ def answer_start(prompt: str, own: str, pattern: re.Pattern | None) -> int | Non
     """Where the answer begins in `own`, which ends with it: behind its prompt.
 
     A prompt may end with thoughts that this answer does not have as such ("<think>\\n" before
-    "<think></think>", or before nothing): then all of them are the answer's. None if the prompt has
-    anything else that the conversation has not.
+    "<think></think>", before "\\n</think>", or before nothing): then all of them are the answer's.
+    None if the prompt has anything else that the conversation has not.
     """
     if own.startswith(prompt):
-        return len(prompt)
+        opened = EMPTY.match(own, len(prompt)) and OPENED.search(prompt)
+        return opened.start() if opened else len(prompt)
     same = next((i for i, (a, b) in enumerate(zip(prompt, own)) if a != b),
                 min(len(prompt), len(own)))
     # not in the middle of a token, nor behind marks of thoughts
@@ -361,18 +364,20 @@ def untyped(piece: str, typed: str) -> str:
 # ---------------------------------------------------------------------------------- all of it
 
 def probe(template: Template, named: dict[str, str]) -> tuple[str, str]:
-    """(conversations without words, rendered; what the template writes behind an answer)."""
-    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-    mark = "\U000f0000"
+    """(conversations without words, rendered; what is behind an answer, last or not)."""
+    user, mark = {"role": "user", "content": ""}, "\U000f0000"
+    turns = [user, {"role": "assistant", "content": ""}]
+    marked = [user, {"role": "assistant", "content": mark}]
     out = []
     for messages in (turns[:1], [*turns, *turns], [{"role": "system", "content": ""}, *turns],
-                     [turns[0], {**turns[1], "content": mark}, turns[0]]):
+                     marked, [*marked, user]):
         try:
             out.append(template.run({**named, "messages": messages, "tools": None, "documents": None,
-                                     "add_generation_prompt": messages[-1]["role"] == "user"})[0])
+                                     "add_generation_prompt": len(messages) == 1})[0])
         except UserError:               # a template without a system turn, say
-            continue
-    return "\n".join(out), (out or [""])[-1].partition(mark)[2]
+            out.append("")
+    last, followed = (text.partition(mark)[2] for text in out[-2:])
+    return "\n".join(out), commonprefix([last, followed])
 
 
 def marks_read(drawing: Drawing, raw: list[dict], controls: Controls, typed: str
@@ -389,14 +394,20 @@ def marks_read(drawing: Drawing, raw: list[dict], controls: Controls, typed: str
     names = {n for n in names if not MARKS.search(n)}
     if not names:
         return frozenset()
-    plain, read = untyped(drawing.run(drawing.messages, False)[0], typed), set()
-    for name in sorted(names):
-        messages = [safe if m["role"] != "assistant" else
-                    safe_message(m, controls, typed, frozenset([name]))
+
+    def read(said: frozenset[str]) -> str:
+        messages = [safe_message(m, controls, typed, said) if m["role"] == "assistant" else safe
                     for m, safe in zip(raw, drawing.messages)]
-        if untyped(drawing.run(messages, False)[0], typed) != plain:
-            read.add(name)
-    return frozenset(read)
+        return untyped(drawing.run(messages, False)[0], typed)
+
+    said = frozenset(names)
+    text = read(said)
+    if text == read(frozenset()):
+        return frozenset()
+    for name in sorted(names):
+        if read(said - {name}) == text:
+            said -= {name}
+    return said
 
 
 def safe_message(message: dict, controls: Controls, typed: str, said: frozenset[str]) -> dict:

@@ -336,7 +336,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         meter = METER.get()
-        meter.step()
+        meter.step(10)          # a macro takes as long as some turns of a loop
         if isinstance(__obj, types.BuiltinMethodType):
             owner = __obj.__self__
             if isinstance(owner, (str, bytes, int)):
