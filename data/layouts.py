@@ -172,6 +172,29 @@ def read_answer(keys: Keys, name: str) -> Messages:
     return read_turns([value] if isinstance(value, dict) else value, name, keys.notes)
 
 
+def join_prompt(before: Messages, text: bool, answers: Messages, what: str) -> Messages:
+    """Join a prompt and what follows it, where the second may hold the first.
+
+    As trl's maybe_extract_prompt: where what follows is a whole conversation, it wins over a
+    prompt that is a text. Here the text has to be in it all the same, or something would be lost.
+    """
+    if answers[0]["role"] == "assistant":
+        if not before:
+            raise UserError(f"{what} is an answer, and its prompt is not there")
+        if before[-1]["role"] == "assistant":
+            raise UserError(f"the prompt before {what} ends with an answer already")
+        return before + answers
+    asked_before = [m for m in before if m["role"] == "user"]
+    if is_within(before, answers) or text and all(
+            restates(m["content"], answers, "user") for m in asked_before):
+        return answers
+    border = (before[-1]["role"], answers[0]["role"])
+    if text or border not in (("assistant", "user"), ("system", "user")):
+        raise UserError(f"the prompt is no part of the conversation in {what}: take one of them "
+                        "out, or give --ignore_keys with the prompt's key")
+    return before + answers                         # trl's explicit prompt: turns, then turns
+
+
 def read_conversation(keys: Keys) -> Messages:
     """Take the conversation of a record with one answer; the prompt's own answers are context."""
     if any(name in keys for name in CONVERSATION):
@@ -184,7 +207,10 @@ def read_conversation(keys: Keys) -> Messages:
         name = keys.first(ANSWER)
         if name is None:
             raise UserError(f"it has a question and none of {', '.join(ANSWER)}")
-        messages = messages + read_answer(keys, name)
+        answers = read_answer(keys, name)
+        messages = join_prompt(messages, not turned, answers, name)
+        if messages is answers:                     # which hold the prompt themselves
+            messages = as_context(answers[:-1]) + answers[-1:]
     messages = with_system(take_system(keys), messages)
     keys.take("answer")                             # passed on, for eval.py
     take_restated(keys, messages)
@@ -202,28 +228,6 @@ def conversation(record: dict[str, Any], notes: Notes | None = None) -> dict[str
     more = take_extras(keys, messages)
     keys.done()
     return {"messages": cut_at_empty_answer(messages, notes), **more}
-
-
-def join_prompt(before: Messages, text: bool, answers: Messages, what: str) -> Messages:
-    """Join a prompt and what follows it, where the second may hold the first.
-
-    As trl's maybe_extract_prompt: where what follows is a whole conversation, it wins over a
-    prompt that is a text. Here the text has to be in it all the same, or something would be lost.
-    """
-    if answers[0]["role"] == "assistant":
-        if not before:
-            raise UserError(f"{what} is an answer, and its prompt is not there")
-        if before[-1]["role"] == "assistant":
-            raise UserError(f"the prompt before {what} ends with an answer already")
-        return before + answers
-    asked_before = [m for m in before if m["role"] == "user"]
-    if is_within(before, answers) or text and all(
-            restates(m["content"], answers, "user") for m in asked_before):
-        return answers
-    if text or before[-1]["role"] == "user":
-        raise UserError(f"the prompt is no part of the conversation in {what}: take one of them "
-                        "out, or give --ignore_keys with the prompt's key")
-    return before + answers                         # trl's explicit prompt: turns, then turns
 
 
 def preference(record: dict[str, Any], notes: Notes | None = None) -> dict[str, Any] | None:

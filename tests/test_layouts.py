@@ -8,7 +8,8 @@ import json
 
 import pytest
 
-from config import UserError
+import eval as evaluate
+from config import UserError, configure
 from data import chats, layouts
 from data.messages import Notes
 
@@ -61,6 +62,8 @@ SFT = {
     "trl, texts": ({"prompt": "Hi", "completion": "Hello"}, {"messages": PAIR}),
     "trl, turns": ({"prompt": said(U, "a", A, "Hey", U, "Hi"), "completion": PAIR[1:]},
                    {"messages": said(U, "a") + [CONTEXT] + PAIR}),
+    "trl, the prompt once more": ({"prompt": "Hi", "completion": said(U, "a", A, "Hey") + PAIR},
+                                  {"messages": said(U, "a") + [CONTEXT] + PAIR}),
     "ultrachat": ({"prompt": "Hi", "prompt_id": "f0", "messages": PAIR}, {"messages": PAIR}),
     "reasoning_content": ({"messages": thinking(reasoning_content="so")},
                           {"messages": thinking(reasoning_content="so")}),
@@ -232,6 +235,10 @@ def turn(role, **more):
     ({"messages": PAIR, "documents": "a"}, "documents is a str"),
     ({"messages": PAIR, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ({"prompt": "Hi", "output": "a", "response": "b"}, "unknown key 'response'"),
+    ({"prompt": "Bye", "completion": PAIR}, "no part of the conversation in completion"),
+    ({"prompt": PAIR, "completion": PAIR[1:]}, "ends with an answer already"),
+    ({"prompt": PAIR, "response": "Hello"}, "ends with an answer already"),
+    ({"prompt": said(S, "x"), "completion": said(S, "y") + PAIR}, "no part of the conversation"),
 ])
 def test_what_a_record_says_twice_has_to_agree(record, says):
     with pytest.raises(UserError, match=says):
@@ -392,6 +399,19 @@ def test_other_columns_by_name_and_columns_swapped(tmp_path):
     assert {r["label"] for r in train} == {"ham", "spam"} and train[0]["text"] == "text 0"
     with pytest.raises(UserError, match="40 labels for 40 texts, 'text 0' for one"):
         chats.splits(str(path), "labels", columns=("v1", "v2"))
+
+
+def test_eval_reads_columns_by_name_and_ignores_keys(tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("v1,v2,extra\nham,hi,x\nspam,yo,y\n")
+    flags = [f"--dataset={tmp_path / 'a.csv'}", "--text_key=v2", "--label_key=v1"]
+    with pytest.raises(UserError, match="unknown key 'extra'"):
+        evaluate.read_split(configure(evaluate.Config, flags), "labels")
+    _, records = evaluate.read_split(configure(evaluate.Config, [*flags, "--ignore_keys=extra"]),
+                                     "labels")
+    assert [tuple(r.values()) for r in records] == [("hi", "ham"), ("yo", "spam")]
+    assert "extra (2)" in capsys.readouterr().err
+    with pytest.raises(UserError, match="names a column for a classifier"):
+        evaluate.read(configure(evaluate.Config, flags))
 
 
 def test_a_folder_of_parquet_files_is_named(tmp_path):
