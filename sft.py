@@ -33,16 +33,22 @@ import checkpoint
 import kernels
 import stage
 import train
-from config import UserError, run
+from config import Idle, UserError, run
 from data import chats
 from machine import Machine
 from model import ModelConfig, Transformer
+from training import effects
 
 
 @dataclass
 class Config(stage.Config):
     task: str = "chat"                  # chat, or classify
     unfreeze: str = "all"               # weights that train: all, or last: block, norm and head
+    IDLE = (                            # which settings have no effect, and when
+        Idle("task", "", effects.resumed, "on a run that is resumed"),
+        Idle("template sample_interval router_aux_loss_coef router_z_loss_coef "
+             "router_sequence_wise", "task", lambda c, m: c.task == "classify",
+             "with --task=classify"))
 
 # ---------------------------------------------------------------------------- classification
 LABEL = "<|label:{}|>"          # the control token of a label
