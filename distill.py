@@ -92,7 +92,7 @@ class Config(stage.Config):
     origin: str = ""                    # kept by a run: digest and folder of its teacher
     IDLE = (                            # which of these have no effect, and when
         Idle(effects.SHAPE.replace("n_layer ", "") + " preset", "", lambda c, m:
-             c.layers_from_teacher, "with --layers_from_teacher, whose student has its shape"),
+             c.layers_from_teacher and c.init_from == "scratch", "with --layers_from_teacher, whose student has its shape"),
         Idle("temperature divergence beta cache_top_k", "alpha", lambda c, m: c.alpha == 1,
              "with --alpha=1"),
         Idle("beta", "divergence", lambda c, m: c.divergence != "js", "without --divergence=js"),
@@ -181,8 +181,8 @@ def find_teacher(cfg: Config) -> None:
     else:
         folder = checkpoint.resolve(cfg.teacher)
         known = run_folder.fingerprint(folder)
-    cfg.teacher = os.path.abspath(folder)
-    cfg.origin = f"{known} {cfg.teacher}"
+    cfg.teacher = str(folder)
+    cfg.origin = f"{known} {os.path.abspath(folder)}"
 
 def same_words(cfg: Config, tokenizer: Any, known: Any, largest: int) -> None:
     """UserError unless an id means the same to student and teacher, up to the smaller vocabulary,

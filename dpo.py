@@ -80,8 +80,6 @@ class Config(stage.Config):
         Idle("gamma", "loss", lambda c, m: c.loss != "simpo", "without --loss=simpo"),
         Idle("desirable_weight undesirable_weight", "loss", lambda c, m: c.loss != "kto",
              "without --loss=kto"),
-        Idle("reference_free", "loss", lambda c, m: c.loss in ALONE,
-             "on a loss that has no reference"),
         Idle("origin", "", lambda c, m: True, "as a run keeps it itself; see --reference"))
 
 # ------------------------------------------------------------------------- log-probabilities

@@ -368,7 +368,8 @@ def base_of(folders: Sequence[Path], given: str = "", flag: str = "--base",
                             f"here: say where it lies with {flag}=DIR")
         return resolve(recorded, which)
     note = notes[first]
-    found = run_folder.find_model(note["folder"], note["fingerprint"], first / note["relative"])
+    nearby = [first / note["relative"], *([recorded] if isinstance(recorded, str) else [])]
+    found = run_folder.find_model(note["folder"], note["fingerprint"], *nearby)
     if found is None:
         raise UserError(f"the base of {first} was {note['folder']}, and neither there nor in a run "
                         "that was moved aside from there (.oldN) is a model with the weights that "

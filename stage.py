@@ -202,8 +202,8 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
             cfg.max_iters = 0
     kernels.use(cfg.backend)
     shape, tokenizer = start(cfg)
-    refuse_idle(cfg, shape, begin.in_force(cfg, shape, getattr(
-        cfg, "layers_from_teacher", False) or effects.existing(cfg)))
+    refuse_idle(cfg, shape, begin.in_force(cfg, shape, effects.existing(cfg)
+                                           or getattr(cfg, "layers_from_teacher", False)))
     known = tokenizer.vocab_size
     notes = inherit(cfg, shape, tokenizer, chat)
     verify(cfg)
