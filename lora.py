@@ -374,6 +374,8 @@ def base_of(folders: Sequence[Path], given: str = "", flag: str = "--base",
         raise UserError(f"the base of {first} was {note['folder']}, and neither there nor in a run "
                         "that was moved aside from there (.oldN) is a model with the weights that "
                         f"it was trained on: say where it lies with {flag}=DIR")
+    if str(found) != note["folder"]:
+        print(f"the base of {first} is now {found}", file=sys.stderr)
     return found
 
 def start_from(cfg: Any) -> Any:

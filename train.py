@@ -7,6 +7,7 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d \\
         train.py config/gpt2_small.py                           # two nodes
     python train.py --init_from=resume --out_dir=out            # go on where a run stopped
+    python train.py --init_from=gpt2 --dataset=DIR              # go on from OpenAI's weights
 
 Device, precision and torch.compile are found out. The number to expect stands at the head of each
 file in config/; RESULTS.md says what it was measured on. A step is a function of (seed, step): a
@@ -487,24 +488,28 @@ def build_model(cfg: Config, vocab_size: int, machine: Machine) -> Transformer:
     model.config.dropout = cfg.dropout
     return model
 
-def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> ModelConfig:
-    """The shape of the model that training starts from; cfg.init_from becomes its directory.
+def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> tuple[ModelConfig, Any]:
+    """(shape, tokenizer) of the model that training starts from; cfg.init_from becomes its
+    directory.
 
-    UserError if its tokenizer, where it brings one, has other tokens than that of the data.
+    tokenizer: of the data. A checkpoint's own is kept, which may know more tokens and a chat
+    template; UserError unless all ids of the data are the same tokens there.
     """
     cfg.init_from = start.find_pretrained(cfg.init_from, cfg.hub_dir)
     if cfg.init_from == "scratch":
-        return from_settings(cfg, vocab_size)
+        return from_settings(cfg, vocab_size), tokenizer
     resume = cfg.init_from == "resume"
     directory = checkpoint.resolve(cfg.out_dir if resume else cfg.init_from,
                                    "last" if resume else "best")
-    if any(checkpoint.WORDS.fullmatch(file.name) for file in directory.iterdir()):
-        start.check_tokens(cfg.dataset, tokenizer, directory, checkpoint.load_tokenizer(directory))
+    if any((directory / name).is_file() for name in start.VOCABULARIES):
+        own = checkpoint.load_tokenizer(directory)
+        start.check_tokens(cfg.dataset, tokenizer, directory, own)
+        tokenizer = own
     else:
         checkpoint.note(f"{directory} has no tokenizer to compare with that of {cfg.dataset}")
     if not resume:
         cfg.init_from = str(directory)
-    return checkpoint.read_config(directory)
+    return checkpoint.read_config(directory), tokenizer
 
 def inherit(cfg: Config) -> Config:
     """On resume every setting that the command line leaves open is the saved run's."""
@@ -514,7 +519,7 @@ def inherit(cfg: Config) -> Config:
         raise UserError(f"{path}/trainer.pt is not of a run of train.py: start a new one from its "
                         f"weights with --init_from={path} and another --out_dir")
     given = getattr(cfg, "given", frozenset())
-    own = {"init_from", "out_dir", "device", "eval_only"} | given
+    own = {"init_from", "out_dir", "device", "eval_only", "base"} | given
     merged = replace(cfg, **{k: v for k, v in saved.items() if k in asdict(cfg) and k not in own})
     merged.given, merged.typed = given, getattr(cfg, "typed", frozenset())
     merged.saved = saved                # what a setting has to equal that cannot change any more
@@ -545,7 +550,7 @@ def main(cfg: Config) -> State:
     machine = find_machine(cfg)
     dataset = loader.Dataset(loader.find(cfg.dataset))
     tokenizer = tokenizers.load(loader.find(cfg.dataset))
-    shape = start_from(cfg, tokenizer, dataset.vocab_size)
+    shape, tokenizer = start_from(cfg, tokenizer, dataset.vocab_size)
     refuse_idle(cfg, shape, start.in_force(cfg, shape, effects.existing(cfg)))
     if effects.existing(cfg):
         start.take_shape(cfg, shape)

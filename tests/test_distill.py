@@ -118,7 +118,8 @@ forks = forks_of("distill")
 @pytest.fixture
 def fork(forks, model, talk, tmp_path):
     """fork(*flags): start distill.py in a process; name its folder with --out_dir."""
-    return starter(forks, tmp_path, lambda: [f"--teacher={model()}", f"--dataset={talk}", *RUN, *SHAPE])
+    return starter(forks, tmp_path, lambda: [f"--teacher={model()}", f"--dataset={talk}", *RUN,
+                                             *SHAPE])
 
 # ------------------------------------------------------------- the divergences: linear_kl
 
@@ -564,7 +565,8 @@ def test_text_is_learnt_from_at_every_token(model, tmp_path, capfd):
                                             f"--out={tmp_path / 'ready'}", "--workers=1"],
                            positional=("source",)))
     teacher = model(tokenizer=tokenizers.load(tmp_path / "ready"))
-    flags = [f"--teacher={teacher}", f"--dataset={tmp_path / 'ready'}", *RUN, *SHAPE, "--hidden=0.5"]
+    flags = [f"--teacher={teacher}", f"--dataset={tmp_path / 'ready'}", *RUN, *SHAPE,
+             "--hidden=0.5"]
     distill.main(configure(distill.Config, [*flags, f"--out_dir={tmp_path / 'out'}"]))
     assert "all of them trained on" in capfd.readouterr().err
     assert np.isfinite(curve(tmp_path / "out") + curve(tmp_path / "out", "val_bpb")).all()

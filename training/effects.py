@@ -4,8 +4,7 @@
         IDLE = effects.STAGE + (Idle("gamma", "loss", lambda c, m: c.loss != "simpo", ...),)
 
 config.refuse_idle() reads these tables, once the shape of the model is known. A script adds rows
-for its own settings, beside them. wandb_project and wandb_run_name are in none: nanoGPT's config
-files set them beside wandb_log = False.
+for its own settings, beside them.
 """
 from __future__ import annotations
 
@@ -58,6 +57,10 @@ TRAIN = (
          "without --schedule=wsd"),
     Idle("sample_prompt", "sample_interval", lambda c, m: not c.sample_interval,
          "without --sample_interval"),
+    # in a config file they may stand beside wandb_log = False, as in nanoGPT's
+    Idle("wandb_project wandb_run_name", "wandb_log", lambda c, m: not c.wandb_log
+         and getattr(c, "typed", frozenset()) & {"wandb_project", "wandb_run_name"},
+         "without --wandb_log"),
 )
 
 LORA = (

@@ -26,6 +26,8 @@ from translate import family_of
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
+# A directory with one of these brings a tokenizer
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "encoder.json")
 # The flags of a family that no setting of a run changes
 FIXED = ("position", "norm", "norm_placement", "norm_offset", "rope_interleaved",
          "partial_rotary_factor", "scoring_func", "router_bias", "qk_norm_whole")
