@@ -328,6 +328,22 @@ def test_an_embedding_that_peft_saved_beside_an_adapter_is_compared(words, tmp_p
     with pytest.raises(UserError, match="(embed_tokens|lm_head) has other weights"):
         lora.load_adapter(tmp_path / "adapter", made(words, seed=9))
 
+
+def test_an_adapter_of_an_moe_model_with_a_router_bias_opens_right_in_peft(go, words, tmp_path):
+    """The correction bias has no place in an adapter: it stays, so base + adapter is the
+    checkpoint beside it."""
+    pytest.importorskip("training.router")      # freezes it
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    base = checkpoint.save_model(tmp_path / "base", made(words, "glm4_moe", n_layer=2), words)
+    out = go("lora", "out", f"--init_from={base}", "--targets=q_proj,o_proj", "--max_iters=8",
+             "--learning_rate=0.01", "--router_bias_rate=0.001")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base),
+                                       last(out) / "adapter")
+    wanted = theirs(IDS).logits.detach()
+    assert (logits(last(out)) - wanted).norm() < 1e-5 * wanted.norm()
+    assert (logits(base) - wanted).norm() > 1e-3 * wanted.norm()
+
 # ------------------------------------------------------------------------- data and tokenizers
 
 

@@ -67,6 +67,7 @@ LORA = (
     Idle(ADAPTER, "", resumed, "on a run that is resumed"),
     Idle("lora_alpha lora_dropout targets rslora dora lora_int8", "lora_rank",
          lambda c, m: not c.lora_rank, "without --lora_rank"),
+    Idle("router_bias_rate", "lora_rank", lambda c, m: c.lora_rank, "on a router that is frozen"),
     Idle("base", "init_from lora_rank", lambda c, m: not resumed(c) or not c.lora_rank,
          "but on a run with adapters that is resumed"),
 )
