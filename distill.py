@@ -92,7 +92,8 @@ class Config(stage.Config):
     origin: str = ""                    # kept by a run: digest and folder of its teacher
     IDLE = (                            # which of these have no effect, and when
         Idle(effects.SHAPE.replace("n_layer ", "") + " preset", "", lambda c, m:
-             c.layers_from_teacher and c.init_from == "scratch", "with --layers_from_teacher, whose student has its shape"),
+             c.layers_from_teacher and c.init_from == "scratch",
+             "with --layers_from_teacher, whose student has its shape"),
         Idle("temperature divergence beta cache_top_k", "alpha", lambda c, m: c.alpha == 1,
              "with --alpha=1"),
         Idle("beta", "divergence", lambda c, m: c.divergence != "js", "without --divergence=js"),

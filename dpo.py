@@ -284,7 +284,7 @@ def read_cache(file: Path, count: int) -> np.ndarray | None:
     """The log-probabilities (count,) in a file of out_dir, or None."""
     out = file.parent
     # an earlier run may have been moved aside when this one began
-    for folder in (out, *run_folder.earlier(out)):
+    for folder in (out, *run_folder.find_earlier(out)):
         try:
             values = np.load(folder / file.name, allow_pickle=False)
         except FileNotFoundError:
@@ -315,7 +315,7 @@ def load_reference(cfg: Config, tokenizer: Any, data: stage.Data, machine: Machi
                         f"of its log-probabilities in {cfg.out_dir}: put one of them back, or name "
                         "another with --reference=DIR")
     theirs = checkpoint.load_tokenizer(folder)
-    if start.differing_id(theirs, tokenizer) is not None:
+    if start.find_difference(theirs, tokenizer) is not None:
         raise UserError(f"the reference at {folder} has another tokenizer than {cfg.init_from}: "
                         "take one that was trained from the same base")
     model = checkpoint.load_model(folder, machine.device, "float32")

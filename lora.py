@@ -150,8 +150,10 @@ def save_adapter(path: str | Path, model: Any, name: str = "default", base: str 
             (path / BASE).unlink(missing_ok=True)       # of an adapter that was here before
             if fingerprint:
                 files.append(new / BASE)
-                write_json(new / BASE, {"fingerprint": fingerprint, "folder": base,
-                                        "relative": os.path.relpath(base, path)})
+                same_drive = Path(base).anchor in ("", path.absolute().anchor)      # of Windows
+                write_json(new / BASE, {
+                    "fingerprint": fingerprint, "folder": os.path.abspath(base),
+                    "relative": os.path.relpath(base, path) if same_drive else base})
             for step in (sync, lambda file: os.replace(file, path / file.name)):
                 for file in files:
                     step(file)
@@ -229,7 +231,7 @@ def sort_tensors(stored: dict[str, Stored], file: Path
     return modules, frozen
 
 def check_frozen(frozen: dict[str, Stored], model: Transformer) -> None:
-    """UserError unless the matrices that PEFT saved as they were are those of the model."""
+    """Raise UserError unless the frozen matrices that PEFT saved are those of the model."""
     for name, s in frozen.items():
         # an embedding, or the output matrix, which may be the embedding
         ours = model.output_weight if name.endswith(("lm_head", "output_layer")) else (
@@ -330,7 +332,7 @@ def blocks(Bs: Sequence[Tensor]) -> list[Tensor] | None:
 # --------------------------------------------------------------------- as part of a stage
 
 def read_base(folder: Path) -> dict[str, str]:
-    """What an adapter's folder says of its base besides PEFT's path; {} where that is nothing."""
+    """Read what an adapter's folder says of its base besides PEFT's path; {} if that is nothing."""
     file = folder / BASE
     if not file.is_file():
         return {}
@@ -340,9 +342,9 @@ def read_base(folder: Path) -> dict[str, str]:
                         "base")
     return note
 
-def base_of(folders: Sequence[Path], given: str = "", flag: str = "--base",
+def find_base(folders: Sequence[Path], given: str = "", flag: str = "--base",
             which: str = "best") -> Path:
-    """The directory of the frozen model that the adapters in `folders` belong to.
+    """Return the directory of the frozen model that the adapters in `folders` belong to.
 
     Its path says little: another run may have taken it. Our adapters keep the base's fingerprint,
     by which it is looked for where it was, beside the adapter as it was then, and among the runs
@@ -382,8 +384,16 @@ def start_from(cfg: Any) -> Any:
     """The settings to build a stage's model by: on resume with adapters it is the base again."""
     if cfg.init_from == "resume" and cfg.lora_rank:
         last = resolve(cfg.out_dir, "last") / FOLDER
-        cfg = replace(cfg, init_from=str(base_of([last], cfg.base)))
+        cfg = replace(cfg, init_from=str(find_base([last], cfg.base)))
     return cfg
+
+def place_base(cfg: Any) -> Path:
+    """Return where a base with rows for new tokens is saved; UserError if that is not a run's."""
+    base = Path(cfg.out_dir) / "base"
+    if base.exists() and not (base / run_folder.GROWN).is_file():
+        raise UserError(f"the model with rows for new tokens is to be saved as {base}, which no "
+                        "run has made: choose another --out_dir")
+    return base
 
 def begin(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False,
           dtype: torch.dtype | None = None, base: str = "") -> str:
@@ -400,11 +410,8 @@ def begin(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False,
         fingerprint = read_base(last).get("fingerprint", "")
         load_adapter(last, model, int8=cfg.lora_int8)
     else:
-        base = os.path.abspath(Path(cfg.out_dir) / "base" if grown else resolve(cfg.init_from))
+        base = os.path.abspath(place_base(cfg) if grown else resolve(cfg.init_from))
         if os.environ.get("RANK", "0") == "0":
-            if grown and Path(base).exists() and not (Path(base) / run_folder.GROWN).is_file():
-                raise UserError(f"the model with rows for new tokens is to be saved as {base}, "
-                                "which is not of this run: choose another --out_dir")
             if grown:
                 save_model(base, model, tokenizer, extra={run_folder.GROWN: json.dumps(
                     {"init_from": cfg.init_from}) + "\n"})
@@ -432,7 +439,7 @@ def merge_files(cfg: Merge) -> None:
     if len(cfg.words) != 3:
         raise UserError("merge needs two folders: python lora.py merge ADAPTER OUT")
     _, source, target = cfg.words
-    base = base_of([Path(source)], cfg.base)
+    base = find_base([Path(source)], cfg.base)
     model = load_model(base, "cpu", cfg.dtype)
     load_adapter(source, model)
     print(describe(model), file=sys.stderr)

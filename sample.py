@@ -438,7 +438,7 @@ def find_model(cfg: Config, adapters: dict[str, Path]) -> Path:
                         " or name the base with --model=DIR")
     if not adapters:
         return directory
-    return lora.base_of(list(adapters.values()), str(directory or ""), "--model", cfg.which)
+    return lora.find_base(list(adapters.values()), str(directory or ""), "--model", cfg.which)
 
 
 class Served:

@@ -45,7 +45,7 @@ class Config(stage.Config):
     task: str = "chat"                  # chat, or classify
     unfreeze: str = "all"               # weights that train: all, or last: block, norm and head
     IDLE = (                            # which settings have no effect, and when
-        Idle("task", "", effects.resumed, "on a run that is resumed"),
+        Idle("task", "", effects.is_resumed, "on a run that is resumed"),
         Idle("template sample_interval router_aux_loss_coef router_z_loss_coef "
              "router_sequence_wise", "task", lambda c, m: c.task == "classify",
              "with --task=classify"))

@@ -202,7 +202,7 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
             cfg.max_iters = 0
     kernels.use(cfg.backend)
     shape, tokenizer = start(cfg)
-    refuse_idle(cfg, shape, begin.in_force(cfg, shape, effects.existing(cfg)
+    refuse_idle(cfg, shape, begin.get_in_force(cfg, shape, effects.is_pretrained(cfg)
                                            or getattr(cfg, "layers_from_teacher", False)))
     known = tokenizer.vocab_size
     notes = inherit(cfg, shape, tokenizer, chat)
@@ -230,6 +230,8 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
         grow(model, tokenizer.vocab_size, known)
         if adapters:                    # a target that is not there is told before a folder is made
             lora.select(model, cfg.targets)
+            if tokenizer.vocab_size > known:
+                lora.place_base(cfg)
         begin.prepare_out_dir(cfg, machine)
         if adapters:
             notes = [lora.begin(cfg, model, tokenizer, grown=tokenizer.vocab_size > known,

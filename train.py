@@ -128,8 +128,9 @@ class Config:
 def lr_scale(cfg: Config, step: int) -> float:
     """Learning rate of a step as a share of learning_rate; `step` counts from 0.
 
-    decay_lr=False: always all of it, without a warmup, as in nanoGPT. Otherwise linear warmup, then cosine or linear down to min_lr at lr_decay_iters, constant, or WSD: full
-    rate until the last wsd_decay share of the steps, then linear (Hu 2024, MiniCPM).
+    decay_lr=False: all of it at every step, without a warmup, as in nanoGPT. Otherwise linear
+    warmup, then cosine or linear down to min_lr at lr_decay_iters, constant, or WSD: full rate
+    until the last wsd_decay share of the steps, then linear (Hu 2024, MiniCPM).
     """
     if not cfg.decay_lr:
         return 1.0
@@ -551,8 +552,8 @@ def main(cfg: Config) -> State:
     dataset = loader.Dataset(loader.find(cfg.dataset))
     tokenizer = tokenizers.load(loader.find(cfg.dataset))
     shape, tokenizer = start_from(cfg, tokenizer, dataset.vocab_size)
-    refuse_idle(cfg, shape, start.in_force(cfg, shape, effects.existing(cfg)))
-    if effects.existing(cfg):
+    refuse_idle(cfg, shape, start.get_in_force(cfg, shape, effects.is_pretrained(cfg)))
+    if effects.is_pretrained(cfg):
         start.take_shape(cfg, shape)
     rows = rows_of_step(cfg, machine)
     batches = loader.Batches(dataset.tokens("train"), rows, cfg.block_size, seed=cfg.seed,

@@ -52,7 +52,7 @@ class Idle(NamedTuple):
 
 
 def refuse_idle(cfg: Any, shape: Any = None, in_force: dict[str, Any] | None = None) -> None:
-    """UserError for a setting that was given and has no effect, unless its value is in force.
+    """Raise UserError for a setting that was given without effect, unless its value is in force.
 
     in_force: name -> the value that counts instead, a checkpoint's say; otherwise the default.
     """
@@ -211,7 +211,8 @@ def configure(cls: type, argv: Sequence[str] | None = None, positional: Sequence
     A plain word is a config file, or, where `positional` names fields, fills those in order (a
     last field that is a list takes the rest; words ending in .py stay words there). The result
     carries `given`, the names that a file or the command line set, so that a stage can tell a
-    choice from a default, and `typed`, those that the command line set. Errors: UserError for an unknown name, a wrong type, a missing file.
+    choice from a default, and `typed`, those that the command line set. Errors: UserError for an
+    unknown name, a wrong type, a missing file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds = field_types(cls)

@@ -1,7 +1,7 @@
 """A training run's folder: which files in it are the run's own, and how a model is found again.
 
     from formats import run_folder
-    run_folder.move_aside("out", to := run_folder.next_aside("out"))    # a new run begins there
+    run_folder.move_aside("out", run_folder.choose_aside("out"))        # a new run begins there
     run_folder.find_model(Path("out/sft/step_000020"), fingerprint)     # or where it is by now
 
 An out_dir may hold other runs and the user's files: `out` holds out/demo and out/sft. A new run
@@ -28,14 +28,14 @@ GROWN = "grown_from.json"   # in out_dir/base: marks a model that this run made 
 BLOCK = 1 << 24             # bytes that one thread hashes
 
 
-def own_files(out: str | os.PathLike) -> list[Path]:
-    """The files and folders in `out` that a run there has written."""
+def find_own_files(out: str | os.PathLike) -> list[Path]:
+    """Return the files and folders in `out` that a run there has written."""
     return [path for path in Path(out).iterdir() if OWN.fullmatch(path.name)
             or path.name == "base" and (path / GROWN).is_file()]
 
 
-def earlier(out: str | os.PathLike) -> list[Path]:
-    """The folders that earlier runs in `out` were moved to, the newest first."""
+def find_earlier(out: str | os.PathLike) -> list[Path]:
+    """Return the folders that earlier runs in `out` were moved to, the newest first."""
     real = Path(os.path.realpath(out))
     found = []
     for parent, stem in ((real.parent, f"{real.name}.old"), (real, ".old")):
@@ -45,8 +45,8 @@ def earlier(out: str | os.PathLike) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def next_aside(out: str | os.PathLike) -> Path:
-    """The folder that takes the files of the run in `out`: out.oldN, beside it.
+def choose_aside(out: str | os.PathLike) -> Path:
+    """Return the folder to take the files of the run in `out`: out.oldN, beside it.
 
     Inside it, as .oldN, where the folder is the working directory, is a mount point or has a
     parent that cannot be written to: a rename stays within one file system.
@@ -54,36 +54,36 @@ def next_aside(out: str | os.PathLike) -> Path:
     real = Path(os.path.realpath(out))
     inside = real == Path.cwd() or os.path.ismount(real) or not os.access(real.parent, os.W_OK)
     stem = real / ".old" if inside else Path(f"{real}.old")
-    numbers = [int(path.name.rpartition(".old")[2]) for path in earlier(real)]
+    numbers = [int(path.name.rpartition(".old")[2]) for path in find_earlier(real)]
     return Path(f"{stem}{max(numbers, default=0) + 1}")
 
 
 def move_aside(out: str | os.PathLike, to: Path) -> None:
     """Move the files of the run in `out` to the folder `to`; all others stay where they are."""
-    files = own_files(out)
+    files = find_own_files(out)
     to.mkdir()
     # checkpoints.json last: a kill in between leaves a run that is moved aside as a whole later
     for path in sorted(files, key=lambda path: path.name.startswith("checkpoints")):
         shutil.move(path, to / path.name)
 
 
-def after_move(path: str, out: str | os.PathLike, to: Path) -> str:
-    """Where `path` is once move_aside(out, to) is done."""
+def follow_move(path: str, out: str | os.PathLike, to: Path) -> str:
+    """Return where `path` is once move_aside(out, to) is done."""
     real, parent = Path(os.path.realpath(path)), Path(os.path.realpath(out))
     if not path or not real.is_relative_to(parent) or real == parent:
         return path
     return str(to / real.relative_to(parent)) if (
-        parent / real.relative_to(parent).parts[0]) in own_files(parent) else path
+        parent / real.relative_to(parent).parts[0]) in find_own_files(parent) else path
 
 
 def fingerprint(directory: Path) -> str:
-    """16 hexadecimal digits that say what model a folder holds: of its weights and their config.
+    """Return 16 hexadecimal digits that say what model a folder holds: its weights and config.
 
     Every byte counts, as training may change a few rows alone. Blocks are hashed on all cores,
     1 GB/s each (hashlib releases the GIL), about what it takes to read them.
     """
-    files = sorted(f for f in directory.iterdir() if f.name in ("config.json", "params.json")
-                   or f.suffix in (".safetensors", ".bin", ".pth"))
+    files = sorted(f for f in directory.iterdir() if f.is_file() and (
+        f.name in ("config.json", "params.json") or f.suffix in (".safetensors", ".bin", ".pth")))
     total = hashlib.blake2b(digest_size=8)
 
     def digest(file: Path, start: int) -> bytes:
@@ -101,7 +101,7 @@ def fingerprint(directory: Path) -> str:
 
 
 def find_model(folder: str | os.PathLike, wanted: str, *nearby: Path) -> Path | None:
-    """The folder whose fingerprint is `wanted`: `folder`, or where that may be by now, or None.
+    """Return the folder whose fingerprint is `wanted`: `folder`, or where it is by now, or None.
 
     nearby: further folders to look at, and folders of that name in the runs that were moved aside
     from beside them.
@@ -111,9 +111,9 @@ def find_model(folder: str | os.PathLike, wanted: str, *nearby: Path) -> Path | 
     for path in (folder, *map(Path, nearby)):
         # .NAME.old: a save was killed between its two renames
         places = [path, path.with_name(f".{path.name}.old")]
-        places += [old / path.name for old in earlier(path.parent)]
+        places += [old / path.name for old in find_earlier(path.parent)]
         # the run that the folder belongs to may have been moved with all that is in it
-        places += [old / path.parent.name / path.name for old in earlier(path.parent.parent)]
+        places += [old / path.parent.name / path.name for old in find_earlier(path.parent.parent)]
         for place in places:
             real = os.path.realpath(place)
             if real in tried or not any((place / name).is_file()

@@ -15,7 +15,7 @@ from training import effects, start
 def test_nothing_in_a_shipped_config_file_is_without_effect(name):
     cfg = configure(train.Config, [str(ROOT / "config" / name)])
     shape = from_settings(cfg, 16384)
-    refuse_idle(cfg, shape, start.in_force(cfg, shape, False))
+    refuse_idle(cfg, shape, start.get_in_force(cfg, shape, False))
 
 
 @pytest.mark.parametrize("name, more", [*((name, "") for name in STAGES), (
@@ -26,15 +26,15 @@ def test_nor_in_that_of_a_stage_on_the_demo(name, more):
     module = importlib.import_module("sft" if script == "lora" else script)
     shape = from_settings(configure(train.Config, [str(ROOT / "config" / "demo.py")]), 16384)
     cfg = configure(module.Config, [str(ROOT / "config" / f"{name}.py"), *more.split()])
-    if not effects.existing(cfg):
+    if not effects.is_pretrained(cfg):
         shape = from_settings(train.replace(cfg, block_size=256), 16384)
-    refuse_idle(cfg, shape, start.in_force(cfg, shape, effects.existing(cfg)))
+    refuse_idle(cfg, shape, start.get_in_force(cfg, shape, effects.is_pretrained(cfg)))
 
 
 @pytest.mark.parametrize("name", NANOGPT)
 def test_nothing_in_nanogpts_config_files_is_without_effect(name, tmp_path):
     """On OpenAI's checkpoints, where they start from these, as on a new model."""
     cfg = configure(train.Config, [config_file(tmp_path, NANOGPT[name], name + ".py")])
-    pretrained = effects.existing(cfg)
+    pretrained = effects.is_pretrained(cfg)
     shape = preset(cfg.init_from) if pretrained else from_settings(cfg, 50257)
-    refuse_idle(cfg, shape, start.in_force(cfg, shape, pretrained))
+    refuse_idle(cfg, shape, start.get_in_force(cfg, shape, pretrained))

@@ -84,7 +84,8 @@ def go(place, tmp_path):
                       "--block_size=16"]
         else:
             first.append(f"--dataset={place / DATA[stage]}.jsonl")
-        if not any(f.startswith("--init_from") for f in flags) and stage not in ("train", "distill"):
+        named = any(f.startswith("--init_from") for f in flags)
+        if not named and stage not in ("train", "distill"):
             first.append(f"--init_from={place / 'base'}")
         if stage == "lora":
             first.append("--lora_rank=2")
@@ -135,7 +136,7 @@ def test_where_a_folder_cannot_be_renamed_the_files_move_within_it(go, tmp_path,
     train.main(configure(train.Config, [*shape, "--out_dir=.", f"--dataset={go_data(out)}", *RUN,
                                         "--block_size=16", "--gradient_accumulation_steps=1"]))
     assert last(out / ".old1").is_dir() and last(out).is_dir()
-    assert run_folder.earlier(out) == [out / ".old1"]
+    assert run_folder.find_earlier(out) == [out / ".old1"]
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "real").mkdir()
     monkeypatch.chdir(tmp_path)
@@ -218,14 +219,14 @@ def test_a_base_grown_by_new_tokens_belongs_to_its_run(go, place, words, tmp_pat
     checkpoint.save_model(tmp_path / "plain2", made(plain, seed=4), plain)
     go("lora", "lora", f"--init_from={tmp_path / 'plain2'}", *flags[1:])
     aside = Path(f"{out}.old1")
-    assert lora.base_of([last(aside) / "adapter"]) == aside / "base"
+    assert lora.find_base([last(aside) / "adapter"]) == aside / "base"
     lora.merge_files(lora.Merge(["merge", str(last(aside) / "adapter"), str(tmp_path / "m")]))
     assert (logits(tmp_path / "m") - right).abs().max() < 1e-5
     checkpoint.save_model(tmp_path / "out/base", made(words, seed=5), words)
     before = files(tmp_path / "out/base")
-    with pytest.raises(UserError, match="not of this run: choose another --out_dir"):
+    with pytest.raises(UserError, match="which no run has made: choose another --out_dir"):
         go("lora", "out", *flags)
-    assert files(tmp_path / "out/base") == before
+    assert files(tmp_path / "out") == {Path("base") / p: data for p, data in before.items()}
 
 
 def test_two_adapters_of_different_bases_are_not_added_up(place, words, tmp_path):
@@ -234,9 +235,9 @@ def test_two_adapters_of_different_bases_are_not_added_up(place, words, tmp_path
         model = checkpoint.load_model(place / name, "cpu")
         lora.add_lora(model, rank=2)
         folders.append(lora.save_adapter(tmp_path / name, model, base=str(place / name)))
-    assert lora.base_of(folders[:1]) == place / "base"
+    assert lora.find_base(folders[:1]) == place / "base"
     with pytest.raises(UserError, match="trained on different models"):
-        lora.base_of(folders)
+        lora.find_base(folders)
 
 
 @pytest.mark.parametrize("change", ["a byte in the middle", "config.json", "a shard"])
@@ -356,7 +357,8 @@ def test_data_of_another_tokenizer_is_refused_and_equal_vocabularies_pass(go, pl
     checkpoint.save_model(tmp_path / "more", made(more), more)
     out = go("train", "out", f"--init_from={tmp_path / 'more'}")
     assert curve(out) and checkpoint.read_config(out).vocab_size == more.vocab_size
-    other = tokenizers.train(["quite another text, of words that differ: 0 1 2 3 4 5\n" * 30], 280, workers=1)
+    text = "quite another text, of words that differ: 0 1 2 3 4 5\n"
+    other = tokenizers.train([text * 30], 280, workers=1)
     other.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     assert other.vocab_size == words.vocab_size
     checkpoint.save_model(tmp_path / "other", made(other), other)
@@ -373,10 +375,10 @@ def test_data_of_another_tokenizer_is_refused_and_equal_vocabularies_pass(go, pl
 def test_gpt2s_vocabulary_is_one_in_any_file(words):
     """Token by token: what another file calls the same is the same."""
     again = tokenizers.from_json(words._json())
-    assert start.differing_id(words, again) is start.differing_id(again, words) is None
+    assert start.find_difference(words, again) is start.find_difference(again, words) is None
     again.add_special_tokens(["<|more|>"])
-    assert start.differing_id(words, again) is None
-    assert start.differing_id(again, words) == words.vocab_size
+    assert start.find_difference(words, again) is None
+    assert start.find_difference(again, words) == words.vocab_size
 
 # ------------------------------------------------------------------------ published models
 
@@ -471,7 +473,7 @@ def test_a_setting_without_effect_is_refused(place, tmp_path, stage):
     cfg = configure(script.Config, [*first, "--family=llama", *(
         f"--{name}={getattr(shape, name)}" for name in SHAPES if hasattr(shape, name)),
         "--bias=0", "--dropout=0.1"])
-    train.refuse_idle(cfg, shape, start.in_force(cfg, shape, True))
+    train.refuse_idle(cfg, shape, start.get_in_force(cfg, shape, True))
 
 
 SCRATCH = ["--rope_theta=5", "--num_experts_per_tok=3", "--moe_intermediate_size=9",
@@ -518,7 +520,7 @@ def test_what_the_command_line_overrules_in_a_config_file_is_no_mistake(place, t
 
     def settle(*flags):
         cfg = configure(sft.Config, [str(file), f"--init_from={place / 'base'}", *flags])
-        train.refuse_idle(cfg, shape, start.in_force(cfg, shape, True))
+        train.refuse_idle(cfg, shape, start.get_in_force(cfg, shape, True))
     settle()
     settle("--optimizer=adamw")
     settle("--lora_rank=0")
@@ -535,4 +537,4 @@ def test_every_row_of_the_tables_names_settings_that_there_are():
         for cls in script.Config.__mro__:
             for rule in vars(cls).get("IDLE", ()):
                 assert {*rule.names.split(), *rule.causes.split()} <= names, rule
-    assert effects.resumed(sft.Config(init_from="resume"))
+    assert effects.is_resumed(sft.Config(init_from="resume"))

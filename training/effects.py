@@ -19,22 +19,23 @@ SHAPE = ("family n_layer n_head n_kv_head n_embd head_dim intermediate_size bias
 ADAPTER = "lora_rank lora_alpha lora_dropout targets rslora dora"
 
 
-def resumed(cfg: Any, shape: Any = None) -> bool:
+def is_resumed(cfg: Any, shape: Any = None) -> bool:
+    """Return whether an earlier run goes on, with its optimizer and its shape."""
     return cfg.init_from == "resume"
 
 
-def existing(cfg: Any, shape: Any = None) -> bool:
-    """Whether the model comes from a checkpoint."""
+def is_pretrained(cfg: Any, shape: Any = None) -> bool:
+    """Return whether the model comes from a checkpoint."""
     return cfg.init_from != "scratch"
 
 
-def flat(cfg: Any, shape: Any = None) -> bool:
-    """Whether the learning rate stays what it is, but for the warmup."""
+def is_constant(cfg: Any, shape: Any = None) -> bool:
+    """Return whether the learning rate stays what it is, but for the warmup."""
     return not cfg.decay_lr or cfg.schedule == "constant"
 
 
 TRAIN = (
-    Idle(f"{SHAPE} preset", "", existing, "on a checkpoint, which has a shape of its own"),
+    Idle(f"{SHAPE} preset", "", is_pretrained, "on a checkpoint, which has a shape of its own"),
     Idle("family bias", "preset", lambda c, m: c.preset, "with --preset"),
     Idle("bias", "family", lambda c, m: c.family != "gpt2" and not c.bias,
          "on a family that has biases of its own"),
@@ -52,8 +53,9 @@ TRAIN = (
     Idle("muon_learning_rate", "optimizer", lambda c, m: c.optimizer != "muon",
          "without --optimizer=muon"),
     Idle("schedule warmup_iters", "decay_lr", lambda c, m: not c.decay_lr, "with --decay_lr=0"),
-    Idle("min_lr lr_decay_iters", "schedule decay_lr", flat, "on a learning rate that is constant"),
-    Idle("wsd_decay", "schedule decay_lr", lambda c, m: flat(c) or c.schedule != "wsd",
+    Idle("min_lr lr_decay_iters", "schedule decay_lr", is_constant,
+         "on a learning rate that is constant"),
+    Idle("wsd_decay", "schedule decay_lr", lambda c, m: is_constant(c) or c.schedule != "wsd",
          "without --schedule=wsd"),
     Idle("sample_prompt", "sample_interval", lambda c, m: not c.sample_interval,
          "without --sample_interval"),
@@ -64,16 +66,17 @@ TRAIN = (
 )
 
 LORA = (
-    Idle(ADAPTER, "", resumed, "on a run that is resumed"),
+    Idle(ADAPTER, "", is_resumed, "on a run that is resumed"),
     Idle("lora_alpha lora_dropout targets rslora dora lora_int8", "lora_rank",
          lambda c, m: not c.lora_rank, "without --lora_rank"),
     Idle("router_bias_rate", "lora_rank", lambda c, m: c.lora_rank, "on a router that is frozen"),
-    Idle("base", "init_from lora_rank", lambda c, m: not resumed(c) or not c.lora_rank,
+    Idle("base", "init_from lora_rank", lambda c, m: not is_resumed(c) or not c.lora_rank,
          "but on a run with adapters that is resumed"),
 )
 
 STAGE = (
     Idle("epochs", "max_iters", lambda c, m: "max_iters" in getattr(c, "given", ())
          and c.max_iters, "beside --max_iters"),
-    Idle("sample_prompt", "", lambda c, m: True, "here, where samples answer questions of the data"),
+    Idle("sample_prompt", "", lambda c, m: True,
+         "here, where samples answer questions of the data"),
 )

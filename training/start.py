@@ -3,7 +3,7 @@
     from training import start
     cfg.init_from = start.find_pretrained(cfg.init_from, cfg.hub_dir)   # gpt2-xl -> its folder
     start.take_shape(cfg, shape)            # the settings say what the checkpoint's model is
-    start.differing_id(data, model)         # the first id that means something else, or None
+    start.find_difference(data, model)         # the first id that means something else, or None
     start.prepare_out_dir(cfg, machine)     # an earlier run's files are moved aside
 
 nanoGPT's init_from=gpt2* are OpenAI's weights. Nothing is downloaded: they are looked for in
@@ -37,14 +37,14 @@ AUTOMATIC = ("n_kv_head", "head_dim", "intermediate_size", "qk_norm", "tie_word_
              "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")
 
 
-def hub_folder(hub_dir: str) -> Path:
-    """--hub_dir, or the cache of Hugging Face's programs, where HF_HUB_CACHE or HF_HOME has it."""
+def find_hub(hub_dir: str) -> Path:
+    """Return --hub_dir, or Hugging Face's cache, where HF_HUB_CACHE or HF_HOME has it."""
     home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface")
     return Path(hub_dir or os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
 
 
 def find_pretrained(name: str, hub_dir: str = "") -> str:
-    """The folder meant by --init_from, where it is the name of a published model.
+    """Return the folder meant by --init_from, where it is the name of a published model.
 
     gpt2 and its sizes are OpenAI's weights, in a folder of that name, or in hub_dir as a folder or
     in the layout of Hugging Face's cache. Other presets have no weights: --preset is meant.
@@ -59,7 +59,7 @@ def find_pretrained(name: str, hub_dir: str = "") -> str:
     if name not in OPENAI:
         raise UserError(f"--init_from={name} is no folder here; for random weights of that "
                         f"published shape say --preset={name}")
-    hub = hub_folder(hub_dir)
+    hub = find_hub(hub_dir)
     places = [hub / name, hub / "openai-community" / name]
     for cache in (hub / f"models--openai-community--{name}", hub / f"models--{name}"):
         main = cache / "refs" / "main"          # which of the snapshots is the current one
@@ -70,14 +70,14 @@ def find_pretrained(name: str, hub_dir: str = "") -> str:
     found = next((p for p in places if (p / "config.json").is_file()), None)
     if found is None:
         raise UserError(f"--init_from={name} means OpenAI's weights, and there are none in {hub}: "
-                        f"download them with `hf download openai-community/{name}`, name the folder "
-                        f"that has them with --hub_dir=DIR, or say --preset={name} for random "
+                        f"download them with `hf download openai-community/{name}`, name the "
+                        f"folder that has them with --hub_dir=DIR, or say --preset={name} for random "
                         "weights of that shape")
     return str(found)
 
 
 def fits_family(cfg: Any, shape: ModelConfig) -> bool:
-    """Whether a shape may have come from --family and the flags that were given beside it."""
+    """Return whether a shape may come from --family and the flags that were given beside it."""
     name, settled = cfg.family, set(getattr(cfg, "given", ()))
     if name == family_of(shape).model_type or name == getattr(cfg, "saved", {}).get("family"):
         return True
@@ -90,8 +90,8 @@ def fits_family(cfg: Any, shape: ModelConfig) -> bool:
     return all(value == getattr(shape, key) for key, value in wanted.items() if key not in settled)
 
 
-def in_force(cfg: Any, shape: ModelConfig, decided: bool) -> dict[str, Any]:
-    """Name -> the value that counts, of every setting that the model decides.
+def get_in_force(cfg: Any, shape: ModelConfig, decided: bool) -> dict[str, Any]:
+    """Return name -> the value that counts, of every setting that the model decides.
 
     decided: the model is a checkpoint's, or made of another one; otherwise the settings describe
     it. One that leaves the choice to the model (0 or None by default) is in force as it is.
@@ -113,8 +113,8 @@ def take_shape(cfg: Any, shape: ModelConfig) -> None:
     cfg.family = family_of(shape).model_type
 
 
-def differing_id(tokenizer: Any, other: Any) -> int | None:
-    """The first id of `tokenizer` that is another token for `other`, or none; None if all agree.
+def find_difference(tokenizer: Any, other: Any) -> int | None:
+    """Return the first id of `tokenizer` that is another token, or none, for `other`; or None.
 
     The tokens are compared, not the files: GPT-2's vocabulary of tiktoken and of Hugging Face are
     one. `other` may have more, as a model that was tuned for chats has.
@@ -125,7 +125,7 @@ def differing_id(tokenizer: Any, other: Any) -> int | None:
 
 def check_tokens(dataset: str, tokenizer: Any, source: Any, other: Any) -> None:
     """UserError unless every id of the data's tokenizer is the same token for the model's."""
-    i = differing_id(tokenizer, other)
+    i = find_difference(tokenizer, other)
     if i is not None:
         mine, theirs = tokenizer.tokens[i], other.tokens.get(i)
         raise UserError(f"dataset {dataset} has another tokenizer than the model of {source}: id "
@@ -144,10 +144,10 @@ def prepare_out_dir(cfg: Any, machine: Machine) -> None:
     if cfg.eval_only:
         return
     if cfg.init_from != "resume" and (out / "checkpoints.json").exists():
-        to = run_folder.next_aside(out)
+        to = run_folder.choose_aside(out)
         for name in ("init_from", "reference", "teacher"):
             if folder := getattr(cfg, name, ""):
-                setattr(cfg, name, run_folder.after_move(folder, out, to))
+                setattr(cfg, name, run_folder.follow_move(folder, out, to))
         machine.wait()                  # all ranks have looked, and none reads from it any more
         if machine.main:
             run_folder.move_aside(out, to)
