@@ -304,6 +304,10 @@ def test_pefts_adapters_on_the_output_matrix_open_here(words, tmp_path, tied, ta
     model = checkpoint.load_model(base, "cpu")
     lora.load_adapter(tmp_path / "adapter", model)
     assert (model.logits(IDS) - wanted).norm() < 1e-5 * wanted.norm()
+    lora.load_adapter(tmp_path / "adapter", model, "again")    # beside the one that is there
+    lora.activate(model, "again")
+    assert (model.logits(IDS) - wanted).norm() < 1e-5 * wanted.norm()
+    lora.activate(model, "default")
     # ours, saved again, opens in peft; merged, it is a plain checkpoint of transformers
     lora.save_adapter(tmp_path / "ours", model, base=str(base))
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours")
