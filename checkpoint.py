@@ -307,12 +307,6 @@ def digest(*parts: Any) -> str:
     return found.hexdigest()
 
 
-def fingerprint(directory: Path) -> str:
-    """What model a folder holds: the digest of its weights and their config."""
-    return digest(*sorted(f for f in directory.iterdir() if f.name == "config.json"
-                          or f.suffix in (".safetensors", ".bin", ".pth")))
-
-
 def read_settings(directory: Path) -> tuple[dict[str, Any], str]:
     """(content of config.json, or of Meta's params.json as a family of that name; its file)."""
     file = directory / "config.json"

@@ -37,7 +37,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn import Module, Parameter
 
 import chat
 import checkpoint
@@ -47,13 +46,16 @@ import stage
 import tokenizer as tokenizers
 import train
 import weights
-from config import UserError, run
+from config import Idle, UserError, run
 from data import chats, loader
+from formats import run_folder
 from inference.generate import Sampling, generate
 from machine import Machine
 from model import ModelConfig, Transformer
-from presets import PRESETS, from_settings
+from presets import from_settings
 from quantize import pack
+from training import effects
+from training.hidden_states import Matching, spread, watch
 
 TEACHERS = ("out/dpo", "out/sft")     # the last of the demo's chain that is there
 PROJECTIONS = "projections.safetensors"             # beside a checkpoint's weights, for resuming
@@ -78,7 +80,7 @@ class Config(stage.Config):
     generate_temperature: float = 0.0   # 0: its likeliest answers
     generate_tokens: int = 256          # an answer that has not ended by then is left out
     # --- the student, where it is made from scratch
-    init_from: str = "scratch"          # scratch, a preset, a folder, or resume
+    init_from: str = "scratch"          # scratch, a folder, OpenAI's gpt2, …, or resume
     family: str = "qwen3"
     n_layer: int = 4
     n_head: int = 4
@@ -89,6 +91,21 @@ class Config(stage.Config):
     learning_rate: float = 3e-3
     epochs: float = 4.0
     out_dir: str = "out/distill"
+    origin: str = ""                    # kept by a run: digest and folder of its teacher
+    IDLE = (                            # which of these have no effect, and when
+        Idle(effects.SHAPE.replace("n_layer ", "") + " preset", "", lambda c, m:
+             c.layers_from_teacher and c.init_from == "scratch",
+             "with --layers_from_teacher, whose student has its shape"),
+        Idle("temperature divergence beta cache_top_k", "alpha", lambda c, m: c.alpha == 1,
+             "with --alpha=1"),
+        Idle("beta", "divergence", lambda c, m: c.divergence != "js", "without --divergence=js"),
+        Idle("generate_temperature generate_tokens", "generate", lambda c, m: not c.generate,
+             "without --generate"),
+        Idle("cache_dir", "generate cache_top_k", lambda c, m: not (c.generate or c.cache_top_k),
+             "without --generate or --cache_top_k"),
+        Idle("template skip_bad sample_interval", "dataset", lambda c, m: is_text(c.dataset),
+             "on a dataset of text"),
+        Idle("origin", "", lambda c, m: True, "as a run keeps it itself; see --teacher"))
 
 Config.task = "chat"                    # for sft.read(); no field: there is nothing to choose
 
@@ -136,11 +153,12 @@ def start(cfg: Config) -> tuple[ModelConfig, Any]:
     if not cfg.teacher:
         raise UserError(f"there is no teacher at {' or '.join(TEACHERS)}: make one with `python "
                         "sft.py config/sft_skills.py`, or name another with --teacher=DIR")
+    find_teacher(cfg)
     shape, known = checkpoint.read_config(cfg.teacher), checkpoint.load_tokenizer(cfg.teacher)
     if cfg.block_size > shape.block_size:
         raise UserError(f"block_size {cfg.block_size} is more than the {shape.block_size} tokens "
                         f"that the teacher {cfg.teacher} was made for: use at most that")
-    if cfg.init_from != "scratch" and cfg.init_from not in PRESETS:     # a checkpoint, or resume
+    if cfg.init_from != "scratch":                  # a checkpoint, or resume
         cfg.template = cfg.template or known.template or ""
         mine, tokenizer = stage.start_from(cfg)
         if known.jinja and not cfg.template:    # the teacher's own words
@@ -152,9 +170,24 @@ def start(cfg: Config) -> tuple[ModelConfig, Any]:
         given = "n_layer" in getattr(cfg, "given", ())      # else half of them, as DistilBERT has
         return replace(shape, n_layer=cfg.n_layer if given else max(1, shape.n_layer // 2),
                        block_size=cfg.block_size, dropout=cfg.dropout), known
-    if cfg.init_from == "scratch" and cfg.tie_word_embeddings is None:
+    if not cfg.preset and cfg.tie_word_embeddings is None:
         cfg.tie_word_embeddings = True
     return from_settings(cfg, known.vocab_size), known
+
+def find_teacher(cfg: Config) -> None:
+    """Have cfg.teacher be the teacher's directory and cfg.origin its fingerprint; a resumed run
+    has its own teacher again, wherever that was moved, or stops."""
+    if cfg.init_from == "resume" and cfg.origin and "teacher" not in getattr(cfg, "given", ()):
+        known, _, recorded = cfg.origin.partition(" ")
+        folder = run_folder.find_model(recorded, known)
+        if folder is None:
+            raise UserError(f"the teacher of {cfg.out_dir} at {recorded} is gone or has changed: "
+                            "put it back, or name another with --teacher=DIR")
+    else:
+        folder = checkpoint.resolve(cfg.teacher)
+        known = run_folder.fingerprint(folder)
+    cfg.teacher = str(folder)
+    cfg.origin = f"{known} {os.path.abspath(folder)}"
 
 def same_words(cfg: Config, tokenizer: Any, known: Any, largest: int) -> None:
     """UserError unless an id means the same to student and teacher, up to the smaller vocabulary,
@@ -175,10 +208,6 @@ def load_teacher(cfg: Config, machine: Machine) -> Transformer:
     model = checkpoint.load_model(checkpoint.resolve(cfg.teacher), machine.device,
                                   str(machine.dtype).removeprefix("torch."))
     return model.requires_grad_(False).eval()
-
-def spread(count: int, among: int) -> list[int]:
-    """`count` layers of `among`, evenly, the last one among them: 3 of 12 are 3, 7 and 11."""
-    return [round((k + 1) * among / count) - 1 for k in range(count)]
 
 @torch.no_grad()
 def take_layers(cfg: Config, model: Transformer, machine: Machine) -> str:
@@ -306,7 +335,7 @@ def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
     # at temperature 0 a second answer to a prompt would be the first one
     count = cfg.generate if cfg.generate_temperature else min(cfg.generate, len(records))
     name = checkpoint.digest(
-        checkpoint.fingerprint(checkpoint.resolve(cfg.teacher)), records, held, count,
+        cfg.origin.split()[0], records, held, count,
         cfg.generate_temperature, cfg.generate_tokens, cfg.block_size, cfg.seed,
         tokenizer.template or tokenizer.jinja)
     (rank, world), folder = ranks(), Path(cfg.cache_dir, name)
@@ -384,7 +413,7 @@ class TopK:
         kind = np.dtype([("ids", np.uint16 if cut <= 2 ** 16 else np.uint32, (k,)),
                          ("log_probs", np.float32, (k + 1,))])
         name = checkpoint.digest(
-            checkpoint.fingerprint(checkpoint.resolve(cfg.teacher)), kind, cut, cfg.temperature,
+            cfg.origin.split()[0], kind, cut, cfg.temperature,
             machine.dtype, *(array for pair in data.conversations for array in pair))
         self.file, self.cut = Path(cfg.cache_dir, f"{name}.npy"), cut
         made = self.file.is_file()
@@ -442,38 +471,6 @@ class TopK:
                      for name, kind in (("log_probs", np.float32), ("ids", np.int64)))
 
 # ------------------------------------------------------------------------------- the loss
-
-class Matching(Module):
-    """Projections P (Ct, C) from the student's hidden states to the teacher's, one for each pair
-    of layers, where the widths differ (Jiao 2019, TinyBERT, arXiv:1909.10351)."""
-
-    def __init__(self, pairs: int, C: int, Ct: int, seed: int):
-        super().__init__()
-        draw = torch.Generator().manual_seed(seed)          # the same on every rank
-        for k in range(pairs if C != Ct else 0):
-            P = torch.randn(Ct, C, generator=draw) / C ** 0.5
-            self.register_parameter(f"P{k}", Parameter(P))
-
-    def forward(self, states: list[tuple[Tensor, Tensor]], counts: Tensor) -> Tensor:
-        """Sum of 1 - cos(P h, h') over the tokens that count and the mean over pairs of layers.
-
-        states: pairs (B, T, C), (B, T, Ct); counts (B, T). The cosine is DistilBERT's (Sanh 2019,
-        arXiv:1910.01108): half the squared distance of the states, each scaled to length 1.
-        """
-        total = counts.new_zeros(())
-        for (h, known), P in zip(states, list(self.parameters()) or [None] * len(states)):
-            h, known = (h if P is None else kernels.linear(h, P)).float(), known.float()
-            cos = (h * known).sum(-1) / (h.norm(dim=-1) * known.norm(dim=-1)).clamp(min=1e-6)
-            total = total + ((1 - cos) * counts).sum()
-        return total / len(states)
-
-def watch(model: Transformer, layers: list[int]) -> list[Tensor]:
-    """A list that each forward fills with the hidden states behind these blocks, in order."""
-    seen: list[Tensor] = []
-    for i in layers:
-        model.model.layers.get_submodule(str(i)).register_forward_hook(
-            lambda module, args, out: seen.append(out[0]))
-    return seen
 
 class Loss:
     """train.Loss of a student: distillation where it learns, its plain CE where it is scored."""

@@ -33,7 +33,6 @@ and a resumed run whose file is lost load one, before there are gradients, and f
 """
 from __future__ import annotations
 
-import glob
 import os
 import sys
 import time
@@ -50,11 +49,12 @@ import kernels
 import lora
 import stage
 import train
-from config import UserError, run
+from config import Idle, UserError, run
 from data import chats, loader
+from formats import run_folder
 from machine import Machine
 from model import ModelConfig, Transformer
-from training import router
+from training import router, start
 
 LOSSES = ("sigmoid", "hinge", "ipo", "robust", "simpo", "orpo", "kto")
 ALONE = ("simpo", "orpo")               # have no reference
@@ -78,6 +78,11 @@ class Config(stage.Config):
     out_dir: str = "out/dpo"
     learning_rate: float = 1e-4         # of a small model; 5e-7 to 5e-6 suits one of billions
     epochs: float = 1.0
+    IDLE = (                            # which of these have no effect, and when
+        Idle("gamma", "loss", lambda c, m: c.loss != "simpo", "without --loss=simpo"),
+        Idle("desirable_weight undesirable_weight", "loss", lambda c, m: c.loss != "kto",
+             "without --loss=kto"),
+        Idle("origin", "", lambda c, m: True, "as a run keeps it itself; see --reference"))
 
 # ------------------------------------------------------------------------- log-probabilities
 
@@ -385,7 +390,7 @@ def read_cache(file: Path, count: int) -> np.ndarray | None:
     """The log-probabilities (count,) in a file of out_dir, or None."""
     out = file.parent
     # an earlier run may have been moved aside when this one began
-    for folder in (out, *sorted(out.parent.glob(f"{glob.escape(out.name)}.old*"))):
+    for folder in (out, *run_folder.find_earlier(out)):
         try:
             values = np.load(folder / file.name, allow_pickle=False)
         except FileNotFoundError:
@@ -404,20 +409,19 @@ def origin(cfg: Config) -> str:
     if cfg.init_from == "resume" and cfg.origin and "reference" not in getattr(cfg, "given", ()):
         return cfg.origin
     folder = checkpoint.resolve(cfg.reference or cfg.init_from)
-    return f"{checkpoint.fingerprint(folder)} {os.path.abspath(folder)}"
+    return f"{run_folder.fingerprint(folder)} {os.path.abspath(folder)}"
 
 
 def load_reference(cfg: Config, tokenizer: Any, data: stage.Data, machine: Machine) -> Transformer:
     """The reference's own weights, for as long as they are needed."""
-    known, _, folder = cfg.origin.partition(" ")
-    if not Path(folder).is_dir() or checkpoint.fingerprint(Path(folder)) != known:
-        raise UserError(f"the reference at {folder} is gone or has changed, and so has the file of "
-                        f"its log-probabilities in {cfg.out_dir}: put one of them back, or name "
+    known, _, recorded = cfg.origin.partition(" ")
+    folder = run_folder.find_model(recorded, known)
+    if folder is None:
+        raise UserError(f"the reference at {recorded} is gone or has changed, and so has the file "
+                        f"of its log-probabilities in {cfg.out_dir}: put one of them back, or name "
                         "another with --reference=DIR")
     theirs = checkpoint.load_tokenizer(folder)
-    text = data.records[0]["messages"][0]["content"]
-    if theirs.vocab_size > tokenizer.vocab_size or (
-            theirs.encode_ordinary(text) != tokenizer.encode_ordinary(text)):
+    if start.find_difference(theirs, tokenizer) is not None:
         raise UserError(f"the reference at {folder} has another tokenizer than {cfg.init_from}: "
                         "take one that was trained from the same base")
     model = checkpoint.load_model(folder, machine.device, "float32")

@@ -24,6 +24,7 @@ peft opens ours and theirs open here. What to expect: merged weights answer as t
 """
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -38,19 +39,23 @@ import torch
 from torch import Tensor
 
 import kernels
-from checkpoint import load_model, load_tokenizer, raw, resolve, save_model, sync, write_json
+from checkpoint import (is_checkpoint, load_model, load_tokenizer, raw, resolve, save_model, sync,
+                        write_json)
 from config import UserError, run
 from families import FAMILIES
+from formats import run_folder
 from lora_layers import (  # noqa: F401  (all of it is to be had from here)
     Adapter, FromInt8, LoraLinear, activate, adapters, add_lora, attach, check_model, describe,
     disabled, halve, layers, linears, matches, merge, names, parameters, parse, places, select,
     unpack)
-from model import Transformer
+from model import Linear, Transformer
+from training import effects
 from translate import Slot, family_of, padding
 from weights import DTYPES, Stored, read, read_header, read_json, write_safetensors
 
 PREFIX = "base_model.model."        # PEFT's wrappers, which stand in front of every name
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base.json"      # the fingerprint of the base, beside PEFT's files, which PEFT leaves alone
 FOLDER = "adapter"      # in a checkpoint: beside the merged weights transformers would add it twice
 KINDS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
 
@@ -64,6 +69,8 @@ class Settings:
     rslora: bool = False        # scale by alpha / sqrt(rank)
     dora: bool = False          # train the length of each row of W as well
     lora_int8: bool = False     # hold the frozen weights beside the adapters in int8
+    base: str = ""              # of a resumed run: the frozen model, where it was moved elsewhere
+    IDLE = effects.LORA         # which of these have no effect, and when
 
 # -------------------------------------------------------------------------- PEFT's files
 
@@ -100,9 +107,11 @@ def join(slot: Slot, parts: list[Adapter | None], model: Transformer) -> tuple:
     return A, slot.to_disk(Bs), lengths, alpha
 
 @torch.no_grad()
-def save_adapter(path: str | Path, model: Any, name: str = "default", base: str = "") -> Path:
+def save_adapter(path: str | Path, model: Any, name: str = "default", base: str = "",
+                 fingerprint: str = "") -> Path:
     """Write an adapter as the folder `path`, in PEFT's layout and the words of the family that
-    save_model() would choose. base: where the frozen model lies, for who opens it.
+    save_model() would choose. base: where the frozen model lies, for who opens it; fingerprint:
+    of that folder, where it is known already.
 
     Both files are complete elsewhere before either takes its name. Of a mixture PEFT (0.21) opens
     adapters of attention alone: it takes a name such as mlp.up_proj for all of its experts."""
@@ -129,14 +138,24 @@ def save_adapter(path: str | Path, model: Any, name: str = "default", base: str 
         "rank_pattern": {k: r for k, r in ranks.items() if r != rank},
         "alpha_pattern": {k: a for k, a in alphas.items() if a != alpha}}
     specs = [(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()]
+    if not fingerprint and base and is_checkpoint(Path(base)):
+        fingerprint = run_folder.fingerprint(Path(base))
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path) as aside:
             new = Path(aside)
+            files = [new / WEIGHTS, new / CONFIG]
             write_safetensors(new / WEIGHTS, specs, tensors.__getitem__)
             write_json(new / CONFIG, settings)
+            (path / BASE).unlink(missing_ok=True)       # of an adapter that was here before
+            if fingerprint:
+                files.append(new / BASE)
+                same_drive = Path(base).anchor in ("", path.absolute().anchor)      # of Windows
+                write_json(new / BASE, {
+                    "fingerprint": fingerprint, "folder": os.path.abspath(base),
+                    "relative": os.path.relpath(base, path) if same_drive else base})
             for step in (sync, lambda file: os.replace(file, path / file.name)):
-                for file in (new / WEIGHTS, new / CONFIG):
+                for file in files:
                     step(file)
     except OSError as e:
         raise UserError(f"cannot save the adapter {path}: {e.strerror}; free some space or choose "
@@ -189,28 +208,68 @@ def pattern(found: dict[str, Any], name: str, otherwise: Any) -> Any:
     """The value of the first key that means the module `name`."""
     return next((v for k, v in found.items() if k == "^" + name or matches(name, k)), otherwise)
 
-def sort_tensors(stored: dict[str, Stored], file: Path) -> dict[str, dict[str, Stored]]:
-    """Name of a linear on disk -> {"A", "B", "magnitude"} -> where it lies."""
+def sort_tensors(stored: dict[str, Stored], file: Path
+                 ) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
+    """(name of a linear on disk -> {"A", "B", "magnitude"} -> where it lies; the same of frozen
+    matrices, which PEFT saves with adapters on lm_head)."""
     modules: dict[str, dict[str, Stored]] = {}
+    frozen: dict[str, Stored] = {}
     for key, s in stored.items():
         kind = next((k for k in KINDS if key.endswith("." + k)), None)
-        if kind is None or not key.startswith(PREFIX):
+        plain = re.fullmatch(re.escape(PREFIX) + r"([\w.]*(?:lm_head|embed\w*|wte|output_layer))"
+                             r"(\.base_layer)?\.weight", key)
+        if plain:
+            frozen[plain[1]] = s
+        elif kind is None or not key.startswith(PREFIX):
             raise UserError(f"{file}: tensor {reprlib.repr(key)} is not one of a LoRA adapter's "
                             f"{', '.join(KINDS)}: it was made by another method")
-        stem = key.removeprefix(PREFIX).removesuffix("." + kind)
-        modules.setdefault(stem, {})[KINDS[kind]] = s
+        else:
+            stem = key.removeprefix(PREFIX).removesuffix("." + kind)
+            modules.setdefault(stem, {})[KINDS[kind]] = s
     if not modules:
         raise UserError(f"{file} has no adapter in it: copy or save it again")
-    return modules
+    return modules, frozen
+
+def check_frozen(frozen: dict[str, Stored], model: Transformer) -> None:
+    """Raise UserError unless the frozen matrices that PEFT saved are those of the model."""
+    for name, s in frozen.items():
+        # an embedding, or the output matrix, which may be the embedding
+        output = name.endswith(("lm_head", "output_layer"))
+        layer = model.lm_head if output and not model.config.tie_word_embeddings else (
+            model.model.embed_tokens)
+        if getattr(layer, "int8_scale", None) is not None:
+            continue                    # rounded for an adapter before this one: nothing to compare
+        ours = layer.base if isinstance(layer, LoraLinear) else layer.weight
+        same = s.shape == tuple(ours.shape) and s.dtype in DTYPES
+        if same:
+            # compared in the coarser of the two types: the file's, or the one it was loaded in
+            kind = min(DTYPES[s.dtype], ours.dtype, key=lambda dtype: dtype.itemsize)
+            same = torch.equal(read(s).to(kind), ours.detach().to("cpu", kind))
+        if not same:
+            raise UserError(f"{s.file} was made on a model whose {name} has other weights than "
+                            "this one's, or another vocabulary: load it on its own base")
+
+def untie(model: Transformer) -> None:
+    """Give a model whose output matrix is its embedding one of its own, with the same weights:
+    PEFT's adapter on lm_head changes what is read out and not what is read in."""
+    weight = model.model.embed_tokens.weight
+    with torch.device("meta"):
+        model.lm_head = Linear(*reversed(weight.shape))
+    model.lm_head.weight = torch.nn.Parameter(weight.detach().clone())
+    model.lm_head.train(model.training)
+    model.config.tie_word_embeddings = False
 
 def find_places(model: Transformer, modules: Iterable[str], file: Path) -> dict[str, Slot]:
     """places() in the words of the family that has all of `modules`: the one that save_model()
     would choose, or another that the model fits, as ChatGLM's."""
+    output = model.config.tie_word_embeddings and "lm_head" in modules
+    modules = [m for m in modules if m != "lm_head" or not output]
     own = family_of(model.config)
     for family in [own, *(f for f in FAMILIES.values() if padding(model.config, f) is not None)]:
         known = places(model, family)
         if set(modules) <= known.keys():
-            return known
+            shape = tuple(model.output_weight.shape)
+            return {**known, **({"lm_head": Slot(("lm_head",), (shape,))} if output else {})}
     known = places(model, own)
     odd = next(m for m in modules if m not in known)
     raise UserError(f"{file}: {reprlib.repr(odd)} is none of the linears of this model's blocks, "
@@ -245,9 +304,13 @@ def load_adapter(path: str | Path, model: Any, name: str = "default",
             raise UserError(f"no adapter at {path}, which has no {file.name}: give the folder that "
                             "save_adapter() or PEFT wrote (in safetensors)")
     settings = read_adapter_config(path / CONFIG)
-    modules = sort_tensors(read_header(file), file)
+    modules, frozen = sort_tensors(read_header(file), file)
+    tied = "lm_head" in modules and model.config.tie_word_embeddings
     known = find_places(model, modules, file)
     check_tensors(modules, known, settings, file)
+    check_frozen(frozen, model)
+    if tied:
+        untie(model)
     mine, made = linears(model), {}
     for key, stored in modules.items():
         tensors, slot = {kind: read(s) for kind, s in stored.items()}, known[key]
@@ -272,34 +335,99 @@ def blocks(Bs: Sequence[Tensor]) -> list[Tensor] | None:
 
 # --------------------------------------------------------------------- as part of a stage
 
+def read_base(folder: Path) -> dict[str, str]:
+    """Read what an adapter's folder says of its base besides PEFT's path; {} if that is nothing."""
+    file = folder / BASE
+    if not file.is_file():
+        return {}
+    note = read_json(file)
+    if not all(isinstance(note.get(key), str) for key in ("fingerprint", "folder", "relative")):
+        raise UserError(f"{file} is damaged: delete it to use the adapter without comparing its "
+                        "base")
+    return note
+
+def find_base(folders: Sequence[Path], given: str = "", flag: str = "--base",
+            which: str = "best") -> Path:
+    """Return the directory of the frozen model that the adapters in `folders` belong to.
+
+    Its path says little: another run may have taken it. Our adapters keep the base's fingerprint,
+    by which it is looked for where it was, beside the adapter as it was then, and among the runs
+    that were moved aside. given: the user's answer, by `flag`, which has to be that model as well.
+    PEFT's adapters have a path alone, which is believed.
+    """
+    notes = {folder: note for folder in folders if (note := read_base(folder))}
+    if len({note["fingerprint"] for note in notes.values()}) > 1:
+        raise UserError(f"{' and '.join(map(str, notes))} were trained on different models, so "
+                        "that they cannot be added up: use one of them")
+    first = next(iter(notes), folders[0])
+    recorded = read_adapter_config(first / CONFIG)["base"]
+    if given:
+        directory = resolve(given, which)
+        if notes and run_folder.fingerprint(directory) != notes[first]["fingerprint"]:
+            raise UserError(f"{directory} is not the model that {first} was trained on, to which "
+                            f"it belongs: that was {notes[first]['folder']} with other weights or "
+                            f"another config.json; name it with {flag}=DIR")
+        return directory
+    if not notes:
+        if not isinstance(recorded, str) or not Path(recorded).is_dir():
+            raise UserError(f"the base of {first} is {reprlib.repr(recorded)}, which is no folder "
+                            f"here: say where it lies with {flag}=DIR")
+        return resolve(recorded, which)
+    note = notes[first]
+    nearby = [first / note["relative"], *([recorded] if isinstance(recorded, str) else [])]
+    found = run_folder.find_model(note["folder"], note["fingerprint"], *nearby)
+    if found is None:
+        raise UserError(f"the base of {first} was {note['folder']}, and neither there nor in a run "
+                        "that was moved aside from there (.oldN) is a model with the weights that "
+                        f"it was trained on: say where it lies with {flag}=DIR")
+    if str(found) != note["folder"]:
+        print(f"the base of {first} is now {found}", file=sys.stderr)
+    return found
+
 def start_from(cfg: Any) -> Any:
     """The settings to build a stage's model by: on resume with adapters it is the base again."""
     if cfg.init_from == "resume" and cfg.lora_rank:
-        settings = read_adapter_config(resolve(cfg.out_dir, "last") / FOLDER / CONFIG)
-        cfg = replace(cfg, init_from=str(settings["base"]))
+        last = resolve(cfg.out_dir, "last") / FOLDER
+        cfg = replace(cfg, init_from=str(find_base([last], cfg.base)))
     return cfg
 
+def place_base(cfg: Any) -> Path:
+    """Return where a base with rows for new tokens is saved; UserError if that is not a run's."""
+    base = Path(cfg.out_dir) / "base"
+    if base.exists() and not (base / run_folder.GROWN).is_file():
+        raise UserError(f"the model with rows for new tokens is to be saved as {base}, which no "
+                        "run has made: choose another --out_dir")
+    return base
+
 def begin(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False,
-          dtype: torch.dtype | None = None) -> str:
+          dtype: torch.dtype | None = None, base: str = "") -> str:
     """What a stage does with its model before fit(), if cfg.lora_rank: new adapters, or on resume
     those of the last checkpoint, which holds the merged weights and has them as a folder.
 
     grown: the model is no longer what lies at cfg.init_from, it has rows for new tokens, say: then
-    it is saved as out_dir/base. dtype: of the activations; see halve(). Returns describe()."""
+    it is saved as out_dir/base. dtype: of the activations; see halve(). base: of a resumed run,
+    as start_from() found it. Returns describe()."""
+    fingerprint = ""
     if cfg.init_from == "resume":
         last = resolve(cfg.out_dir, "last") / FOLDER
-        base = read_adapter_config(last / CONFIG)["base"]
+        base = base or start_from(cfg).init_from
+        fingerprint = read_base(last).get("fingerprint", "")
         load_adapter(last, model, int8=cfg.lora_int8)
     else:
-        base = os.path.abspath(Path(cfg.out_dir) / "base" if grown else resolve(cfg.init_from))
-        if grown and os.environ.get("RANK", "0") == "0":
-            save_model(base, model, tokenizer)
+        base = os.path.abspath(place_base(cfg) if grown else resolve(cfg.init_from))
+        if os.environ.get("RANK", "0") == "0":
+            if grown:
+                save_model(base, model, tokenizer, extra={run_folder.GROWN: json.dumps(
+                    {"init_from": cfg.init_from}) + "\n"})
+            fingerprint = run_folder.fingerprint(Path(base))
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2.0 * cfg.lora_rank, cfg.lora_dropout,
                  cfg.targets, cfg.rslora, cfg.dora, int8=cfg.lora_int8)
+    base = os.path.abspath(base)
     if dtype == torch.bfloat16:
         halve(model)
     # called by save_checkpoint(), which itself saves what the layers amount to
-    model.save_beside = lambda checkpoint: save_adapter(checkpoint / FOLDER, model, base=base)
+    model.save_beside = lambda checkpoint: save_adapter(checkpoint / FOLDER, model, base=base,
+                                                        fingerprint=fingerprint)
     return describe(model)
 
 # ---------------------------------------------------------------------------- the script
@@ -307,7 +435,7 @@ def begin(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False,
 @dataclass
 class Merge:
     words: list[str] = field(default_factory=list)      # merge ADAPTER OUT
-    base: str = ""              # the frozen model; empty: where the adapter says that it lies
+    base: str = ""              # the frozen model; empty: the adapter says where it was
     dtype: str = "auto"         # float32, bfloat16, float16; auto: the base's
 
 def merge_files(cfg: Merge) -> None:
@@ -315,10 +443,7 @@ def merge_files(cfg: Merge) -> None:
     if len(cfg.words) != 3:
         raise UserError("merge needs two folders: python lora.py merge ADAPTER OUT")
     _, source, target = cfg.words
-    base = cfg.base or read_adapter_config(Path(source) / CONFIG)["base"]
-    if not isinstance(base, str) or not Path(base).is_dir():
-        raise UserError(f"the base of {source} is {reprlib.repr(base)}, which is no folder here: "
-                        "say where it lies with --base=DIR")
+    base = find_base([Path(source)], cfg.base)
     model = load_model(base, "cpu", cfg.dtype)
     load_adapter(source, model)
     print(describe(model), file=sys.stderr)

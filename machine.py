@@ -59,6 +59,11 @@ class Machine:
             dist.all_reduce(t)
         return t
 
+    def wait(self) -> None:
+        """Return when every rank is here."""
+        if self.world > 1:
+            dist.barrier()
+
     def rows(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """This rank's slice of a global batch, on its device."""
         B = len(batch["ids"])

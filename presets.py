@@ -3,7 +3,7 @@
     config = preset("qwen3-0.6b")                   # ModelConfig of the published model
     config = family("gemma3", n_layer=6, n_embd=384, n_head=6, vocab_size=16384)    # one of yours
 
-    python train.py --init_from=llama3.2-1b         # random weights of a published shape
+    python train.py --preset=llama3.2-1b            # random weights of a published shape
     python model.py --show=qwen3-0.6b               # its parameters, FLOPs and memory
 
 A family is a row of flags of model.py, a preset is a family with sizes. How Hugging Face's files
@@ -168,7 +168,7 @@ def family(name: str, **shape) -> ModelConfig:
 
 
 def from_settings(cfg: Any, vocab_size: int) -> ModelConfig:
-    """The ModelConfig that a run's settings (train.Config) describe, from scratch or a preset."""
+    """The ModelConfig that a run's settings (train.Config) describe: of a family or a preset."""
     shape = {k: getattr(cfg, k) for k in
              ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size")}
     flags = {k: getattr(cfg, k) for k in
@@ -176,12 +176,13 @@ def from_settings(cfg: Any, vocab_size: int) -> ModelConfig:
               "sliding_window", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
               "n_shared_experts") if getattr(cfg, k) is not None}
     common = {"block_size": cfg.block_size, "dropout": cfg.dropout, "init_std": cfg.init_std}
-    if cfg.init_from != "scratch":
+    if cfg.preset:
         given = {k: v for k, v in shape.items() if k in getattr(cfg, "given", ())}
-        config = preset(cfg.init_from, **given, **flags, **common)
+        config = preset(cfg.preset, **given, **flags, **common)
         if vocab_size > config.vocab_size:
             raise UserError(f"the data's vocabulary of {vocab_size} is larger than "
-                            f"{cfg.init_from}'s {config.vocab_size}: use init_from=scratch")
+                            f"{cfg.preset}'s {config.vocab_size}: leave out --preset, or prepare "
+                            "the data with another tokenizer")
         return config
     # a family's own biases, or more of them; for GPT-2 nanoGPT's switch, and its GELU
     biases = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias") if cfg.bias else (), True)

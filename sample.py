@@ -159,19 +159,15 @@ def find_adapters(cfg: Config) -> dict[str, Path]:
 
 
 def find_model(cfg: Config, adapters: dict[str, Path]) -> Path:
-    """The checkpoint that is asked for; if none is, the one that the first adapter was made on."""
-    source = cfg.model or cfg.out_dir
-    if adapters and not cfg.model and "out_dir" not in getattr(cfg, "given", ()):
-        first = next(iter(adapters.values()))
-        source = lora.read_adapter_config(first / lora.CONFIG)["base"]
-        if not isinstance(source, str) or not Path(source).is_dir():
-            raise UserError(f"{first} was made on {source}, which is no folder here: say where it "
-                            "lies with --model=DIR")
-    directory = resolve(source, cfg.which)
-    if directory.resolve() in [path.resolve().parent for path in adapters.values()]:
+    """The checkpoint that is asked for; if none is, the one that the adapters were made on."""
+    named = bool(cfg.model) or "out_dir" in getattr(cfg, "given", ())
+    directory = resolve(cfg.model or cfg.out_dir, cfg.which) if named or not adapters else None
+    if directory and directory.resolve() in [path.resolve().parent for path in adapters.values()]:
         raise UserError(f"{directory} has its adapter merged into its weights: leave out --adapter,"
                         " or name the base with --model=DIR")
-    return directory
+    if not adapters:
+        return directory
+    return lora.find_base(list(adapters.values()), str(directory or ""), "--model", cfg.which)
 
 
 class Served:

@@ -33,12 +33,12 @@ import checkpoint
 import kernels
 import stage
 import train
-from config import UserError, run
+from config import Idle, UserError, run
 from data import chats
 from inference.classify import LABEL, label_ids, report, text_ids
 from machine import Machine
 from model import ModelConfig, Transformer
-from training import router
+from training import effects, router
 
 
 @dataclass
@@ -47,6 +47,12 @@ class Config(stage.Config):
     unfreeze: str = "all"               # weights that train: all, or last: block, norm and head
     text_key: str = "text"              # classify: key or column of the text
     label_key: str = "label"            # classify: key or column of the label
+    IDLE = (                            # which settings have no effect, and when
+        Idle("task", "", effects.is_resumed, "on a run that is resumed"),
+        Idle("template sample_interval", "task", lambda c, m: c.task == "classify",
+             "with --task=classify"),
+        Idle("text_key label_key", "task", lambda c, m: c.task != "classify",
+             "without --task=classify"))
 
 # ---------------------------------------------------------------------------- classification
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -24,12 +24,13 @@ import checkpoint
 import kernels
 import lora
 import train
-from config import UserError, show
+from config import UserError, refuse_idle, show
 from data import chats
 from inference.generate import Sampling, sample_text
 from machine import Machine, find_machine
 from model import ModelConfig, Transformer
-from translate import family_of
+from training import effects
+from training import start as begin
 
 CONTEXT = 1024          # a row is no longer by default, though many a model could read more
 
@@ -61,6 +62,7 @@ class Config(train.Config, lora.Settings):
     eval_interval: int = 200
     eval_iters: int = 50                # times 8 rows: the validation set, at any batch_size
     log_interval: int = 10
+    IDLE = effects.STAGE                # which of these have no effect, and when
 
 
 class Data(NamedTuple):
@@ -101,9 +103,7 @@ def inherit(cfg: Config, shape: ModelConfig, tokenizer: Any, chat: bool = True) 
     if done:
         said.append(own or f"template {tokenizer.template}")
     # what the saved settings say of the model shall be true of it
-    for name in asdict(cfg).keys() & asdict(shape).keys() - {"block_size", "dropout", "init_std"}:
-        setattr(cfg, name, getattr(shape, name))
-    cfg.family = family_of(shape).model_type
+    begin.take_shape(cfg, shape)
     said = ["inherited from the checkpoint: " + ", ".join(said)]
     if done or not chat:
         return said
@@ -145,8 +145,10 @@ def grow(model: Transformer, vocab_size: int, known: int) -> None:
 
 
 def start_from(cfg: Config) -> tuple[ModelConfig, Any]:
-    """(shape, tokenizer) of the checkpoint that training starts from."""
+    """(shape, tokenizer) of the checkpoint that training starts from, which cfg.init_from names
+    from here on: the run that it belongs to may be moved aside."""
     resume = cfg.init_from == "resume"
+    cfg.init_from = begin.find_pretrained(cfg.init_from, cfg.hub_dir)
     source, which = (cfg.out_dir, "last") if resume else (cfg.init_from, "best")
     try:
         directory = checkpoint.resolve(source, which)
@@ -156,6 +158,8 @@ def start_from(cfg: Config) -> tuple[ModelConfig, Any]:
         before = "sft.py config/sft_skills.py" if "sft" in source else "train.py config/demo.py"
         raise UserError(f"there is no trained model at {source}, where this stage starts: make one "
                         f"with `python {before}`, or name another with --init_from=DIR") from e
+    if not resume:
+        cfg.init_from = str(directory)
     return checkpoint.read_config(directory), checkpoint.load_tokenizer(directory)
 
 
@@ -205,6 +209,8 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
             cfg.max_iters = 0
     kernels.use(cfg.backend)
     shape, tokenizer = start(cfg)
+    refuse_idle(cfg, shape, begin.get_in_force(cfg, shape, effects.is_pretrained(cfg)
+                                           or getattr(cfg, "layers_from_teacher", False)))
     known = tokenizer.vocab_size
     notes = inherit(cfg, shape, tokenizer, chat)
     verify(cfg)
@@ -227,17 +233,18 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
             return None
         # ------ the model, with rows for new tokens, and what of it trains
         adapters = cfg.lora_rank > 0 and not cfg.eval_only      # to evaluate, they are merged
-        model = train.build_model(lora.start_from(cfg) if adapters else cfg,
-                                  tokenizer.vocab_size if cfg.init_from == "scratch" else 0,
-                                  machine)
+        base = lora.start_from(cfg) if adapters else cfg
+        fresh = cfg.init_from == "scratch"
+        model = train.build_model(base, tokenizer.vocab_size if fresh else 0, machine)
         grow(model, tokenizer.vocab_size, known)
         if adapters:                    # a target that is not there is told before a folder is made
             lora.select(model, cfg.targets)
-        if machine.main and not cfg.eval_only:
-            train.prepare_out_dir(cfg)
+            if tokenizer.vocab_size > known:
+                lora.place_base(cfg)
+        begin.prepare_out_dir(cfg, machine)
         if adapters:
             notes = [lora.begin(cfg, model, tokenizer, grown=tokenizer.vocab_size > known,
-                                dtype=machine.dtype)]
+                                dtype=machine.dtype, base=base.init_from)]
         if machine.main:
             print(show(cfg), *notes[:adapters], f"{model.parameter_count():,} parameters | "
                   f"{rows * cfg.block_size:,} tokens a step | {machine.device} x {machine.world}, "

@@ -7,6 +7,7 @@
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_endpoint=HOST:29500 --rdzv_backend=c10d \\
         train.py config/gpt2_small.py                           # two nodes
     python train.py --init_from=resume --out_dir=out            # go on where a run stopped
+    python train.py --init_from=gpt2 --dataset=DIR              # go on from OpenAI's weights
 
 Device, precision and torch.compile are found out. The number to expect stands at the head of each
 file in config/; RESULTS.md says what it was measured on. A step is a function of (seed, step): a
@@ -34,14 +35,14 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import kernels
 import tokenizer as tokenizers
-from config import UserError, run, show
+from config import UserError, refuse_idle, run, show
 from data import loader
 from inference.generate import Sampling, encode, sample_text
 from machine import PEAK_TFLOPS, Machine, find_machine, memory_used, utilisation
-from model import Transformer
+from model import ModelConfig, Transformer
 from optim import Optimizer, clip_grad_norm
-from presets import PRESETS, from_settings
-from training import router
+from presets import from_settings
+from training import effects, router, start
 
 Batch = dict[str, Any]                  # tensors; of a micro-batch, "whole" is what it is part of
 Loss = Callable[[Any, Batch], tuple[Tensor, Tensor, dict]]
@@ -57,7 +58,9 @@ class Config:
     gradient_accumulation_steps: int = 40   # micro-batches of a step, over all ranks together
     block_size: int = 1024              # tokens of a row
     # --- model
-    init_from: str = "scratch"          # scratch, resume, a preset (gpt2, …), or a folder
+    init_from: str = "scratch"          # scratch, resume, a folder, or OpenAI's gpt2, gpt2-xl, …
+    hub_dir: str = ""                   # where these are; empty: Hugging Face's cache
+    preset: str = ""                    # a published shape from scratch: a key of presets.PRESETS
     family: str = "gpt2"                # a key of presets.FAMILIES: the flags of a scratch model
     n_layer: int = 12
     n_head: int = 12
@@ -121,18 +124,22 @@ class Config:
     compile: bool | None = None         # None: on a GPU yes, unless a mixture; on a CPU no
     backend: str = "auto"               # form of the operations: auto, reference, torch, triton
     seed: int = 1337
+    IDLE = effects.TRAIN                # which of these have no effect, and when
 
 # --------------------------------------------------------------------------- the schedule
 
 def lr_scale(cfg: Config, step: int) -> float:
     """Learning rate of a step as a share of learning_rate; `step` counts from 0.
 
-    Linear warmup, then cosine or linear down to min_lr at lr_decay_iters, constant, or WSD: full
-    rate until the last wsd_decay share of the steps, then linear (Hu 2024, MiniCPM).
+    decay_lr=False: all of it at every step, without a warmup, as in nanoGPT. Otherwise linear
+    warmup, then cosine or linear down to min_lr at lr_decay_iters, constant, or WSD: full rate
+    until the last wsd_decay share of the steps, then linear (Hu 2024, MiniCPM).
     """
+    if not cfg.decay_lr:
+        return 1.0
     if step < cfg.warmup_iters:
         return (step + 1) / (cfg.warmup_iters + 1)
-    if not cfg.decay_lr or cfg.schedule == "constant":
+    if cfg.schedule == "constant":
         return 1.0
     floor = 0.1 if cfg.min_lr < 0 else cfg.min_lr / max(cfg.learning_rate, 1e-30)
     end = cfg.lr_decay_iters or cfg.max_iters
@@ -475,7 +482,7 @@ def next_token_loss(cfg: Config, masked: bool = False) -> Loss:
 def build_model(cfg: Config, vocab_size: int, machine: Machine) -> Transformer:
     """The model of cfg.init_from, in float32 on the machine's device."""
     torch.manual_seed(cfg.seed)
-    if cfg.init_from == "scratch" or cfg.init_from in PRESETS:
+    if cfg.init_from == "scratch":
         config = from_settings(cfg, vocab_size)
         return Transformer(config).to(machine.device)
     source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
@@ -491,6 +498,29 @@ def build_model(cfg: Config, vocab_size: int, machine: Machine) -> Transformer:
     model.config.dropout = cfg.dropout
     return model
 
+def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> tuple[ModelConfig, Any]:
+    """(shape, tokenizer) of the model that training starts from; cfg.init_from becomes its
+    directory.
+
+    tokenizer: of the data. A checkpoint's own is kept, which may know more tokens and a chat
+    template; UserError unless all ids of the data are the same tokens there.
+    """
+    cfg.init_from = start.find_pretrained(cfg.init_from, cfg.hub_dir)
+    if cfg.init_from == "scratch":
+        return from_settings(cfg, vocab_size), tokenizer
+    resume = cfg.init_from == "resume"
+    directory = checkpoint.resolve(cfg.out_dir if resume else cfg.init_from,
+                                   "last" if resume else "best")
+    if any((directory / name).is_file() for name in start.VOCABULARIES):
+        own = checkpoint.load_tokenizer(directory)
+        start.check_tokens(cfg.dataset, tokenizer, directory, own)
+        tokenizer = own
+    else:
+        checkpoint.note(f"{directory} has no tokenizer to compare with that of {cfg.dataset}")
+    if not resume:
+        cfg.init_from = str(directory)
+    return checkpoint.read_config(directory), tokenizer
+
 def inherit(cfg: Config) -> Config:
     """On resume every setting that the command line leaves open is the saved run's."""
     path = checkpoint.resolve(cfg.out_dir, "last")
@@ -499,26 +529,11 @@ def inherit(cfg: Config) -> Config:
         raise UserError(f"{path}/trainer.pt is not of a run of train.py: start a new one from its "
                         f"weights with --init_from={path} and another --out_dir")
     given = getattr(cfg, "given", frozenset())
-    own = {"init_from", "out_dir", "device", "eval_only"} | given
+    own = {"init_from", "out_dir", "device", "eval_only", "base"} | given
     merged = replace(cfg, **{k: v for k, v in saved.items() if k in asdict(cfg) and k not in own})
-    merged.given = given
+    merged.given, merged.typed = given, getattr(cfg, "typed", frozenset())
+    merged.saved = saved                # what a setting has to equal that cannot change any more
     return merged
-
-def prepare_out_dir(cfg: Config) -> None:
-    """Make out_dir; a finished or broken-off run in it is moved aside, never overwritten."""
-    out = Path(cfg.out_dir)
-    if cfg.init_from != "resume" and (out / "checkpoints.json").exists():
-        n = next(n for n in range(1, 10 ** 6) if not Path(f"{out}.old{n}").exists())
-        out.rename(f"{out}.old{n}")
-        print(f"{out} held an earlier run: moved to {out}.old{n}", file=sys.stderr)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as e:
-        raise UserError(f"cannot write to out_dir {out}: {e.strerror}; choose another with "
-                        "--out_dir") from e
 
 def check(cfg: Config) -> None:
     """UserError for a setting that no run can have."""
@@ -550,6 +565,10 @@ def main(cfg: Config) -> State:
     machine = find_machine(cfg)
     dataset = loader.Dataset(loader.find(cfg.dataset))
     tokenizer = tokenizers.load(loader.find(cfg.dataset))
+    shape, tokenizer = start_from(cfg, tokenizer, dataset.vocab_size)
+    refuse_idle(cfg, shape, start.get_in_force(cfg, shape, effects.is_pretrained(cfg)))
+    if effects.is_pretrained(cfg):
+        start.take_shape(cfg, shape)
     # before any training: it may have a character that the vocabulary lacks
     prompt = encode(tokenizer, cfg.sample_prompt) if cfg.sample_interval else []
     rows = rows_of_step(cfg, machine)
@@ -558,8 +577,7 @@ def main(cfg: Config) -> State:
     held_out = loader.eval_batches(dataset.tokens("val"), cfg.batch_size, cfg.block_size,
                                    eval_rows(cfg), eot=dataset.eot, documents=cfg.document_mask)
     model = build_model(cfg, dataset.vocab_size, machine)
-    if machine.main and not cfg.eval_only:
-        prepare_out_dir(cfg)
+    start.prepare_out_dir(cfg, machine)
     if machine.main:
         print(show(cfg), file=sys.stderr)
         tokens = rows * cfg.block_size

@@ -29,13 +29,47 @@ import types
 import typing
 from io import StringIO
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 class UserError(Exception):
     """A mistake the user can mend: one sentence that says what, where and what to do."""
+
+
+class Idle(NamedTuple):
+    """Settings without effect in some situation. A Config class lists its own as IDLE; those of
+    the classes that it inherits from hold as well.
+
+    Where the command line sets one of `causes`, what a config file alone says of `names` is
+    overruled, not refused: `sft.py mine.py --lora_rank=0` may leave mine.py's lora_alpha alone.
+    """
+    names: str                          # of the settings, separated by spaces
+    causes: str                         # the settings that make the situation, likewise
+    when: Callable[[Any, Any], Any]     # (settings, ModelConfig) -> whether it is there
+    why: str                            # ends the sentence "--name=value has no effect ..."
+
+
+def refuse_idle(cfg: Any, shape: Any = None, in_force: dict[str, Any] | None = None) -> None:
+    """Raise UserError for a setting that was given without effect, unless its value is in force.
+
+    in_force: name -> the value that counts instead, a checkpoint's say; otherwise the default.
+    """
+    given, typed = (getattr(cfg, name, frozenset()) for name in ("given", "typed"))
+    defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
+    for cls in type(cfg).__mro__:
+        for rule in vars(cls).get("IDLE", ()):
+            overruled = given - typed if typed & {*rule.causes.split()} else ()
+            names = [n for n in rule.names.split() if n in given and n not in overruled]
+            if not names or not rule.when(cfg, shape):
+                continue
+            for name in names:
+                value, counts = getattr(cfg, name), {**defaults, **(in_force or {})}[name]
+                if value != counts:
+                    here = f" ({name} is {counts!r} there)" if name in (in_force or {}) else ""
+                    raise UserError(f"--{name}={value} has no effect {rule.why}{here}: leave it "
+                                    "out")
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -177,7 +211,8 @@ def configure(cls: type, argv: Sequence[str] | None = None, positional: Sequence
     A plain word is a config file, or, where `positional` names fields, fills those in order (a
     last field that is a list takes the rest; words ending in .py stay words there). The result
     carries `given`, the names that a file or the command line set, so that a stage can tell a
-    choice from a default. Errors: UserError for an unknown name, a wrong type, a missing file.
+    choice from a default, and `typed`, those that the command line set. Errors: UserError for an
+    unknown name, a wrong type, a missing file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     kinds = field_types(cls)
@@ -219,7 +254,8 @@ def configure(cls: type, argv: Sequence[str] | None = None, positional: Sequence
         from_files.update(read_config_file(path, kinds))
     merged = {**from_files, **settings}
     cfg = cls(**merged)
-    cfg.given = frozenset(merged)           # not a field: never saved, never printed
+    cfg.given = frozenset(merged)           # not fields: never saved, never printed
+    cfg.typed = frozenset(settings)
     return cfg
 
 

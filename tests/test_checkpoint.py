@@ -22,6 +22,7 @@ from checkpoint import (load_model, load_tokenizer, load_trainer, read_config, r
                         resolve, save_checkpoint, save_model)
 from config import UserError
 from conftest import ROOT
+from formats import run_folder
 from translate import family_of, hf_config, model_config_from_hf
 from model import ModelConfig, Transformer
 from presets import GPT2, LLAMA
@@ -724,10 +725,10 @@ def test_a_fingerprint_is_of_weights_and_config_alone(tmp_path):
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "model.safetensors").write_bytes(b"x" * 99)
         (tmp_path / name / "trainer.pt").write_bytes(name.encode())
-    one = checkpoint.fingerprint(tmp_path / "one")
-    assert one == checkpoint.fingerprint(tmp_path / "two") and len(one) == 16
+    one = run_folder.fingerprint(tmp_path / "one")
+    assert one == run_folder.fingerprint(tmp_path / "two") and len(one) == 16
     (tmp_path / "two" / "model.safetensors").write_bytes(b"x" * 98 + b"y")
-    assert one != checkpoint.fingerprint(tmp_path / "two")
+    assert one != run_folder.fingerprint(tmp_path / "two")
     a = np.arange(6, dtype=np.int32)
     assert checkpoint.digest(a[:3], a[3:]) != checkpoint.digest(a[:2], a[2:])
     assert checkpoint.digest(a) != checkpoint.digest(a.astype(np.int64))

@@ -34,6 +34,7 @@ def test_a_run_that_lost_its_base_or_its_adapter_says_so(go, fork):             
     flags = ["--init_from=resume", f"--out_dir={run}", "--max_iters=2", "--device=cpu"]
     config = json.loads((folder / lora.CONFIG).read_text())
     (folder / lora.CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "gone"}))
+    (folder / lora.BASE).unlink()
     weights = {p: p.read_bytes() for p in run.glob("step_*/*") if p.is_file()}
     assert "gone" in complaint(fork(*flags, bare=True).wait())
     shutil.rmtree(folder)

@@ -41,7 +41,8 @@ f64 = torch.float64
 assert quiet_machine                # a fixture that every test here uses by itself
 RUN = ["--batch_size=3", "--gradient_accumulation_steps=2", "--max_iters=6", "--eval_interval=3",
        "--eval_iters=3", "--learning_rate=3e-3", "--warmup_iters=2", "--device=cpu",
-       "--dtype=float32", "--log_interval=1", "--n_layer=2", "--n_head=2", "--n_embd=16"]
+       "--dtype=float32", "--log_interval=1"]
+SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=16"]
 HIDDEN = ["--hidden=0.7", "--hidden_layers=1", "--divergence=js", "--beta=0.3"]
 TEXT = "hello, what is 1 + 2? it is 3. be brief. user assistant naïve 🐈 4 5 6 7 8 9\n"
 CALM = "--optimizer=adamw", "--learning_rate=1e-3"
@@ -97,8 +98,11 @@ def go(model, talk, tmp_path):
     def start(name, *flags, teacher=None, script=distill):
         out = tmp_path / name
         first = [f"--teacher={teacher or model()}"] if script is distill else []
+        # a checkpoint, and the teacher's layers, have a shape of their own
+        own = any(flag.startswith(("--init_from", "--layers_from")) for flag in flags)
+        shape = [] if own or script is not distill else SHAPE
         script.main(configure(script.Config, [*first, f"--dataset={talk}", f"--out_dir={out}",
-                                              *RUN, *flags]))
+                                              *RUN, *shape, *flags]))
         return out
     return start
 
@@ -114,7 +118,8 @@ forks = forks_of("distill")
 @pytest.fixture
 def fork(forks, model, talk, tmp_path):
     """fork(*flags): start distill.py in a process; name its folder with --out_dir."""
-    return starter(forks, tmp_path, lambda: [f"--teacher={model()}", f"--dataset={talk}", *RUN])
+    return starter(forks, tmp_path, lambda: [f"--teacher={model()}", f"--dataset={talk}", *RUN,
+                                             *SHAPE])
 
 # ------------------------------------------------------------- the divergences: linear_kl
 
@@ -409,9 +414,10 @@ def test_stopped_or_killed_it_goes_on_to_the_same_weights(go, fork, tmp_path):
 def test_one_rank_is_two_ranks(go, fork, tmp_path, flags):
     """3 rows for 2 ranks; what is asked of the teacher once is shared out, and the same."""
     rows = [*CALM, "--batch_size=3", "--gradient_accumulation_steps=1", *flags]
-    one = go("one", *rows, f"--cache_dir={tmp_path / 'cache one'}")
-    two, more = tmp_path / "two", f"--cache_dir={tmp_path / 'cache two'}"
-    outcomes = [r.wait() for r in ranks(fork, 2, *rows, f"--out_dir={two}", more)]
+    kept = [[f"--cache_dir={tmp_path / f'cache {n}'}"] if "--cache_top_k=5" in flags else []
+            for n in ("one", "two")]
+    one, two = go("one", *rows, *kept[0]), tmp_path / "two"
+    outcomes = [r.wait() for r in ranks(fork, 2, *rows, f"--out_dir={two}", *kept[1])]
     assert [o[0] for o in outcomes] == [0, 0], outcomes
     close(one, two)
     for key in ("ce", "kl"):
@@ -559,7 +565,8 @@ def test_text_is_learnt_from_at_every_token(model, tmp_path, capfd):
                                             f"--out={tmp_path / 'ready'}", "--workers=1"],
                            positional=("source",)))
     teacher = model(tokenizer=tokenizers.load(tmp_path / "ready"))
-    flags = [f"--teacher={teacher}", f"--dataset={tmp_path / 'ready'}", *RUN, "--hidden=0.5"]
+    flags = [f"--teacher={teacher}", f"--dataset={tmp_path / 'ready'}", *RUN, *SHAPE,
+             "--hidden=0.5"]
     distill.main(configure(distill.Config, [*flags, f"--out_dir={tmp_path / 'out'}"]))
     assert "all of them trained on" in capfd.readouterr().err
     assert np.isfinite(curve(tmp_path / "out") + curve(tmp_path / "out", "val_bpb")).all()
@@ -569,7 +576,7 @@ def test_text_is_learnt_from_at_every_token(model, tmp_path, capfd):
     assert_same_files(tmp_path / "out", tmp_path / "half")
     for more in ("--cache_top_k=4", "--generate=4"):
         with pytest.raises(UserError, match="is text: "):
-            distill.main(configure(distill.Config, [*flags[:2], *RUN, more,
+            distill.main(configure(distill.Config, [*flags[:2], *RUN, *SHAPE, more,
                                                     f"--out_dir={tmp_path / 'no'}"]))
 
 # ---------------------------------------------------------------------- what is asked only once
@@ -745,7 +752,7 @@ def test_the_teacher_is_found_on_the_demo_s_chain(model, talk, monkeypatch, tmp_
         Path(name, "step_000001").symlink_to(model())
         cfg = distill.Config()
         distill.start(cfg)
-        assert cfg.teacher == name
+        assert cfg.teacher == f"{name}/step_000001"        # the run may be moved aside
 
 
 def test_the_shipped_config_resolves():

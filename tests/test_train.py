@@ -436,6 +436,9 @@ def test_schedules_at_their_corners(schedule, settings, points, min_lr):
     for step, share in points.items():
         got = rate(step, schedule=schedule, min_lr=min_lr, **settings)
         assert got == pytest.approx(floor + share * (6e-4 - floor), rel=1e-9)
+    if not settings.get("decay_lr", True):      # nanoGPT's switch: the rate itself, no warmup
+        assert [rate(s, schedule=schedule, **settings) for s in (0, 4, 9)] == [6e-4] * 3
+        return
     # warmup is linear and the same for all: never 0, never full
     assert [rate(s, schedule=schedule, **settings) for s in (0, 4, 9)] == pytest.approx(
         [6e-4 * (s + 1) / 11 for s in (0, 4, 9)])
@@ -725,12 +728,12 @@ def test_documents_are_kept_apart_on_request(go, monkeypatch):
 
 
 def test_training_starts_from_a_checkpoint_and_from_a_preset(go, data):
-    """init_from=DIR takes the weights and starts at step 0; a preset takes its family's flags."""
+    """init_from=DIR takes the weights and starts at step 0; --preset its published flags."""
     first = go("first")
     second = go("second", f"--init_from={first}", "--max_iters=3")
     assert len(curve(second)) == 3
     assert curve(second)[0] < curve(first)[5]               # it knows what the first run learnt
-    small = go("small", "--init_from=gpt2", "--max_iters=2", "--n_kv_head=2",
+    small = go("small", "--preset=gpt2", "--max_iters=2", "--n_kv_head=2",
                "--intermediate_size=64")
     shape = checkpoint.read_config(small)
     assert (shape.n_layer, shape.n_embd, shape.qkv_bias, shape.vocab_size) == (2, 32, True, 50257)

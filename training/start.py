@@ -1,0 +1,164 @@
+"""What a run starts from, and in which folder: GPT-2 by name, a shape, a tokenizer that agrees.
+
+    from training import start
+    cfg.init_from = start.find_pretrained(cfg.init_from, cfg.hub_dir)   # gpt2-xl -> its folder
+    start.take_shape(cfg, shape)            # the settings say what the checkpoint's model is
+    start.find_difference(data, model)         # the first id that means something else, or None
+    start.prepare_out_dir(cfg, machine)     # an earlier run's files are moved aside
+
+nanoGPT's init_from=gpt2* are OpenAI's weights. Nothing is downloaded: they are looked for in
+--hub_dir, or in the cache that Hugging Face's programs share.
+"""
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from config import UserError
+from formats import run_folder
+from machine import Machine
+from model import ModelConfig
+from presets import FAMILIES, PRESETS
+from translate import family_of
+
+OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+# A directory with one of these brings a tokenizer
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "encoder.json")
+# The flags of a family that no setting of a run changes
+FIXED = ("position", "norm", "norm_placement", "norm_offset", "rope_interleaved",
+         "partial_rotary_factor", "scoring_func", "router_bias", "qk_norm_whole")
+# The settings that leave the choice to the model where they have their defaults
+AUTOMATIC = ("n_kv_head", "head_dim", "intermediate_size", "qk_norm", "tie_word_embeddings",
+             "rope_theta", "activation", "gated", "sliding_window", "num_experts",
+             "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")
+
+
+def find_hub(hub_dir: str) -> Path:
+    """Return --hub_dir, or Hugging Face's cache, where HF_HUB_CACHE or HF_HOME has it."""
+    home = os.environ.get("HF_HOME") or Path("~/.cache/huggingface")
+    return Path(hub_dir or os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+
+
+def find_pretrained(name: str, hub_dir: str = "") -> str:
+    """Return the folder meant by --init_from, where it is the name of a published model.
+
+    gpt2 and its sizes are OpenAI's weights, in a folder of that name, or in hub_dir as a folder or
+    in the layout of Hugging Face's cache. Other presets have no weights: --preset is meant.
+    """
+    local = Path(name)
+    if hub_dir and name not in OPENAI and name != "resume":
+        raise UserError(f"--hub_dir={hub_dir} has no effect without --init_from=gpt2, gpt2-medium, "
+                        "gpt2-large or gpt2-xl: leave it out")
+    if name not in PRESETS or any((local / f).is_file() for f in
+                                  ("config.json", "params.json", "checkpoints.json")):
+        return name
+    if name not in OPENAI:
+        raise UserError(f"--init_from={name} is no folder here; for random weights of that "
+                        f"published shape say --preset={name}")
+    hub = find_hub(hub_dir)
+    places = [hub / name, hub / "openai-community" / name]
+    for cache in (hub / f"models--openai-community--{name}", hub / f"models--{name}"):
+        main = cache / "refs" / "main"          # which of the snapshots is the current one
+        if main.is_file():
+            places.append(cache / "snapshots" / main.read_text(encoding="utf-8").strip())
+        # a copy of the cache may lack refs/
+        places += sorted(cache.glob("snapshots/*"))
+    found = next((p for p in places if (p / "config.json").is_file()), None)
+    if found is None:
+        raise UserError(f"--init_from={name} means OpenAI's weights, and there are none in {hub}: "
+                        f"download them with `hf download openai-community/{name}`, name the "
+                        f"folder that has them with --hub_dir=DIR, or say --preset={name} for random "
+                        "weights of that shape")
+    return str(found)
+
+
+def fits_family(cfg: Any, shape: ModelConfig) -> bool:
+    """Return whether a shape may come from --family and the flags that were given beside it."""
+    name, settled = cfg.family, set(getattr(cfg, "given", ()))
+    if name == family_of(shape).model_type or name == getattr(cfg, "saved", {}).get("family"):
+        return True
+    if name not in FAMILIES:
+        return False
+    if name == "gpt2" or "bias" in settled:         # nanoGPT's switch, and its GELU
+        settled |= {"qkv_bias", "o_bias", "mlp_bias", "norm_bias", "activation"}
+    default = ModelConfig()
+    wanted = {**{key: getattr(default, key) for key in FIXED}, **FAMILIES[name]}
+    return all(value == getattr(shape, key) for key, value in wanted.items() if key not in settled)
+
+
+def get_in_force(cfg: Any, shape: ModelConfig, decided: bool) -> dict[str, Any]:
+    """Return name -> the value that counts, of every setting that the model decides.
+
+    decided: the model is a checkpoint's, or made of another one; otherwise the settings describe
+    it. One that leaves the choice to the model (0 or None by default) is in force as it is.
+    """
+    biases = {shape.qkv_bias, shape.o_bias, shape.mlp_bias}
+    values = dict(getattr(cfg, "saved", {}))
+    if decided:
+        values |= {name: value for name, value in asdict(shape).items() if not (
+            name in AUTOMATIC and getattr(cfg, name) == getattr(type(cfg), name))}
+    return values | {
+        "family": cfg.family if fits_family(cfg, shape) else family_of(shape).model_type,
+        "bias": shape.qkv_bias if len(biases) == 1 else None}       # some of them: neither
+
+
+def take_shape(cfg: Any, shape: ModelConfig) -> None:
+    """Have the settings say, in place, what is true of a model that is there already."""
+    for name in asdict(cfg).keys() & asdict(shape).keys() - {"block_size", "dropout", "init_std"}:
+        setattr(cfg, name, getattr(shape, name))
+    cfg.family = family_of(shape).model_type
+
+
+def find_difference(tokenizer: Any, other: Any) -> int | None:
+    """Return the first id of `tokenizer` that is another token, or none, for `other`; or None.
+
+    The tokens are compared, not the files: GPT-2's vocabulary of tiktoken and of Hugging Face are
+    one. `other` may have more, as a model that was tuned for chats has.
+    """
+    return next((i for i, token in sorted(tokenizer.tokens.items())
+                 if other.tokens.get(i) != token), None)
+
+
+def check_tokens(dataset: str, tokenizer: Any, source: Any, other: Any) -> None:
+    """UserError unless every id of the data's tokenizer is the same token for the model's."""
+    i = find_difference(tokenizer, other)
+    if i is not None:
+        mine, theirs = tokenizer.tokens[i], other.tokens.get(i)
+        raise UserError(f"dataset {dataset} has another tokenizer than the model of {source}: id "
+                        f"{i} is {mine[:40]!r} in the data and "
+                        f"{'nothing' if theirs is None else repr(theirs[:40])} there; prepare the "
+                        f"data with --tokenizer={source}")
+
+
+def prepare_out_dir(cfg: Any, machine: Machine) -> None:
+    """Make out_dir; the files of an earlier run in it are moved aside, never overwritten.
+
+    Settings that name a checkpoint of that run, as a second round from its result does, are
+    changed to where it is then. Every rank calls this, when it has read what it starts from.
+    """
+    out = Path(cfg.out_dir)
+    if cfg.eval_only:
+        return
+    if cfg.init_from != "resume" and (out / "checkpoints.json").exists():
+        to = run_folder.choose_aside(out)
+        for name in ("init_from", "reference", "teacher"):
+            if folder := getattr(cfg, name, ""):
+                setattr(cfg, name, run_folder.follow_move(folder, out, to))
+        machine.wait()                  # all ranks have looked, and none reads from it any more
+        if machine.main:
+            run_folder.move_aside(out, to)
+            print(f"{out} held an earlier run: its files were moved to {to}", file=sys.stderr)
+    if machine.main:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe = out / ".writable"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as e:
+            raise UserError(f"cannot write to out_dir {out}: {e.strerror}; choose another with "
+                            "--out_dir") from e
+    machine.wait()
