@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import re
 import time
 from datetime import datetime
@@ -199,6 +200,8 @@ def test_the_stop_token_is_learnt_by_templates_without_one(world):
                       ("cohere2", "<|END_OF_TURN_TOKEN|>"), ("llama3_2", "<|eot_id|>")):
         assert chat.turn_ends(give(tok, PUBLISHED[name])) == [end]
         assert trained(tok, TALK[:2])[0].endswith(end)
+    assert chat.turn_ends(give(tok, PUBLISHED["lfm2_training"])) == ["<|im_end|>"]
+    assert chat.turn_ends(give(tok, "{% if %}")) == []      # text can be sampled all the same
 
 
 def test_a_template_that_nothing_ends_is_refused(world):
@@ -211,6 +214,8 @@ def test_a_template_that_nothing_ends_is_refused(world):
 
 def test_the_day_of_a_template_that_asks_for_it(world):
     tok = give(world[0], PUBLISHED["llama3_2"])
+    assert compile_template("{{ strftime_now('%Y-%m-%d in 2024') }}").run({})[0] == (
+        datetime.now().strftime("%Y-%m-%d in 2024"))
     assert datetime.now().strftime("%d %b %Y") in text_of(tok, chat.render(tok, TALK).ids)
     assert "26 Jul 2024" in text_of(tok, chat.render(tok, TALK, date_string="26 Jul 2024").ids)
 
@@ -241,6 +246,29 @@ def test_control_tokens_that_are_typed_are_letters(name, world):
         assert [i for i in ids if i in control] == [i for i in other if i in control]
         text = text_of(tok, ids)
         assert TYPED in text and not re.search("[\U000f0000-\U000ffffd]", text)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_that_take_white_space_with_them(seed, world, tmp_path):
+    """Phi-3's <|user|> and <|end|> do: each token with flags drawn at random."""
+    from transformers import AutoTokenizer
+    draw = random.Random(seed)
+    world[0].save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    for token in document["added_tokens"]:
+        token.update({flag: draw.random() < 0.4 for flag in ("lstrip", "rstrip", "normalized")})
+    file.write_text(json.dumps(document), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
+    tok, auto = T.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    spaces = [user(" <think> x </think> "), answer("  y "), user("z")]
+    for name in ("phi3", "qwen3", "llama3"):
+        give(tok, PUBLISHED[name])
+        for messages in (TALK[:3], [SYSTEM, *spaces]):
+            assert chat.render(tok, messages, None, True).ids == auto.apply_chat_template(
+                messages, chat_template=PUBLISHED[name], add_generation_prompt=True,
+                return_dict=False)
 
 
 def test_what_a_user_types_around_the_marks_is_kept(world):
@@ -421,6 +449,15 @@ HOSTILE = {
     "indent": "{{ ('\n' * 9999) | indent(9999) }}", "batch": "{{ [1] | batch(999999999, 0) | list }}",
     "slice": "{{ [1] | slice(999999999) | list }}", "format": "{{ '%999999999d' | format(1) }}",
     "percent": "{{ '%*d' % (999999999, 1) }}", "str.format": "{{ '{:999999999}'.format(1) }}",
+    "many fields": LONG + "{{ ('%(a)s' * 9999) % {'a': x} }}",
+    "many braces": LONG + "{{ ('{0}' * 9999).format(x) }}",
+    "map of fields": LONG + "{{ ('{a}' * 9999).format_map({'a': x}) }}",
+    "indent with text": LONG + "{{ ('\n' * 9999) | indent(width=x) }}",
+    "separators": LONG + "{{ range(9999) | list | tojson(separators=(x, x)) }}",
+    "join of a generator": LONG + "{{ x.join(range(9999) | map('string')) }}",
+    "deep list": "{% set n = namespace(x=[]) %}{% for i in range(99999) %}{% set n.x = [n.x] %}"
+    "{% endfor %}", "blocks that call themselves": "{% block a %}{{ self.a() }}{% endblock %}",
+    "recursive loop": "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
     "nested format": "{{ '{:{}}'.format(1, 999999999) }}",
     "json": "{{ messages | tojson(indent=999999999) }}", "bytes": "{{ (1).to_bytes(999999999) }}",
     "round": "{{ 1.5 | round(999999999) }}", "date": "{{ strftime_now('%999999999d') }}",
@@ -471,14 +508,16 @@ def test_what_templates_use_is_there_and_counts_nothing_twice():
                    "{{ {'b': 1, 'a': [2]} | dictsort }}", "{{ [1, 2] + [3] }}{{ 'a' ~ 1 ~ none }}",
                    "{% for k, v in {'x': 1}.items() %}{{ k }}{{ v }}{% else %}none{% endfor %}",
                    "{% set x | upper %}ab{% endset %}{{ x }}", "{{ '%s-%d' % ('a', 3) }}",
-                   "{{ '{}{x}'.format(1, x=2) }}", "{{ [1, 2, 3][1:] }}{{ 'abc'[::-1] }}",
+                   "{{ '{}{x} {{2024}}'.format(1, x=2) }}{{ '2024: %s, 100%%' % 'a' }}",
+                   "{{ ', '.join(messages | map(attribute='role')) }}{{ '-'.join('abc') }}",
+                   "{{ 'in 20240101 %02d' | format(7) }}{{ '%5.1f|%-3s|' % (1.25, 'a') }}",
+                   "{{ messages[0] | tojson(indent=2) if false else 'x' }}", "{{ [1, 2, 3][1:] }}{{ 'abc'[::-1] }}",
                    "{% macro m(a, b=2) %}<{{ a }}{{ b }}>{% endmacro %}{{ m(1) }}{{ m(b=3, a=0) }}",
                    "{% for m in messages if m.role == 'user' %}{{ m.content | trim }}{% endfor %}",
                    "{{ messages | map(attribute='role') | unique | list }}",
                    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}",
                    "{% for t in nothing %}x{% endfor %}{{ nothing }}{{ nothing is defined }}",
-                   "{% call(x) f() %}{{ x }}{% endcall %}{% macro g() %}{% endmacro %}"
-                   if False else "{{ 7 // 2 }}{{ 2 ** 3 }}{{ 7 % 4 }}{{ 'ab' * 2 }}",
+                   "{{ 7 // 2 }}{{ 2 ** 3 }}{{ 7 % 4 }}{{ 'ab' * 2 }}",
                    "{{ 'x\ny' | indent(2) }}{{ ' a '.strip() }}{{ 'a' in 'cab' }}{{ 1 in [1] }}",
                    "{% set a, b = 1, (2, 3) %}{{ a }}{{ b }}{{ range(3) | list }}{{ [] or 'd' }}"):
         text, spans = compile_template(source).run({"messages": TALK})

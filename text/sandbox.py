@@ -155,15 +155,20 @@ def power(left: Any, right: Any) -> Any:
 
 def percent(left: Any, right: Any) -> Any:
     if isinstance(left, (str, bytes)):
-        narrow(str(left), right)
-        METER.get().room(len(left) + METER.get().weight(right))
+        check_format(left if isinstance(left, str) else left.decode("latin-1"), "%", right)
     return left % right
 
 
-def narrow(form: str, *args: Any) -> None:
-    """Refuse a format that pads to a width of thousands, or whose width is an argument."""
-    if re.search(r"\d{4}|%[^a-zA-Z%]*\*|\{[^{}]*\{", form):
+def check_format(form: str, sign: str, *args: Any) -> None:
+    """Make room for a text that `args` are formatted into, each of them at every sign.
+
+    Refused are widths of thousands, and those that are arguments themselves.
+    """
+    bare = form.replace("%%", "").replace("{{", "").replace("}}", "")
+    wide = r"%[^a-zA-Z%]*?(?:\d{4}|\*)" if sign == "%" else r"\{[^{}]*(?:\d{4}|\{)"
+    if re.search(wide, bare):
         raise Exceeded(f"it formats with {form[:40]!r}")
+    METER.get().room(len(form) + bare.count(sign) * sum(map(METER.get().weight, args)))
 
 
 def widths(args: Iterable[Any], most: int) -> None:
@@ -185,10 +190,8 @@ def guard_method(owner: Any, name: str, args: tuple) -> None:
         widths(args, 1000)
     elif name == "replace" and len(args) > 1 and all(isinstance(a, str) for a in args[:2]):
         replaced(owner, *args)
-    elif name == "join" and len(args) == 1 and isinstance(args[0], (list, tuple, dict)):
+    elif name == "join" and len(args) == 1:
         meter.room(meter.weight(args[0]) + len(owner) * len(args[0]))
-    elif name == "join":
-        raise Exceeded("it joins what is no list: put |list before")
     elif name == "translate":
         raise Exceeded("it translates characters")
     meter.room(len(owner) if isinstance(owner, (str, bytes)) else 0)
@@ -200,18 +203,14 @@ def guard_filter(name: str, args: list, kwargs: dict) -> None:
     if name in ("batch", "slice", "center", "indent", "truncate"):
         widths(rest, 1000)
     if name in ("round", "tojson"):
-        widths(rest, 100)
-        for separator in kwargs.get("separators") or ():
-            widths([len(separator)], 100)
-    if name == "tojson" and isinstance(kwargs.get("indent"), str):
-        widths([len(kwargs["indent"])], 100)
+        widths([*rest, *map(meter.weight, rest)], 100)      # indent and separators, too
     if name == "indent":
-        wide = max([4, *(len(a) if isinstance(a, str) else int(a) for a in rest[:1])])
+        wide = max([4, *(len(a) if isinstance(a, str) else int(a) for a in rest)])
         meter.room(len(str(args[0])) + wide * (1 + str(args[0]).count("\n")))
     elif name == "replace" and len(args) > 2:
         replaced(*map(str, args[:3]))
     elif name == "format":
-        narrow(str(args[0]), *rest)
+        check_format(str(args[0]), "%", *rest)
     elif name == "int" and isinstance(args[0], str):
         widths([len(args[0])], 4000)
     elif name in ("join", "sum", "list", "sort", "unique", "groupby", "dictsort", "batch", "slice"):
@@ -340,14 +339,20 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if isinstance(__obj, types.BuiltinMethodType):
             owner = __obj.__self__
             if isinstance(owner, (str, bytes, int)):
+                if __obj.__name__ == "join" and args and not isinstance(args[0], (list, tuple)):
+                    args = (list(meter.each(args[0])), *args[1:])
                 guard_method(owner, __obj.__name__, (*args, *kwargs.values()))
         return meter.take(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable | None:
         wrapper = super().wrap_str_format(value)
-        if wrapper is not None:
-            narrow(value.__self__)
-        return wrapper
+        if wrapper is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            check_format(value.__self__, "{", *args, *kwargs.values())
+            return wrapper(*args, **kwargs)
+        return checked
 
 
 @jinja2.pass_context
@@ -401,7 +406,6 @@ def raise_exception(message: Any) -> None:
 
 
 def strftime_now(form: str) -> str:
-    narrow(form.replace("%", "%%"))
     if len(form) > 200 or re.search(r"%[^a-zA-Z%]*\d{2}", form):
         raise Exceeded(f"it formats a date with {form[:40]!r}")
     return datetime.now().strftime(form)
