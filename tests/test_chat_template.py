@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 import re
 import time
 from datetime import datetime
@@ -245,6 +246,29 @@ def test_control_tokens_that_are_typed_are_letters(name, world):
         assert [i for i in ids if i in control] == [i for i in other if i in control]
         text = text_of(tok, ids)
         assert TYPED in text and not re.search("[\U000f0000-\U000ffffd]", text)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_tokens_that_take_white_space_with_them(seed, world, tmp_path):
+    """Phi-3's <|user|> and <|end|> do: each token with flags drawn at random."""
+    from transformers import AutoTokenizer
+    draw = random.Random(seed)
+    world[0].save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    for token in document["added_tokens"]:
+        token.update({flag: draw.random() < 0.4 for flag in ("lstrip", "rstrip", "normalized")})
+    file.write_text(json.dumps(document), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
+    tok, auto = T.load(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    spaces = [user(" <think> x </think> "), answer("  y "), user("z")]
+    for name in ("phi3", "qwen3", "llama3"):
+        give(tok, PUBLISHED[name])
+        for messages in (TALK[:3], [SYSTEM, *spaces]):
+            assert chat.render(tok, messages, None, True).ids == auto.apply_chat_template(
+                messages, chat_template=PUBLISHED[name], add_generation_prompt=True,
+                return_dict=False)
 
 
 def test_what_a_user_types_around_the_marks_is_kept(world):

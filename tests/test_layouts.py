@@ -4,7 +4,10 @@ Oracles: trl's own functions where it has them; else messages written out by han
 the projects that named the layouts (OpenAI, axolotl, LLaMA-Factory, ms-swift, Alpaca, Dolly).
 """
 import copy
+import itertools
 import json
+import random
+import re
 
 import pytest
 
@@ -257,6 +260,50 @@ def test_what_a_record_says_twice_has_to_agree(record, says):
 def test_preferences_that_contradict_themselves(record, says):
     with pytest.raises(UserError, match=says):
         layouts.preference(record)
+
+
+def test_of_keys_drawn_at_random_no_word_is_lost():
+    """Two layouts at once, half of one: whatever is accepted holds every word of the record."""
+    rng, count = random.Random(3), itertools.count()
+
+    def word():
+        return f"<{next(count)}>"
+
+    def talk(exchanges):
+        out = said(S, word()) if rng.random() < .2 else []
+        for _ in range(exchanges):
+            answer = {"role": A, "content": word()}
+            for key in ("reasoning_content", "thinking"):
+                answer |= {key: word()} if rng.random() < .1 else {}
+            if rng.random() < .2:
+                answer["tool_calls"] = [{"name": word(), "arguments": {"a": word()}}]
+            if rng.random() < .2:
+                answer["function_call"] = {"name": word(), "arguments": f'{{"a": "{word()}"}}'}
+            out += [*said(U, word()), answer]
+        return out
+
+    def side():
+        return rng.choice([word(), talk(1), talk(1)[-1:], talk(1)[-1]])
+
+    make = dict.fromkeys(["instruction", "input", "output", "response", "question", "system",
+                          "system_prompt", "context", "text"], word)
+    make |= {"messages": lambda: talk(2), "conversations": lambda: talk(1), "chosen": side,
+             "prompt": lambda: rng.choice([word(), talk(1), talk(1)[:1]]), "rejected": side,
+             "completion": side, "history": lambda: [[word(), word()]],
+             "tools": lambda: [{"name": word()}], "documents": lambda: [word()],
+             "label": lambda: rng.random() < .5}
+    accepted = dict.fromkeys(("sft", "preference"), 0)
+    for _ in range(20_000):
+        record = {key: make[key]() for key in rng.sample(list(make), rng.randrange(2, 6))}
+        for kind in accepted:
+            try:
+                found = layouts.ADAPTERS[kind](record)
+            except UserError:
+                continue
+            accepted[kind] += 1
+            words = [set(re.findall(r"<\d+>", repr(value))) for value in (record, found)]
+            assert words[0] == words[1], record
+    assert accepted["sft"] > 500 and accepted["preference"] > 100
 
 
 # ------------------------------------------------------------------------------------ trl's own

@@ -557,6 +557,23 @@ def test_a_long_conversation_forgets_its_oldest_exchanges():
     assert [m["content"] for m in said] == ["s", "last"]
 
 
+def test_a_chat_by_a_models_own_template(talker, tmp_path, capsys):
+    """One that no row is: it is rendered as it stands, and its turns end where it says."""
+    said = run_main(capsys, talker, chat=True, prompt="hello", temperature=0, max_new_tokens=30)
+    folder = shutil.copytree(talker, tmp_path / "own")
+    (folder / "chat_template.jinja").write_text(
+        "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+        "{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+    assert run_main(capsys, folder, chat=True, prompt="hello", temperature=0,
+                    max_new_tokens=30) == said
+    with pytest.raises(UserError, match="no place for enable_thinking"):
+        run_main(capsys, folder, chat=True, prompt="hello", think=False)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('Not today') }}")
+    with pytest.raises(UserError, match="refuses the conversation: Not today"):
+        run_main(capsys, folder, chat=True, prompt="hello")
+    assert run_main(capsys, folder, prompt="hello")         # text alone needs no template
+
+
 def test_a_chat_longer_than_the_context_goes_on(talker, capsys, stdin):
     stdin("the quick brown fox é\n" * 12)
     out = run_main(capsys, talker, chat=True, max_new_tokens=40, temperature=0)

@@ -366,6 +366,29 @@ def test_a_second_stage_inherits_what_the_first_one_left(go, capfd):
     assert "template zephyr instead of chatml" in capfd.readouterr().err
 
 
+def test_a_models_own_template_is_trained_with_and_kept(go, capfd):
+    """An edited copy of a known one counts as it is; --template= takes its place."""
+    first = go("first", "--max_iters=2")
+    folder = checkpoint.resolve(first)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    own = settings["chat_template"].replace("<|im_start|>user\\n", "<|im_start|>user: ")
+    assert own != settings["chat_template"]
+    file.write_text(json.dumps({**settings, "chat_template": own}))
+    capfd.readouterr()
+    second = go("second", "--max_iters=2", start_from=folder)
+    assert "the checkpoint's own chat template" in capfd.readouterr().err
+    tokenizer = checkpoint.load_tokenizer(second)
+    assert (tokenizer.template, tokenizer.jinja) == (None, own)
+    ids, mask = tokenizer.render([{"role": "user", "content": "1"}, {"role": "assistant",
+                                                                     "content": "2"}])
+    assert tokenizer.decode(ids).startswith("<|im_start|>user: 1<|im_end|>")
+    assert tokenizer.decode([i for i, m in zip(ids, mask) if m]) == "2<|im_end|>"
+    third = go("third", "--max_iters=2", "--template=zephyr", start_from=second)
+    assert "template zephyr instead of the checkpoint's own" in capfd.readouterr().err
+    assert checkpoint.load_tokenizer(third).template == "zephyr"
+
+
 def test_epochs_say_how_many_steps(go, capfd):
     """Two epochs of the rows, six at a time; on resuming, another number of them."""
     out = go("out", "--max_iters=0", "--epochs=2")

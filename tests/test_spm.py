@@ -19,6 +19,7 @@ import chat
 import spm
 import tokenizer as T
 from config import UserError
+from text import chat_template
 
 BYTES = [f"<0x{b:02X}>" for b in range(256)]
 PLACES = [" leading", "trailing ", "   a  b   ", "\t\ta\n\n\nb\r\n", "\u00a0a\u00a0\u00a0b",
@@ -506,6 +507,10 @@ def test_conversations_are_transformers_ids(template, form, trained, tmp_path):
         ids, mask = tok.render(messages, None, prompt)
         assert ids == theirs, (auto.decode(theirs), tok.decode(ids))
         assert len(mask) == len(ids) and ids.count(tok.prefix[0]) <= 1 + 2 * (template == "llama2")
+        # by Jinja, whose mask comes from rendering prefixes: the same but for Qwen3's empty thoughts
+        by_jinja = chat_template.render(tok, chat.jinja(chat.find(template), tok.eot_token),
+                                        messages, prompt)
+        assert by_jinja.ids == ids and (by_jinja.mask == mask or template == "qwen3")
         if not prompt:          # the prompt of an answer is how the conversation with it begins
             start = tok.render(messages[:-1], None, True)[0]
             assert ids[:len(start)] == start and mask[len(start):].count(1) >= 2

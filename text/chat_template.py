@@ -332,25 +332,22 @@ def encode(tokenizer: Any, text: str, spans: Iterable[tuple[int, int, bool]],
     ids: list[int] = []
     mask: list[int] = []
     after = ""              # what stands before a run of text, for SentencePiece's spaces
+    skip = False            # the token before takes white space with it
     for k, (piece, trained, control) in enumerate(runs):
         if control:
             new = [controls.ids[piece]]
+            skip = tokenizer.added.get(piece, {}).get("rstrip", False)
         else:
-            piece = untyped(beside(piece, runs, k, tokenizer.added), typed)
+            following = runs[k + 1] if k + 1 < len(runs) else ("", False, False)
+            if following[2] and tokenizer.added.get(following[0], {}).get("lstrip"):
+                piece = piece.rstrip(BLANK)
+            piece = untyped(piece.lstrip(BLANK) if skip else piece, typed)
+            skip = skip and not piece
             new = tokenizer.encode_ordinary(piece, after, controls.loose) if piece else []
         after = "token" if control else "text" if piece else after
         ids += new
         mask += [int(trained)] * len(new)
     return ids, mask
-
-
-def beside(piece: str, runs: list[tuple[str, bool, bool]], k: int, added: Mapping) -> str:
-    """The text of run k without the white space that the tokens beside it take with them."""
-    if k and runs[k - 1][2] and added.get(runs[k - 1][0], {}).get("rstrip"):
-        piece = piece.lstrip(BLANK)
-    if k + 1 < len(runs) and runs[k + 1][2] and added.get(runs[k + 1][0], {}).get("lstrip"):
-        piece = piece.rstrip(BLANK)
-    return piece
 
 
 def untyped(piece: str, typed: str) -> str:
