@@ -153,7 +153,7 @@ QWEN_WINDOWS = by_layer(lambda i, hf: i >= hf.get("max_window_layers", 28), asks
 
 def gemma(model_type: str, architecture: str, pattern: int, **changes) -> Family:
     """Gemma 2 and 3: what their files share. `pattern`: every such layer has no window."""
-    # Gemma 3's pattern has a key, Gemma 2's is fixed
+    # Gemma 3's pattern has a key, Gemma 2's is fixed: transformers ignores the key there
     asked = ("sliding_window_pattern",) * (changes["rope"] == "nested")
     layers = by_layer(
         lambda i, hf: (i + 1) % (hf.get("sliding_window_pattern", pattern) if asked else pattern),
@@ -211,6 +211,7 @@ MIXTRAL_WINDOW, QWEN_MOE_WINDOW = windowed(None), windowed(4096)
 
 
 def qwen_moe_read(hf: dict, values: dict) -> None:
+    """Read the window, which is that of all layers: the family has no layer_types."""
     needs_experts(hf, values)
     if hf.get("use_sliding_window"):                    # False where it is not said
         QWEN_MOE_WINDOW["read"](hf, values)
@@ -219,11 +220,13 @@ def qwen_moe_read(hf: dict, values: dict) -> None:
 
 
 def qwen_moe_write(config: ModelConfig, hf: dict) -> None:
+    """Write the window with the switch that transformers asks for first."""
     QWEN_MOE_WINDOW["write"](config, hf)
     hf["use_sliding_window"] = config.sliding_window > 0
 
 
 def cohere_read(hf: dict, values: dict) -> None:
+    """Read Command R's scale of the logits; 0 makes no model and ends in 1 / 0."""
     no_windows(hf, values)
     # logits are multiplied by it there, divided here
     scale = hf.get("logit_scale", 0.0625)

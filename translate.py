@@ -136,12 +136,15 @@ def resolve_synonyms(hf: dict[str, Any], family: Family, where: str) -> dict[str
     return renamed
 
 
+# Where rotary settings may stand: rope_theta and rope_scaling of transformers 4, rope_parameters of
+# 5, which has partial_rotary_factor inside
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 
 
 def list_known_keys(family: Family) -> frozenset[str]:
     """Return the keys of config.json that the family reads, or knows to be harmless."""
     keys = {theirs for _, theirs in family.fields}
+    # the context of the first training may stand outside of a flat rotary object
     if family.fixed["position"] == "rope" and family.rope != "own":
         keys |= {*ROPE, {"nested": "rope_local_base_freq"}.get(
             family.rope, "original_max_position_embeddings")}
@@ -195,7 +198,8 @@ def choose_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str,
     if any(isinstance(value, dict) for value in [*old.values(), *new.values()]):
         raise UserError(f"{where}: rotary settings by kind of layer are not supported in a "
                         f"{family.model_type} model")
-    # rope_scaling counts alone: what rope_parameters says beside it would be lost without a word
+    # Who adds rope_scaling to a file of transformers 5, as model cards advise, leaves the base in
+    # rope_parameters: rope_scaling counts alone, and the base would be lost without a word
     for key in ("rope_theta", "partial_rotary_factor") if old else ():
         if old.get(key) is None and hf.get(key) is None and new.get(key) is not None:
             raise UserError(f"{where}: rope_scaling counts instead of rope_parameters, and it does "
@@ -204,7 +208,7 @@ def choose_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str,
 
 
 def merge_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, Any]:
-    """Return the rotary object of the full_attention layers, and put the base of the others into
+    """Return the rotary object of the full_attention layers; put the base of the others into
     `values`. rope_scaling is of the full_attention layers, and is laid over rope_parameters."""
     old = read_object(hf, "rope_scaling", where)
     new = read_object(hf, "rope_parameters", where)
@@ -223,6 +227,7 @@ def merge_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, 
                         f"count in a {family.model_type} model: call it rope_type")
     if slide.get("rope_type", slide.get("type", "default")) != "default":
         raise UserError(f"{where}: of its rotary settings only full_attention's can scale")
+    # the layers with a window keep a base of their own, unscaled (Gemma 3 report, 2025)
     local = slide.get("rope_theta")
     local = hf.get("rope_local_base_freq") if local is None else local
     values["rope_local_theta"] = 10000.0 if local is None else local

@@ -21,7 +21,7 @@ HARMLESS = re.compile("|".join((
     r"model_type|architectures|auto_map|(_?name|model)_or_path|transformers(_version|\.js_config)",
     r"unsloth\w*|task_specific_params|custom_pipelines|finetuning_task|is_llama_config|handmade",
     r"_(?!rope|sliding_window$)\w*|tokenizer_class|language|license|model_max_length",
-    r"max_sequence_length|seq_length",
+    r"max_seq_len(gth)?|max_sequence_length|seq_length|predict_special_tokens|output_past",
     # the type of the weights, which the files say themselves, and how they are computed with
     r"(torch_)?dtype|use_bfloat16|torchscript|tf_legacy_loss|(use_)?flash_attn\w*",
     r"use_cache|cache_implementation|gradient_checkpointing|pretraining_tp|tensor_parallel\w*",
@@ -33,7 +33,7 @@ HARMLESS = re.compile("|".join((
     r"output_(attentions|hidden_states)|(use_)?return_dict|num_labels|id2label|label2id",
     r"problem_type|summary_\w+|is_decoder",
     # numbers of control tokens
-    r"\w+_token_(ids?|index)",
+    r"\w+_token_(ids?|index)|(bos|eos|pad|unk)_token",
     # how text is generated: the settings that transformers moves to generation_config.json
     r"(assistant|bad_words|begin_suppress|diversity|early_stopping|encoder_no_repeat)\w*",
     r"(encoder_repetition|epsilon|eta|exponential_decay|forced|length_penalty|suppress)\w*",

@@ -18,9 +18,11 @@ from formats.config_keys import check_keys
 from translate import family_named
 from weights import Stored, note, shorten
 
+# Keys of the whole that change nothing in the text model, or are read; others are refused
 OUTER_KEYS = ("text_config", "vision_config", "tie_word_embeddings", "quantization_config",
               "mm_tokens_per_image", "projector_hidden_act", "vision_feature_layer",
               "multimodal_projector_bias", "spatial_merge_size")
+# Of these the whole's word counts, where it has one
 OUTER_COUNTS = ("bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
 VISION = re.compile(r"(?:model\.)?(vision_tower|multi_modal_projector)\.")
 # as published -> as the text model alone has it; then as transformers 5 has it in memory

@@ -72,7 +72,9 @@ def ids():
 def values_for(key, value) -> list:
     """What a key is changed to, by the type of what it says; None is a null in the file."""
     if key in ("rope_scaling", "rope_parameters"):
-        return [*ROTARY, {"full_attention": dict(ROTARY[0]), "sliding_attention": dict(ROTARY[6])}]
+        # what is in one is read like what is in the other: not all of it twice
+        flat = ROTARY if key == "rope_scaling" else ROTARY[::3]
+        return [*flat, {"full_attention": dict(ROTARY[0]), "sliding_attention": dict(ROTARY[6])}]
     if key == "layer_types":
         return [None, ["full_attention"] * 2, ["sliding_attention"] * 2,
                 ["full_attention", "sliding_attention"]]
@@ -83,7 +85,7 @@ def values_for(key, value) -> list:
     if isinstance(value, bool):
         return [None, not value]
     if isinstance(value, str):
-        return [None, "relu", "gelu_new", "silu", "quick_gelu"]
+        return [None, "relu", "gelu_new", "quick_gelu"]
     if isinstance(value, (int, float)):
         return [None, value + 1, type(value)(0)]
     return [True, False, 2, 0.5, "relu"]
@@ -96,6 +98,7 @@ class Family:
         name, settings = CLASSES[kind]
         self.kind, self.cls = kind, getattr(T, f"{name}Config")
         self.path = directory
+        self.known: dict = {}
         shape = {**BASE, **(settings or {})}
         if settings is None:
             shape = dict(vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=32)
@@ -132,8 +135,12 @@ class Family:
             return None
 
     def ours(self, hf):
-        (self.path / "config.json").write_text(json.dumps(hf))
-        return load_model(self.path, "cpu").logits(ids())
+        """Our logits of a file; of two files that are read alike, the same."""
+        read = repr(model_config_from_hf(hf))
+        if read not in self.known:
+            (self.path / "config.json").write_text(json.dumps(hf))
+            self.known[read] = load_model(self.path, "cpu").logits(ids())
+        return self.known[read]
 
 
 def differ(a, b) -> bool:
@@ -176,7 +183,7 @@ def test_every_edit_of_config_json_is_refused_or_transformers(kind, tmp_path):
                 wrong.append((key, value))
     wrong += changed(family, quiet)
     assert not wrong
-    assert read > 5 and refused > 100 and len(quiet) > 50
+    assert read > 3 and refused > 100 and len(quiet) > 50
 
 
 def changed(family, edits) -> list:
@@ -275,3 +282,32 @@ def test_rope_scaling_that_would_lose_the_base_names_it(capsys):
                                                          "rope_theta": 1e6}}):
         config = model_config_from_hf({**hf, **change})
         assert config.rope_theta == 1e6 and config.rope_scaling["factor"] == 2.0
+
+
+# What published files of these families say beside the model: SmolLM2's, Qwen's distillations',
+# Unsloth's, and dumps of transformers 4.0 to 4.2, which wrote every default
+BESIDE = dict(
+    is_llama_config=True, rope_interleaved=False, use_mrope=False, unsloth_fixed=True,
+    unsloth_version="2025.1", _name_or_path="gpt2", _num_labels=1, _attn_implementation="eager",
+    torch_dtype="bfloat16", transformers_version="4.2.0", auto_map={"AutoModel": "m.Model"},
+    output_past=True, is_decoder=False, is_encoder_decoder=False, add_cross_attention=False,
+    tie_encoder_decoder=False, pruned_heads={}, xla_device=None, do_sample=False, num_beams=1,
+    early_stopping=False, temperature=0.7, top_k=50, top_p=0.9, repetition_penalty=1.0,
+    length_penalty=1.0, no_repeat_ngram_size=0, bad_words_ids=None, num_return_sequences=1,
+    diversity_penalty=0.0, max_length=20, min_length=0, output_scores=False, id2label={"0": "A"},
+    label2id={"A": 0}, num_labels=2, summary_type="cls_index", summary_first_dropout=0.1,
+    task_specific_params={"text-generation": {"do_sample": True}}, use_cache=False, prefix=None,
+    decoder_start_token_id=None, sep_token_id=3, return_dict=True, torchscript=False,
+    gradient_checkpointing=False, pretraining_tp=2, neftune_noise_alpha=5.0, eos_token_id=[1, 2],
+    bos_token_id=7, pad_token_id=3, tokenizer_class="GPT2Tokenizer", max_sequence_length=2048,
+    initializer_range=0.5, finetuning_task=None, use_bfloat16=False, classifier_dropout=None,
+    chunk_size_feed_forward=0, cache_implementation="hybrid", router_aux_loss_coef=0.1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "mixtral", "gemma2", "glm4"])
+def test_what_published_files_say_beside_the_model_changes_nothing(kind, tmp_path):
+    family = Family(kind, tmp_path / "m")
+    hf = {**family.hf, **BESIDE}
+    read, base = (effective(model_config_from_hf(x)) for x in (hf, family.hf))
+    assert {name for name in base if read[name] != base[name]} <= {"init_std"}
+    assert not differ(family.theirs(hf), family.logits)
