@@ -25,7 +25,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Callable, Iterator
 
 from bpe import any_of
-from config import UserError
+from config import UserError, refuse_to_run
 
 if TYPE_CHECKING:
     from tokenizer import Tokenizer
@@ -345,3 +345,7 @@ def affixes(post: dict | None) -> tuple[list[int], list[int]]:
     elif kind not in (None, "ByteLevel"):
         raise ValueError(f"the post_processor {kind} is not supported")
     return [int(i) for i in before], [int(i) for i in after]
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable
 
-from config import UserError
+from config import UserError, refuse_to_run
 from model import ModelConfig
 
 # ------------------------------------------------------------------------------ the table
@@ -456,3 +456,7 @@ ROWS = (
 FAMILIES = {row.model_type: row for row in ROWS}
 # Any combination of flags that no family has; the names are ours and only this project reads it
 HANDMADE = Family("handmade", "", {}, (), {})
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -90,6 +90,40 @@ def test_sync_opens_files_as_windows_wants_them(tmp_path, monkeypatch, mode):
     with pytest.raises(FileNotFoundError):
         checkpoint.sync(tmp_path / "none")
 
+# ------------------------------------------------------------------------------ --help of a file
+
+HELP = """
+import contextlib, io, json, runpy, sys
+answers = {}
+for file in sys.argv[1:]:
+    sys.argv = [file, "--help"]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(file, run_name="__main__")
+        except SystemExit as e:
+            status = e.code or 0
+    answers[file] = status, out.getvalue(), err.getvalue()
+print(json.dumps(answers))
+"""
+
+
+def test_help_of_every_file():
+    """Usage and status 0 of what a user may run; one sentence and status 2 of what is imported."""
+    files = [str(f) for folder in (".", "data") for f in sorted((ROOT / folder).glob("*.py"))]
+    done = subprocess.run([sys.executable, "-c", HELP, *files], cwd=ROOT, capture_output=True,
+                          text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-900:]
+    scripts = set()
+    for file, (status, out, err) in json.loads(done.stdout.splitlines()[-1]).items():
+        if status == 0:
+            assert "usage: python" in out and err == "", file
+            scripts.add(Path(file).stem)
+        else:
+            assert (status, out, err.count("\n")) == (2, "", 1) and Path(file).name in err, file
+    assert {"train", "sample", "eval", "sft", "lora", "dpo", "distill", "tokenizer", "checkpoint",
+            "model", "bench", "prepare", "lifecycle"} <= scripts
+
 # ------------------------------------------------------------------------ packages of loggers
 
 
