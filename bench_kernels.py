@@ -21,7 +21,7 @@ import torch
 
 import kernels
 from bench import machine
-from config import UserError
+from config import UserError, refuse_to_run
 from machine import keep_freed_memory
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -190,3 +190,7 @@ def section(cfg: Any) -> dict[str, Any]:
             print(f"{'':22}auto / best ({best}), {way}: {ratio:.3f}")
             out[f"{name}, auto / best, {way}"] = ratio
     return out
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -122,7 +122,8 @@ def theirs(cfg: Child, stage: str, folder: str, tuned: bool) -> dict[str, float]
         def on_step_end(self, *args, **kwargs) -> None:
             clock.end()
 
-    records = [json.loads(line) for line in Path(cfg.dataset).read_text(encoding="utf-8").splitlines()]
+    text = Path(cfg.dataset).read_text(encoding="utf-8")
+    records = [json.loads(line) for line in text.splitlines()]
     how: dict[str, Any] = dict(
         output_dir=f"{folder}/out", use_cpu=True, report_to="none", save_strategy="no",
         disable_tqdm=True, max_steps=STEPS,

@@ -33,7 +33,7 @@ from typing import Any, Iterable, Iterator
 import numpy as np
 import tiktoken
 
-from config import UserError
+from config import UserError, refuse_to_run
 from text import files
 
 NEVER = 1 << 62         # the rank of a pair that is no token
@@ -457,3 +457,7 @@ def learn(counts: Counter[str], size: int, floor: int = 1, progress: bool = Fals
     if progress:
         print(file=sys.stderr)
     return made
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import UserError, refuse_to_run
 
 if TYPE_CHECKING:
     from model import ModelConfig
@@ -148,3 +148,7 @@ class Cache:
             store.advance(T)
         self.lengths = [n + c for n, c in zip(self.lengths, counts)]
         self.counts = None
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -22,7 +22,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
-from config import UserError
+from config import UserError, refuse_to_run
 from text import chat_template
 from text.chat_template import ROLES, Rendered, split_thoughts
 from text.sandbox import compile_template
@@ -495,3 +495,7 @@ def affixes(post: dict | None) -> tuple[list[int], list[int]]:
     elif kind not in (None, "ByteLevel"):
         raise ValueError(f"the post_processor {kind} is not supported")
     return [int(i) for i in before], [int(i) for i in after]
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -3,7 +3,7 @@
     python eval.py --out_dir=out/sft                        # the test set of skills, any device
     python eval.py --model=DIR --wrong=10                   # any checkpoint; show ten mistakes
     python eval.py --model=DIR --dataset=chats.jsonl        # last answers, compared as text
-    python eval.py --model=out/spam --dataset=spam          # a classifier: accuracy, confusion
+    python eval.py --model=out/spam --dataset=sms_spam      # a classifier: accuracy, confusion
 
 Each conversation but its last answer is rendered with the model's template, the model goes on
 greedily, and what it says up to its end token is checked: by data/skills.py where a record has a

@@ -16,7 +16,7 @@ import reprlib
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable
 
-from config import UserError
+from config import UserError, refuse_to_run
 from model import ModelConfig
 
 # ------------------------------------------------------------------------------ the table
@@ -548,3 +548,7 @@ FAMILIES = {row.model_type: row for row in ROWS}
 WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 # Any combination of flags that no family has; the names are ours and only this project reads it
 HANDMADE = Family("handmade", "", {}, (), {})
+
+
+if __name__ == "__main__":
+    refuse_to_run()

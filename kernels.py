@@ -29,7 +29,7 @@ import torch.nn.functional as F      # only inside the `torch` forms
 from torch import Tensor
 from torch.autograd import Function
 
-from config import UserError
+from config import UserError, refuse_to_run
 
 BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
 # the files that register a form, read when the first tensor asks for it: Triton takes a second,
@@ -598,3 +598,6 @@ def _(x, chosen, share, gate, up, down, activation="silu"):
            for r, g, u, d in experts if len(r) or not len(x)]
     out = torch.cat(out) * share.reshape(-1)[order].unsqueeze(-1).to(x.dtype)
     return torch.zeros_like(x).index_add(0, order // k, out)
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -24,6 +24,7 @@ peft opens ours and theirs open here. What to expect: merged weights answer as t
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -434,15 +435,19 @@ def begin(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False,
 
 @dataclass
 class Merge:
-    words: list[str] = field(default_factory=list)      # merge ADAPTER OUT
+    words: list[str] = field(default_factory=list)      # merge ADAPTER OUT; ADAPTER: or a run
+    which: str = "best"         # of a run's checkpoints: best or last
     base: str = ""              # the frozen model; empty: the adapter says where it was
     dtype: str = "auto"         # float32, bfloat16, float16; auto: the base's
 
 def merge_files(cfg: Merge) -> None:
-    """python lora.py merge ADAPTER OUT"""
+    """python lora.py merge ADAPTER OUT, where ADAPTER may be a run: its best checkpoint's."""
     if len(cfg.words) != 3:
         raise UserError("merge needs two folders: python lora.py merge ADAPTER OUT")
     _, source, target = cfg.words
+    if not (Path(source) / CONFIG).is_file():           # the out_dir of a run, or a checkpoint
+        with contextlib.suppress(UserError):
+            source = resolve(source, cfg.which) / FOLDER
     base = find_base([Path(source)], cfg.base)
     model = load_model(base, "cpu", cfg.dtype)
     load_adapter(source, model)

@@ -22,7 +22,7 @@ from torch.nn import Module, Parameter
 import kernels
 import quantize
 from checkpoint import raw
-from config import UserError
+from config import UserError, refuse_to_run
 from families import Family
 from model import Linear, Transformer
 from translate import Slot, disk_form, family_of, layout
@@ -303,3 +303,6 @@ def merge(model: Any) -> Transformer:
     for name, p in model.named_parameters():        # which moves without gradients, in balance()
         p.requires_grad_(not name.endswith("e_score_correction_bias"))
     return model
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import checkpoint
-from config import UserError
+from config import UserError, refuse_to_run
 
 # Dense bf16 (fp16 where that is all) peak of a device in TFLOP/s, from the makers' data sheets.
 # The first one in the device's name as whole words counts: an L40 is no L4, and has no MFU.
@@ -171,3 +171,6 @@ class Meter:
             text += (f", then {rate * rows:,.0f} tokens/s, "
                      f"{rate * (self.weights + held) / 1e9:.1f} GB/s")
         return text
+
+if __name__ == "__main__":
+    refuse_to_run()

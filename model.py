@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -561,13 +562,16 @@ class Transformer(Module):
 
 @dataclass
 class Config:
-    show: str = "gpt2"          # a preset's name: print what it costs
+    show: str = "gpt2"          # a preset, a checkpoint or a run: print what it costs
     block_size: int = 0         # context to count FLOPs at; 0: the preset's own
 
 
 def main(cfg: Config) -> None:
-    import presets                  # which is built on this file: known here only to the script
-    rows = presets.costs(presets.preset(cfg.show), cfg.block_size)
+    import presets                  # both are built on this file: known here only to the script
+    from checkpoint import read_config, resolve
+    folder = cfg.show not in presets.PRESETS and Path(cfg.show).is_dir()
+    shape = read_config(resolve(cfg.show)) if folder else presets.preset(cfg.show)
+    rows = presets.costs(shape, cfg.block_size)
     print(cfg.show, *(f"  {name:42s}{value:>20s}" for name, value in rows.items()), sep="\n")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from config import UserError
+from config import UserError, refuse_to_run
 from model import ModelConfig, Transformer
 
 # What makes a family, apart from its size
@@ -211,3 +211,7 @@ def costs(config: ModelConfig, block_size: int = 0) -> dict[str, str]:
              "GB to serve (int8)": f"{N / 1e9:.2f}",
              "GB of KV cache a sequence (bf16)": f"{cache / 1e9:.3f}"}
     return rows
+
+
+if __name__ == "__main__":
+    refuse_to_run()

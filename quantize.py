@@ -30,7 +30,7 @@ from torch import Tensor
 
 import cpu_kernels
 import kernels
-from config import UserError
+from config import UserError, refuse_to_run
 from model import MLP, Attention, Linear, MoE, Norm, Transformer
 
 KINDS = ("", "int8", "int4")
@@ -233,3 +233,7 @@ def pack(model: Transformer, quantize: str = "") -> int:
         model.lm_head.weight.data = output[:0].clone()
     model.__class__ = Packed
     return total + model.output.bytes
+
+
+if __name__ == "__main__":
+    refuse_to_run()

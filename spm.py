@@ -30,6 +30,7 @@ from typing import Any, Iterable, Iterator, Mapping
 
 from bpe import PATTERNS, PieceCache, any_of, bpe, mend
 from chat import surround
+from config import refuse_to_run
 from text.added_tokens import cut, flags_of, number
 from text.tokenizer_json import listed
 
@@ -560,3 +561,7 @@ def message(data: Any, known: Mapping[int, tuple[str, type]]) -> dict[str, Any]:
         if name:
             out[name] = value.decode() if kind is str else value
     return out
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -24,7 +24,7 @@ import checkpoint
 import kernels
 import lora
 import train
-from config import UserError, refuse_idle, show
+from config import UserError, refuse_idle, refuse_to_run, show
 from data import chats
 from inference.generate import Sampling, sample_text
 from machine import Machine, find_machine
@@ -260,3 +260,7 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
     finally:
         if machine.world > 1:
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    refuse_to_run()

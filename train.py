@@ -43,6 +43,7 @@ from model import ModelConfig, Transformer
 from optim import Optimizer, clip_grad_norm
 from presets import from_settings
 from training import effects, router, start
+from training.loggers import find_loggers
 
 Batch = dict[str, Any]                  # tensors; of a micro-batch, "whole" is what it is part of
 Loss = Callable[[Any, Batch], tuple[Tensor, Tensor, dict]]
@@ -168,13 +169,11 @@ class Journal:
                                  and json.loads(x)["step"] <= step))
         os.replace(aside, path)
         self.file = path.open("a")
-        if cfg.wandb_log:
-            import wandb
-            self.wandb = wandb
-            wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
-        if cfg.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(cfg.out_dir)
+        self.wandb, tensorboard = find_loggers(cfg)
+        if self.wandb:
+            self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
+        if tensorboard:
+            self.board = tensorboard.SummaryWriter(cfg.out_dir)
 
     def record(self, **row: Any) -> None:
         if not self.file:
@@ -543,6 +542,8 @@ def check(cfg: Config) -> None:
                  "eval_interval", "log_interval", "n_layer", "n_head", "n_embd", "keep"):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name} is {getattr(cfg, name)}: it must be at least 1")
+    if not cfg.eval_only:
+        find_loggers(cfg)
 
 def rows_of_step(cfg: Config, machine: Machine) -> int:
     """Rows of a global batch; UserError if there are more ranks."""

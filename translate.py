@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from config import UserError, field_types
+from config import UserError, field_types, refuse_to_run
 from formats.config_keys import check_keys
 from families import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, WRAPPERS, Family
 from model import ModelConfig, Transformer, rope_frequencies
@@ -451,3 +451,7 @@ def disk_form(config: ModelConfig, family: Family) -> ModelConfig:
     if family is HANDMADE:
         return config
     return from_family(to_family(config, family), family)
+
+
+if __name__ == "__main__":
+    refuse_to_run()

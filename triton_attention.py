@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
+from config import refuse_to_run
 import kernels
 from kernels import Unsupported
 from triton_rows import check, expect
@@ -595,3 +596,6 @@ def shipped() -> Iterator[tuple]:
 
 
 SHIPPED = list(shipped())
+
+if __name__ == "__main__":
+    refuse_to_run()

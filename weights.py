@@ -27,7 +27,7 @@ from typing import Any, Callable, Iterable, NamedTuple
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import UserError, refuse_to_run
 
 HEADER_BYTES = 100 * 10 ** 6        # the safetensors library refuses longer headers, so do we
 JSON_BYTES = 64 * 10 ** 6           # of a config.json or an index: the largest published has 10 MB
@@ -343,3 +343,7 @@ def meta_index(directory: Path) -> dict[str, Stored]:
         raise UserError(f"the files {files[0].name} … in {directory} have different tensors: "
                         "they belong to different models")
     return found
+
+
+if __name__ == "__main__":
+    refuse_to_run()

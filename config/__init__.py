@@ -284,6 +284,13 @@ def tolerate_output() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+def refuse_to_run() -> None:
+    """End, with a sentence and status 2, a file that was run though other files only import it."""
+    complain(f"{Path(sys.argv[0]).name} is imported by the scripts and does nothing by itself: "
+             "README.md lists what to run")
+    sys.exit(2)
+
+
 def run(main: Callable[[Any], Any], cls: type, positional: Sequence[str] = ()) -> None:
     """configure(), then main(cfg); what the user can mend becomes one sentence and status 2."""
     tolerate_output()

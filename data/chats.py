@@ -32,7 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 import chat as templates  # noqa: E402  (found only once the root is on the path)
-from config import UserError  # noqa: E402
+from config import UserError, refuse_to_run  # noqa: E402
 from data import loader  # noqa: E402
 from data.layouts import (ADAPTERS, KEPT, KINDS, as_context, conversation,  # noqa: E402, F401
                           preference, render_options)
@@ -431,3 +431,7 @@ def paint(text: str, trained: bool, color: bool) -> str:
     mark = TRAINED if trained else CONTEXT
     # a background that is on at a newline would run to the edge of the terminal
     return mark + text.replace("\n", f"⏎{PLAIN}\n{mark}" if trained else "\n") + PLAIN
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -32,7 +32,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError  # noqa: E402  (found only once the root is on the path)
+from config import UserError, refuse_to_run  # noqa: E402  (only now the root is on the path)
 from text import files  # noqa: E402
 
 VERSION = 1                             # of the layout: meta.json and the shards beside it
@@ -585,3 +585,7 @@ def eval_batches(tokens: Tokens, batch_size: int, block_size: int, rows: int,
     # whole >= count, so neighbours are at least one window apart: no duplicates
     starts = np.arange(count, dtype=np.int64) * whole // count * block_size
     return FixedBatches(tokens, starts, batch_size, block_size, mask_eot(tokens, eot, documents))
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -35,7 +35,7 @@ from typing import Any, BinaryIO, Callable, Iterable, Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError  # noqa: E402  (ours; found only once the root is on the path)
+from config import UserError, refuse_to_run  # noqa: E402  (found once the root is on the path)
 from data import chats, loader, prepare, skills  # noqa: E402
 from data.layouts import ADAPTERS  # noqa: E402
 
@@ -297,3 +297,7 @@ def main(cfg: prepare.Config) -> None:
                 "left_out": reader.left_out, "bad": reader.bad, "files": files}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
     skills.report(out, public.script)
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -108,7 +108,8 @@ def test_at_a_terminal_a_wrong_command_is_told_and_the_chat_goes_on(
                            temperature=0)
 
 
-def test_messages_that_begin_with_a_slash(talker, capsys, stdin, tmp_path, monkeypatch):  # noqa: F811
+def test_messages_that_begin_with_a_slash(                                              # noqa: F811
+        talker, capsys, stdin, tmp_path, monkeypatch):
     """`//x` is the message /x, a space keeps it a message as it is, a file is always one."""
     seen, real = [], sample.templates.fit
 

@@ -691,6 +691,17 @@ def test_merge_from_the_command_line(tmp_path):
     ids = ids_of()
     assert away(load_model(tmp_path / "out", "cpu").logits(ids), model.logits(ids)) < 1e-5
     assert (tmp_path / "out" / "tokenizer.json").is_file()
+    # a run, whose best checkpoint is not its last: of either the adapter beside the weights
+    for name, base in (("step_1", str(tmp_path / "base")), ("step_2", "elsewhere")):
+        save_model(tmp_path / "run" / name, build())
+        lora.save_adapter(tmp_path / "run" / name / "adapter", model, base=base)
+    (tmp_path / "run" / "checkpoints.json").write_text('{"last": "step_2", "best": "step_1"}')
+    for number, source in enumerate((tmp_path / "run", tmp_path / "run" / "step_1")):
+        out = tmp_path / f"merged{number}"
+        lora.merge_files(lora.Merge(["merge", str(source), str(out)]))
+        assert away(load_model(out, "cpu").logits(ids), model.logits(ids)) < 1e-5
+    with pytest.raises(lora.UserError, match="the base of .*step_2"):
+        lora.merge_files(lora.Merge(["merge", str(tmp_path / "run"), str(out)], which="last"))
     lora.save_adapter(tmp_path / "adapter", model, base="hub/name")
     done = subprocess.run([sys.executable, ROOT / "lora.py", "merge", tmp_path / "adapter",
                            tmp_path / "out2"], capture_output=True, text=True)

@@ -660,6 +660,24 @@ def test_the_script_shows_what_a_preset_costs():
     assert f"{model.flops_per_token(1024) / 1e9:.3f}" in done.stdout
 
 
+def test_the_script_shows_what_a_checkpoint_costs(tmp_path, capsys):
+    """A directory or a run: its own shape, equal to that of the model as it was built."""
+    import checkpoint
+    import model as module
+    from presets import family
+    built = Transformer(family("qwen3_moe", n_layer=2, n_head=2, n_embd=32, block_size=48,
+                               vocab_size=77))
+    folder = checkpoint.save_model(tmp_path / "run/m", built)
+    (tmp_path / "run/checkpoints.json").write_text('{"last": "m", "best": "m"}')
+    for where in (folder, tmp_path / "run"):
+        module.main(module.Config(show=str(where)))
+        out = capsys.readouterr().out
+        assert f"{built.parameter_count():,}" in out and f"{built.parameter_count(True):,}" in out
+        assert f"{built.flops_per_token(48) / 1e9:.3f}" in out
+    with pytest.raises(module.UserError, match="no checkpoint at"):
+        module.main(module.Config(show=str(tmp_path)))
+
+
 def test_the_script_with_an_unknown_preset():
     done = script("--show=gpt5")
     assert (done.returncode, done.stdout) == (2, "")

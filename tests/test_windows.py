@@ -1,18 +1,24 @@
 """What differs where the scripts run: Windows as tests/windows.py plays it, and what stdout takes."""
+import dataclasses
 import errno
 import io
 import json
 import os
 import subprocess
 import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 import checkpoint
 import config
+import stage
+import train
 from conftest import ROOT
+from machine import Machine
 
 TEXT = "".join(f"line {k} of a tëxt to train on, 你好; user, assistant, <|im|>\n" for k in range(200))
 
@@ -83,6 +89,73 @@ def test_sync_opens_files_as_windows_wants_them(tmp_path, monkeypatch, mode):
         checkpoint.sync(file)
     with pytest.raises(FileNotFoundError):
         checkpoint.sync(tmp_path / "none")
+
+# ------------------------------------------------------------------------------ --help of a file
+
+HELP = """
+import contextlib, io, json, runpy, sys
+answers = {}
+for file in sys.argv[1:]:
+    sys.argv = [file, "--help"]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(file, run_name="__main__")
+        except SystemExit as e:
+            status = e.code or 0
+    answers[file] = status, out.getvalue(), err.getvalue()
+print(json.dumps(answers))
+"""
+
+
+def test_help_of_every_file():
+    """Usage and status 0 of what a user may run; one sentence and status 2 of what is imported."""
+    files = [str(f) for folder in (".", "data") for f in sorted((ROOT / folder).glob("*.py"))]
+    done = subprocess.run([sys.executable, "-c", HELP, *files], cwd=ROOT, capture_output=True,
+                          text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr[-900:]
+    scripts = set()
+    for file, (status, out, err) in json.loads(done.stdout.splitlines()[-1]).items():
+        if status == 0:
+            assert "usage: python" in out and err == "", file
+            scripts.add(Path(file).stem)
+        else:
+            assert (status, out, err.count("\n")) == (2, "", 1) and Path(file).name in err, file
+    assert {"train", "sample", "eval", "sft", "lora", "dpo", "distill", "tokenizer", "checkpoint",
+            "model", "bench", "prepare", "lifecycle"} <= scripts
+
+# ------------------------------------------------------------------------ packages of loggers
+
+
+@pytest.mark.parametrize("flag, package", [("wandb_log", "wandb"), ("tensorboard", "tensorboard")])
+@pytest.mark.parametrize("leftover", [False, True], ids=["missing", "a folder of that name"])
+def test_a_logger_that_is_not_installed_is_told_before_training(
+        tmp_path, monkeypatch, flag, package, leftover):
+    """Also beside a folder ./wandb that a run left: Python imports it as an empty package."""
+    if leftover:
+        (tmp_path / package / "run-1").mkdir(parents=True)
+        monkeypatch.syspath_prepend(tmp_path)
+        # the real one, where a tester has it, would win over the folder
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    else:
+        monkeypatch.setitem(sys.modules, package, None)
+    for name in [n for n in sys.modules if n.split(".")[0] == package and leftover]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    for settings in (train.Config(**{flag: True}), stage.Config(**{flag: True})):
+        with pytest.raises(config.UserError, match=f"--{flag} needs the package {package}"):
+            train.check(dataclasses.replace(settings, max_iters=1, block_size=8))
+
+
+def test_a_logger_that_is_there_is_used(tmp_path, monkeypatch):
+    rows, started = [], []
+    wandb = types.SimpleNamespace(init=lambda **how: started.append(how),
+                                  log=lambda row, step: rows.append((step, row["loss"])))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    cfg = train.Config(wandb_log=True, wandb_run_name="x", out_dir=str(tmp_path))
+    journal = train.Journal(cfg, Machine(torch.device("cpu"), torch.float32), 0)
+    journal.record(step=3, loss=0.5)
+    assert rows == [(3, 0.5)] and started[0]["name"] == "x" and started[0]["config"]["n_layer"] == 12
 
 # ------------------------------------------------------------------------------------- stdout
 
