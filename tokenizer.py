@@ -66,7 +66,9 @@ class Tokenizer:
     vocabulary; then ranks and pattern are empty, and the keys of ids are tokens as its file
     spells them.
 
-    What the files beside a vocabulary say: text/tokenizer_files.py.
+    What the files beside a vocabulary say (text/tokenizer_files.py): settings, the whole of
+    tokenizer_config.json; bos_token, eos_token, pad_token, the tokens with these roles, or None;
+    jinja, the directory's own chat template, "" if it has none; jinjas, all of them by name.
     """
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], pattern: str,
@@ -83,7 +85,7 @@ class Tokenizer:
         self.added = spm.added if spm else dict(added or {})
         for name, i in self.special.items():
             self.added.setdefault(name, flags_of({"special": True}, i))
-        self.facts = Facts()
+        self._take(Facts())
         # SmolLM2's vocabulary lacks 21 bytes, control characters and the like; where they occur,
         # its library drops them, and so do we. A vocabulary without letters is of another kind.
         bytewise = bool(pattern or splits)
@@ -112,38 +114,6 @@ class Tokenizer:
         return {k: v for k, v in self.__dict__.items() if k not in ("tiktoken", "_cache")} | {
             "names": {}}
 
-    # -- what the files beside the vocabulary say of it
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """tokenizer_config.json as it was read, unknown keys included."""
-        return self.facts.settings
-
-    @property
-    def jinjas(self) -> dict[str, str]:
-        """The directory's own chat templates by name, "default" and others, texts unchanged."""
-        return self.facts.jinjas
-
-    @property
-    def jinja(self) -> str:
-        """The directory's own chat template, "" if it has none."""
-        return self.jinjas.get("default", "")
-
-    @property
-    def bos_token(self) -> str | None:
-        """The token that the files name as a text's first, None if they name none."""
-        return self.facts.named.get("bos_token")
-
-    @property
-    def eos_token(self) -> str | None:
-        """The token that the files name as the end; of a chat model, the end of a turn."""
-        return self.facts.named.get("eos_token")
-
-    @property
-    def pad_token(self) -> str | None:
-        """The token that the files name for padding."""
-        return self.facts.named.get("pad_token")
-
     @property
     def eot_token(self) -> str | None:
         """The control token between documents, None if there is none (character mode)."""
@@ -168,7 +138,7 @@ class Tokenizer:
     def stop_ids(self) -> list[int]:
         """The ids that end an answer: the ends that any file names, and the template's turn ends."""
         names = chat.find(self.template).stops(self.eot_token or EOT) if self.template else []
-        names += [self.eot_token, self.eos_token]
+        names += [self.eot_token, self.eos_token, *self.facts.end_names]
         stops = {self.added[n]["id"] for n in names if n in self.added}
         return sorted(stops | {i for i in self.facts.ends if i in self.tokens})
 
@@ -383,10 +353,17 @@ class Tokenizer:
 
     # -- from and to a file
 
+    def _take(self, facts: Facts) -> None:
+        """Keep what the files beside the vocabulary say."""
+        self.facts, self.settings, self.jinjas = facts, facts.settings, facts.jinjas
+        self.jinja = facts.jinjas.get("default", "")
+        self.bos_token, self.eos_token, self.pad_token = map(
+            facts.named.get, ("bos_token", "eos_token", "pad_token"))
+
     def read_settings(self, facts: Facts, model: bool = False) -> None:
         """Take in what lies beside a vocabulary. model: it is a tokenizer.model, for which the
         settings say whether tokens surround a text; tokenizer.json knows better."""
-        self.facts = facts
+        self._take(facts)
         for name, token in facts.added_tokens():
             if name in self.added:          # flags of tokenizer_config.json count, as the library's
                 self.added[name].update(token)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
@@ -55,6 +56,11 @@ TABLES = {"GPT2Tokenizer": ("gpt2", ""), "CodeGenTokenizer": ("gpt2", ""),
 # Settings that are no longer true of a folder that we write: they name files that are not in it
 GONE = ("auto_map", "vocab_file", "merges_file", "tokenizer_file", "added_tokens_file",
         "special_tokens_map_file", "name_or_path", "tokenizer_class", "chat_template")
+# Types for which transformers 5 reads a tokenizer by the rules of its own class, whatever the files
+# say (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS there, of those that we write): type -> its rules
+FORCED = {"qwen2": (PATTERNS["qwen"], ("NFC",))}
+FILES = re.compile(r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|bpe)"
+                   r"|merges\.txt|chat_template\.\w+|encoder\.json|additional_chat_templates")
 
 
 @dataclass
@@ -156,7 +162,8 @@ def read_facts(path: Path) -> Facts:
     network = {**(inner if isinstance(inner, dict) else {}), **network}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if ids := ids_of(network, key):
-            facts.model_ids[key] = ids if isinstance(network[key], list) else ids[0]
+            several = isinstance(network[key], list) and key == "eos_token_id"
+            facts.model_ids[key] = ids if several else ids[0]
     facts.ends = (*ids_of(generation, "eos_token_id"), *ids_of(network, "eos_token_id"))
     facts.jinjas, facts.jinja_files = read_templates(folder, settings)
     return facts
@@ -218,6 +225,11 @@ def from_tables(vocab_file: Path, merges_file: Path, facts: Facts) -> dict[str, 
             {"type": "Sequence", "pretokenizers": [cut, byte_level]}}
 
 
+def own(folder: Path) -> list[Path]:
+    """Return the files and folders of a checkpoint that are its tokenizer's."""
+    return [entry for entry in sorted(folder.iterdir()) if FILES.fullmatch(entry.name)]
+
+
 # --- writing --------------------------------------------------------------------------------
 
 def settings_of(tokenizer: Any, template: str | None) -> dict[str, Any]:
@@ -248,6 +260,37 @@ def settings_of(tokenizer: Any, template: str | None) -> dict[str, Any]:
     elif facts.jinjas and not facts.jinja_files:
         settings["chat_template"] = facts.settings["chat_template"]
     return settings
+
+
+def generation(tokenizer: Any, ids: dict[str, Any]) -> dict[str, Any]:
+    """Return generation_config.json: what was read, with the ids that begin and end a text.
+
+    ids: those of config.json. The ends are all that any file names: a chat's turn ends before the
+    document does.
+    """
+    out = dict(tokenizer.facts.generation) if tokenizer is not None else {}
+    out["bos_token_id"] = ids["bos_token_id"]
+    stops = tokenizer.stop_ids if tokenizer is not None else []
+    out["eos_token_id"] = stops if len(stops) > 1 else ids["eos_token_id"]
+    if ids["pad_token_id"] is not None:
+        out["pad_token_id"] = ids["pad_token_id"]
+    return out
+
+
+def misread(tokenizer: Any, model_type: str) -> bool:
+    """Whether transformers reads a tokenizer beside a model of this type by other rules."""
+    if model_type not in FORCED:
+        return False
+    return tokenizer.whole or (tokenizer.pattern, tokenizer.forms) != FORCED[model_type]
+
+
+def copy(entries: list[Path], folder: Path) -> None:
+    """Copy files and folders as they are."""
+    for entry in entries:
+        if entry.is_dir():
+            shutil.copytree(entry, folder / entry.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(entry, folder)
 
 
 def save(folder: Path, tokenizer: Any, template: str | None = None) -> None:
