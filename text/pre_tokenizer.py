@@ -147,8 +147,8 @@ def read_step(step: dict) -> list[Split | None]:
 def foreign(pattern: str) -> str:
     """Translate a pattern of tokenizer.json, in Oniguruma's language, to that of bpe.compiled().
 
-    There `$` stands before every newline too, `.` is any character, and {1,3}+ repeats. The known
-    patterns need no translation, and `^` is in none of them.
+    There `$` stands before every newline too, and {1,3}+ repeats. The known patterns need no
+    translation, and `^` is in none of them.
     """
     if not isinstance(pattern, str):
         raise ValueError(f"a split pattern is {pattern!r:.40}, expected a text")
@@ -165,6 +165,6 @@ def foreign(pattern: str) -> str:
                 or re.fullmatch(r"\{.*\}\+", token):
             raise ValueError(f"{token} in a split pattern is not supported")
         else:
-            token = {"$": r"(?=\n|\z)", ".": r"[\s\S]"}.get(token, token)
+            token = {"$": r"(?=\n|\z)", ".": r"[^\n]"}.get(token, token)
         out.append(token)
     return "".join(out)
