@@ -88,8 +88,9 @@ class Tokenizer:
         self._take(Facts())
         # SmolLM2's vocabulary lacks 21 bytes, control characters and the like; where they occur,
         # its library drops them, and so do we. A vocabulary without letters is of another kind.
-        bytewise = bool(pattern or splits)
-        self.lost = bytes(b for b in range(256) if bytes([b]) not in ranks) if bytewise else b""
+        self.bytewise = bool(pattern or splits)
+        lost = [b for b in range(256) if self.bytewise and bytes([b]) not in ranks]
+        self.lost = bytes(lost)
         if kinds := [chr(b) for b in self.lost if 32 <= b < 127]:
             raise UserError(f"the vocabulary has no token for {''.join(kinds)!r}: it is not a "
                             "byte-level one, or was trained without the whole byte alphabet")
@@ -224,7 +225,7 @@ class Tokenizer:
 
     def _merge(self, text: str) -> list[int]:
         """Normalized text without added tokens -> ids."""
-        if self.pattern or self.splits:
+        if self.bytewise:
             look_up = self._cache.__getitem__
             cut = self.splits.chunks(text) if self.splits else chunks(self.pattern, text)
             return list(chain.from_iterable(
@@ -335,7 +336,7 @@ class Tokenizer:
         """
         new = [n for n in dict.fromkeys(names) if n not in self.added]
         if clash := [n for n in new if not n or n.encode() in self.ids or n in self.other
-                     or not self.spm and unprintable(n) in self.ids]:
+                     or self.bytewise and unprintable(n) in self.ids]:
             raise UserError(f"{clash[0]!r} cannot name a control token: it is empty or the text of "
                             "an ordinary token")
         for k, name in enumerate(new, self.vocab_size):
@@ -364,14 +365,17 @@ class Tokenizer:
         """Take in what lies beside a vocabulary. model: it is a tokenizer.model, for which the
         settings say whether tokens surround a text; tokenizer.json knows better."""
         self._take(facts)
-        for name, token in facts.added_tokens():
-            if name in self.added:          # flags of tokenizer_config.json count, as the library's
-                self.added[name].update(token)
-        for name in facts.named.values():   # what has a role is a control token
+        for name, token in facts.added_tokens():    # its flags count, and not its number
+            known = self.added[name]["id"] if name in self.added else self._id_of(name)
+            i = self.vocab_size if known is None else known
+            self.added[name] = {**token, "id": i}
+            self.vocab_size = max(self.vocab_size, i + 1)
+        for name in (*facts.named.values(), *facts.more_special):
+            if name not in self.added and (i := self._id_of(name)) is not None:
+                self.added[name] = flags_of({"special": True}, i)
+        for name in facts.named.values():           # what has a role is a control token
             if name in self.added:
                 self.added[name]["special"] = True
-            elif (i := self.ids.get(self._spell(name))) is not None and self.pattern:
-                self.added[name] = flags_of({"special": True}, i)
         self.special = {n: t["id"] for n, t in self.added.items() if t["special"]}
         wanted = [facts.settings.get(k) for k in ("add_bos_token", "add_eos_token")]
         if model and wanted != [None, None]:
@@ -383,9 +387,10 @@ class Tokenizer:
         self.template = chat.recognise(self.jinja)
         self._index()
 
-    def _spell(self, name: str) -> bytes:
-        """The key in ids of a token of the vocabulary, as its file writes it."""
-        return name.encode() if self.spm else unprintable(name)
+    def _id_of(self, name: str) -> int | None:
+        """The id of a token of the vocabulary, as its file writes it."""
+        spelled = unprintable(name) if self.bytewise else name.encode()
+        return self.other.get(name, self.ids.get(spelled))
 
     def own_template(self) -> bool:
         """Whether the directory's own chat template is still the one in use."""

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
 
-from bpe import PATTERNS, read_json, read_text
+from bpe import PATTERNS, mend, read_json, read_text
 from config import UserError
+from text.added_tokens import flags_of
 from text.tokenizer_json import listed
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -75,7 +76,9 @@ class Facts:
     generation: dict[str, Any] = field(default_factory=dict)    # generation_config.json
     jinjas: dict[str, str] = field(default_factory=dict)        # name -> chat template
     jinja_files: bool = False                   # whether they are files of their own
-    extra: dict[str, int] = field(default_factory=dict)         # added_tokens.json
+    listed: dict[str, int] = field(default_factory=dict)        # added_tokens.json
+    more_special: tuple[str, ...] = ()          # control tokens without a role
+    flags: dict[str, dict] = field(default_factory=dict)        # of tokens with a role
 
     @property
     def kind(self) -> str:
@@ -87,13 +90,12 @@ class Facts:
         """Yield (name, flags) of the tokens that are listed outside the vocabulary, by id."""
         tokens = [(int(i), dict(t)) for i, t in
                   (self.settings.get("added_tokens_decoder") or {}).items()]
-        if not tokens:
-            tokens = [(i, {"content": n, "special": n in self.named.values(),
-                           "normalized": n not in self.named.values()})
-                      for n, i in self.extra.items()]
+        if "added_tokens_decoder" not in self.settings:
+            special = {*self.named.values(), *self.more_special}
+            tokens = [(i, {"content": n, "special": n in special, "normalized": n not in special})
+                      for n, i in self.listed.items()]
         for i, token in sorted(tokens, key=lambda item: item[0]):
-            flags = {k: v for k, v in token.items() if type(v) is bool}
-            yield content(token), {**flags, "id": i}
+            yield content(token), {**flags_of(token, i), "id": i}
 
 
 def content(token: Any) -> str:
@@ -147,15 +149,20 @@ def read_facts(path: Path) -> Facts:
     settings, roles, network, generation, extra = (
         read_object(folder / f"{name}.json") for name in names)
     facts = Facts(settings, generation=generation, model_type=str(network.get("model_type", "")))
-    facts.extra = {content(name): i for name, i in extra.items() if type(i) is int}
+    facts.listed = {content(name): i for name, i in extra.items() if type(i) is int}
     # as in transformers: a file that lists its tokens is of the newer kind, and complete
     order = (settings, roles) if "added_tokens_decoder" in settings else (roles, settings)
     for role in ROLES:
         said = [part[role] for part in order if part.get(role) is not None]
         if said:
             facts.named[role] = content(said[0])
+            facts.flags[content(said[0])] = said[0] if isinstance(said[0], dict) else {}
         elif role not in settings and role in CLASSES.get(facts.kind, {}):
             facts.named[role] = CLASSES[facts.kind][role]
+    facts.more_special = tuple(
+        content(token) for part in order for key in ("additional_special_tokens",
+                                                     "extra_special_tokens")
+        for token in (part[key].values() if isinstance(part.get(key), dict) else part.get(key) or ()))
     facts.end_names = tuple(content(part["eos_token"]) for part in order
                             if part.get("eos_token") is not None)
     inner = network.get("text_config")
@@ -201,17 +208,19 @@ def from_tables(vocab_file: Path, merges_file: Path, facts: Facts) -> dict[str, 
     if kind not in ("", *TABLES):
         raise ValueError(f"{kind!r:.60} says how its text is cut, and only {', '.join(TABLES)} are "
                          "known without a tokenizer.json: save it once with transformers")
+    if facts.settings.get("add_prefix_space"):
+        raise ValueError("byte-level BPE with a prefix space is not supported")
     vocab = read_json(vocab_file)
     lines = re.split("\r?\n", read_text(merges_file).removeprefix("\ufeff"))
     merges = [line for line in lines if line and not line.startswith("#version")]
     named = set(facts.named.values()) | ({END} if not kind else set())
+    named |= set(facts.more_special)
     tokens = {name: {**token, "content": name} for name, token in facts.added_tokens()}
     for name in sorted(named & vocab.keys() - tokens.keys(), key=vocab.__getitem__):
-        tokens[name] = {"content": name, "special": True,
-                        "lstrip": kind == "RobertaTokenizer" and name == "<mask>"}
+        tokens[name] = {**facts.flags.get(name, {}), "content": name, "special": True}
     pattern, form = TABLES[kind or "GPT2Tokenizer"]
     post = None
-    if TABLES[kind or "GPT2Tokenizer"] and CLASSES.get(kind) is _ROBERTA:
+    if CLASSES.get(kind) is _ROBERTA:
         post = {"type": "RobertaProcessing", "add_prefix_space": False, "trim_offsets": True,
                 "sep": ["</s>", vocab["</s>"]], "cls": ["<s>", vocab["<s>"]]}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
@@ -271,7 +280,9 @@ def generation(tokenizer: Any, ids: dict[str, Any]) -> dict[str, Any]:
     out = dict(tokenizer.facts.generation) if tokenizer is not None else {}
     out["bos_token_id"] = ids["bos_token_id"]
     stops = tokenizer.stop_ids if tokenizer is not None else []
-    out["eos_token_id"] = stops if len(stops) > 1 else ids["eos_token_id"]
+    out["eos_token_id"] = ids["eos_token_id"]
+    if len(stops) > 1 or stops and out["eos_token_id"] is None:
+        out["eos_token_id"] = stops if len(stops) > 1 else stops[0]
     if ids["pad_token_id"] is not None:
         out["pad_token_id"] = ids["pad_token_id"]
     return out
@@ -293,11 +304,16 @@ def copy(entries: list[Path], folder: Path) -> None:
             shutil.copy2(entry, folder)
 
 
+def as_json(value: Any) -> str:
+    """Return JSON text, which UTF-8 can carry: half a surrogate pair is escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=1)
+    return text if mend(text) is text else json.dumps(value, indent=1)
+
+
 def save(folder: Path, tokenizer: Any, template: str | None = None) -> None:
     """Write tokenizer.json, tokenizer_config.json and the chat templates that are files."""
-    texts = {name: json.dumps(value, ensure_ascii=False, indent=1) for name, value in (
-        ("tokenizer_config.json", settings_of(tokenizer, template)),
-        ("tokenizer.json", tokenizer._json()))}
+    texts = {"tokenizer_config.json": as_json(settings_of(tokenizer, template)),
+             "tokenizer.json": as_json(tokenizer._json())}
     more = folder / "additional_chat_templates"
     if template is None and tokenizer.facts.jinja_files:
         for name, jinja in tokenizer.jinjas.items():
@@ -316,5 +332,6 @@ def save(folder: Path, tokenizer: Any, template: str | None = None) -> None:
             os.replace(beside, file)
         finally:
             beside.unlink(missing_ok=True)
-    if "chat_template.jinja" not in texts:      # it would count before what was written
-        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    for file in (folder / "chat_template.jinja", *more.glob("*.jinja")):
+        if file.relative_to(folder).as_posix() not in texts:      # it would count before what was written
+            file.unlink(missing_ok=True)

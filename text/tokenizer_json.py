@@ -186,7 +186,7 @@ def write(tokenizer: Any) -> dict[str, Any]:
     What was read from a file is written back: its merges, its pre_tokenizer, its flags.
     """
     kept = tokenizer.document
-    vocab = {printable(t) if tokenizer.pattern or tokenizer.splits else t.decode(): i
+    vocab = {printable(t) if tokenizer.bytewise else t.decode(): i
              for t, i in tokenizer.ids.items()}
     # added tokens stand in the vocabulary as well: the library would number them anew
     vocab.update(tokenizer.other)
