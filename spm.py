@@ -480,7 +480,8 @@ def from_sentencepiece(data: bytes, more: list[str], added: Mapping[str, dict]) 
     behind.update((n, t) for n, t in added.items() if n not in vocab)
     for name, token in behind.items():
         if int(token["id"]) >= len(vocab):      # a new name for an old id is none of the file's
-            listed[name] = {**flags, "normalized": False, "content": name, "special": True, **token}
+            # looked for in raw text, as transformers does it: normalized, it would need a space
+            listed[name] = {**flags, "content": name, "special": True, **token, "normalized": False}
     steps: list[dict] = []
     if normal.get("precompiled_charsmap"):
         steps.append({"type": "Precompiled", "precompiled_charsmap":

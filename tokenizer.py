@@ -60,7 +60,7 @@ class Tokenizer:
     those that are not special count in any text. template: a name in chat.TEMPLATES, or None.
     forms: Unicode forms that text is brought to first: ("NFC",) composes an é of two characters
     (Qwen). post: Hugging Face's post_processor, which adds a first token in transformers: `prefix`
-    here. encode() never does. splits: instead of a pattern, a sequence of cuts. whole: tokens that
+    here. encode() never does. splits: a sequence of cuts; then pattern is its text as JSON. whole: tokens that
     a chunk of its own becomes, and no merge. other: tokens of the vocabulary that no text becomes.
     document: what else a tokenizer.json said, for saving. spm: the rules of a SentencePiece
     vocabulary; then ranks and pattern are empty, and the keys of ids are tokens as its file
@@ -88,7 +88,7 @@ class Tokenizer:
         self._take(Facts())
         # SmolLM2's vocabulary lacks 21 bytes, control characters and the like; where they occur,
         # its library drops them, and so do we. A vocabulary without letters is of another kind.
-        self.bytewise = bool(pattern or splits)
+        self.bytewise = bool(pattern)
         lost = [b for b in range(256) if self.bytewise and bytes([b]) not in ranks]
         self.lost = bytes(lost)
         if kinds := [chr(b) for b in self.lost if 32 <= b < 127]:
@@ -252,7 +252,7 @@ class Tokenizer:
 
     def _only_by_hand(self, text: str) -> bool:
         """True for characters, and where tiktoken would panic: blank texts, bytes it lacks."""
-        if not self.pattern or self.whole or too_blank(text):
+        if not self.pattern or self.splits or self.whole or too_blank(text):
             return True
         raw = mend(text).encode() if self.lost else b""
         return len(raw.translate(None, self.lost)) < len(raw)
@@ -366,6 +366,8 @@ class Tokenizer:
         settings say whether tokens surround a text; tokenizer.json knows better."""
         self._take(facts)
         for name, token in facts.added_tokens():    # its flags count, and not its number
+            if model and name in self.added:
+                continue                            # from_model() has taken them
             known = self.added[name]["id"] if name in self.added else self._id_of(name)
             i = self.vocab_size if known is None else known
             self.added[name] = {**token, "id": i}
@@ -386,6 +388,7 @@ class Tokenizer:
         chat.affixes(self.post)        # ValueError now, not in the middle of a run
         self.template = chat.recognise(self.jinja)
         self._index()
+        self._names(frozenset(self.special))        # and so for names that cannot be looked for
 
     def _id_of(self, name: str) -> int | None:
         """The id of a token of the vocabulary, as its file writes it."""

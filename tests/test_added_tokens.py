@@ -81,6 +81,36 @@ def test_added_tokens_are_found_as_the_library_finds_them(form, base, tmp_path):
             assert again.encode(text).ids == want
 
 
+@pytest.mark.parametrize("form", ["prepend", "first", "never"])
+def test_added_tokens_of_sentencepiece_are_the_librarys(form):
+    """The same flags where spaces are written as ▁, and one is put before the text."""
+    words = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), *"▁abcdefox12", "▁a", "fo", "fox", "▁fox"]
+    for seed in range(40):
+        rng = random.Random(f"{form}{seed}")
+        theirs = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [
+            ("▁", "a"), ("f", "o"), ("fo", "x"), ("▁", "fox")], byte_fallback=True,
+            unk_token="<unk>", fuse_unk=True))
+        if form == "prepend":
+            theirs.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                                      normalizers.Replace(" ", "▁")])
+        else:
+            theirs.pre_tokenizer = pre_tokenizers.Metaspace("▁", form, split=False)
+        theirs.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                            decoders.Fuse()])
+        theirs.add_tokens([AddedToken(n, **random_flags(rng)) for n in rng.sample(NAMES, 5)])
+        theirs = Tokenizer.from_str(theirs.to_str())
+        ours = T.from_json(json.loads(theirs.to_str()))
+        again = Tokenizer.from_str(json.dumps(ours._json()))
+        assert again.get_added_tokens_decoder() == theirs.get_added_tokens_decoder()
+        for text in texts_of(rng, 10):
+            try:
+                want = theirs.encode(text).ids
+            except BaseException as e:
+                assert "bad split" in str(e)
+                continue
+            assert ours.encode(text, "all") == want == again.encode(text).ids, (seed, text)
+
+
 def test_control_tokens_in_a_text_are_letters_and_the_others_are_not(base):
     theirs = Tokenizer.from_str(base)
     theirs.add_tokens([AddedToken("<think>"), AddedToken("<|im_end|>", special=True),

@@ -8,6 +8,7 @@ published byte-level model uses is refused by name.
 """
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, Iterator, NamedTuple
 
@@ -78,7 +79,7 @@ def apply(step: Split, text: str) -> list[str]:
 
 
 def read(pre: dict) -> tuple[str, Splits | None]:
-    """Read a pre_tokenizer -> (split pattern, None), or for more than one ("", all cuts).
+    """Read a pre_tokenizer -> (split pattern, None), or for others (its text, all cuts).
 
     ValueError names what is not supported.
     """
@@ -96,7 +97,7 @@ def read(pre: dict) -> tuple[str, Splits | None]:
             return pattern, None
         if (behavior, invert) == ("Removed", True) and pattern in PATTERNS.values():
             return pattern, None
-    return "", Splits(steps)
+    return json.dumps(pre, sort_keys=True), Splits(steps)
 
 
 def shortest(pattern: str) -> int:
