@@ -173,7 +173,7 @@ def write_model(directory: Path, config: ModelConfig, dtypes: dict[str, torch.dt
     settings["dtype"] = str(main).removeprefix("torch.")
     write_json(directory / "config.json", settings)
     # generate() of transformers looks for the end token in this file first
-    write_json(directory / "generation_config.json", tokenizer_files.generation(
+    write_json(directory / "generation_config.json", tokenizer_files.build_generation_config(
         None if given else tokenizer, settings))
     if tokenizer is not None:
         tokenizer.save(directory)
@@ -529,7 +529,7 @@ def convert(source: str, target: str, dtype: str = "auto", form: str = "hf",
 
     given = {key: opened.hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
             if isinstance(opened.hf.get(key), (int, list))}
-    tokenizer, copied = None, tokenizer_files.own(opened.directory)
+    tokenizer, copied = None, tokenizer_files.list_files(opened.directory)
     try:
         if copied or any(tokenizer_files.find(opened.directory)):
             tokenizer = load_tokenizer(opened.directory)
@@ -544,7 +544,7 @@ def convert(source: str, target: str, dtype: str = "auto", form: str = "hf",
     def fill(directory: Path) -> None:
         write_model(directory, config, dtypes, get, tokenizer, int(shard_gb * 1e9), family,
                     given)
-        tokenizer_files.copy(copied, directory)
+        tokenizer_files.copy_files(copied, directory)
     return replace_directory(Path(os.path.realpath(target)), fill)
 
 # ---------------------------------------------------------------------------- the script

@@ -31,7 +31,7 @@ from typing import Any, Iterable, Iterator, Mapping
 from bpe import PATTERNS, PieceCache, any_of, bpe, mend
 from chat import surround
 from text.added_tokens import cut, flags_of, number
-from text.tokenizer_json import listed
+from text.tokenizer_json import list_added
 
 SPACE = "\u2581"
 SEP = "\ud800"          # between the halves of a merge: half a surrogate pair is never in a text
@@ -305,7 +305,7 @@ class SentencePiece:
 
     def json(self, post: dict | None) -> dict[str, Any]:
         """The document of the `tokenizers` library."""
-        added = listed(self.added)
+        added = list_added(self.added)
         # tokens that the library would number otherwise stand in the vocabulary as well
         vocab = dict(self.vocab)
         vocab.update((n, self.added[n]["id"]) for n, t in number(added, vocab).items()

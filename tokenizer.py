@@ -12,8 +12,8 @@ the `tokenizers` library needs, a few seconds (`python bench.py tokenizer` print
 bpe.py holds the algorithm: `ranks` says which token bytes merge first. Here tokens get their ids,
 which are the ranks in our own files and in GPT-2's, and something else in many a published one.
 spm.py has the other kind of vocabulary, SentencePiece's (Llama 2, Gemma), and tokenizer.model.
-Control tokens ("<|endoftext|>") lie beside them in `special`, and text never turns into one unless
-the caller allows it: a user who types it gets its letters. chat.py writes conversations.
+Control tokens ("<|endoftext|>") are in `special`, and text never turns into one unless the caller
+allows it: a user who types it gets its letters. chat.py writes conversations, text/ the files.
 
 A tokenizer is saved as Hugging Face's tokenizer.json, which `tokenizers` and `transformers` open.
 """
@@ -60,11 +60,11 @@ class Tokenizer:
     those that are not special count in any text. template: a name in chat.TEMPLATES, or None.
     forms: Unicode forms that text is brought to first: ("NFC",) composes an é of two characters
     (Qwen). post: Hugging Face's post_processor, which adds a first token in transformers: `prefix`
-    here. encode() never does. splits: a sequence of cuts; then pattern is its text as JSON. whole: tokens that
-    a chunk of its own becomes, and no merge. other: tokens of the vocabulary that no text becomes.
-    document: what else a tokenizer.json said, for saving. spm: the rules of a SentencePiece
-    vocabulary; then ranks and pattern are empty, and the keys of ids are tokens as its file
-    spells them.
+    here. encode() never does. splits: a sequence of cuts; then pattern is its text as JSON.
+    whole: tokens that a chunk of its own becomes, and no merge. other: tokens of the vocabulary
+    that no text becomes. document: what else a tokenizer.json said, for saving. spm: the rules of
+    a SentencePiece vocabulary; then ranks and pattern are empty, and the keys of ids are tokens as
+    its file spells them.
 
     What the files beside a vocabulary say (text/tokenizer_files.py): settings, the whole of
     tokenizer_config.json; bos_token, eos_token, pad_token, the tokens with these roles, or None;
@@ -85,12 +85,11 @@ class Tokenizer:
         self.added = spm.added if spm else dict(added or {})
         for name, i in self.special.items():
             self.added.setdefault(name, flags_of({"special": True}, i))
-        self._take(Facts())
+        self.facts = Facts()
         # SmolLM2's vocabulary lacks 21 bytes, control characters and the like; where they occur,
         # its library drops them, and so do we. A vocabulary without letters is of another kind.
         self.bytewise = bool(pattern)
-        lost = [b for b in range(256) if self.bytewise and bytes([b]) not in ranks]
-        self.lost = bytes(lost)
+        self.lost = bytes(b for b in range(256) if self.bytewise and bytes([b]) not in ranks)
         if kinds := [chr(b) for b in self.lost if 32 <= b < 127]:
             raise UserError(f"the vocabulary has no token for {''.join(kinds)!r}: it is not a "
                             "byte-level one, or was trained without the whole byte alphabet")
@@ -115,6 +114,15 @@ class Tokenizer:
         return {k: v for k, v in self.__dict__.items() if k not in ("tiktoken", "_cache")} | {
             "names": {}}
 
+    # -- what the files beside the vocabulary say of it
+
+    settings = property(lambda self: self.facts.settings)
+    jinjas = property(lambda self: self.facts.jinjas)
+    jinja = property(lambda self: self.facts.jinjas.get("default", ""))
+    bos_token = property(lambda self: self.facts.named.get("bos_token"))
+    eos_token = property(lambda self: self.facts.named.get("eos_token"))
+    pad_token = property(lambda self: self.facts.named.get("pad_token"))
+
     @property
     def eot_token(self) -> str | None:
         """The control token between documents, None if there is none (character mode)."""
@@ -137,7 +145,7 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """The ids that end an answer: the ends that any file names, and the template's turn ends."""
+        """The ids that end an answer: ends that any file names, and those of the template's turns."""
         names = chat.find(self.template).stops(self.eot_token or EOT) if self.template else []
         names += [self.eot_token, self.eos_token, *self.facts.end_names]
         stops = {self.added[n]["id"] for n in names if n in self.added}
@@ -274,8 +282,8 @@ class Tokenizer:
     def tiktoken(self) -> tiktoken.Encoding:
         """A tiktoken.Encoding of our ranks. It returns ranks, which _named() turns into ids."""
         special = self.special if self._rank_to_id is None else {}
-        return tiktoken.Encoding("handmade", pat_str=total(self.pattern), mergeable_ranks=self.ranks,
-                                 special_tokens=special)
+        return tiktoken.Encoding("handmade", pat_str=total(self.pattern),
+                                 mergeable_ranks=self.ranks, special_tokens=special)
 
     @cached_property
     def _rank_to_id(self) -> np.ndarray | None:
@@ -354,17 +362,10 @@ class Tokenizer:
 
     # -- from and to a file
 
-    def _take(self, facts: Facts) -> None:
-        """Keep what the files beside the vocabulary say."""
-        self.facts, self.settings, self.jinjas = facts, facts.settings, facts.jinjas
-        self.jinja = facts.jinjas.get("default", "")
-        self.bos_token, self.eos_token, self.pad_token = map(
-            facts.named.get, ("bos_token", "eos_token", "pad_token"))
-
     def read_settings(self, facts: Facts, model: bool = False) -> None:
         """Take in what lies beside a vocabulary. model: it is a tokenizer.model, for which the
         settings say whether tokens surround a text; tokenizer.json knows better."""
-        self._take(facts)
+        self.facts = facts
         for name, token in facts.added_tokens():    # its flags count, and not its number
             if model and name in self.added:
                 continue                            # from_model() has taken them
@@ -401,9 +402,8 @@ class Tokenizer:
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat templates, as transformers does."""
-        row = None if self.own_template() else \
-            chat.jinja(chat.find(self.template), self.eot_token or EOT)
-        files.save(Path(directory), self, row)
+        row = None if self.own_template() else chat.find(self.template)
+        files.save(Path(directory), self, row and chat.jinja(row, self.eot_token or EOT))
 
     def _json(self) -> dict[str, Any]:
         """The document of the `tokenizers` library, from normalizer to decoder."""
@@ -541,7 +541,7 @@ class Config:
     tokenizer: str = "data/stdlib"  # folder, tokenizer.json, or gpt2, cl100k_base, o200k_base
     out: str = ""                   # train: the folder to write
     vocab_size: int = 16384         # train: number of ids, control tokens included
-    pattern: str = "gpt2"           # train: gpt2, cl100k, o200k, smollm, or a regular expression
+    pattern: str = "gpt2"           # train: gpt2, cl100k, qwen, o200k, smollm, or a regex
     special: list[str] = field(default_factory=lambda: [EOT])   # train: control tokens
     chars: bool = False             # train: character level
     workers: int | None = None      # train: processes, None for one a core

@@ -20,7 +20,7 @@ from torch import Tensor
 from config import UserError, field_types
 from families import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, Family
 from model import ModelConfig, Transformer, rope_frequencies
-from text.tokenizer_files import misread
+from text.tokenizer_files import is_misread
 
 ABOVE_ZERO = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "logits_scaling")
 KINDS = field_types(ModelConfig)
@@ -245,7 +245,7 @@ def family_of(config: ModelConfig, but: str = "") -> Family:
 def readable_family(config: ModelConfig, tokenizer: Any) -> tuple[Family, str]:
     """The row to save a model as, so that transformers reads its tokenizer as it is; and a note."""
     family = family_of(config)
-    if tokenizer is None or not misread(tokenizer, family.model_type):
+    if tokenizer is None or not is_misread(tokenizer, family.model_type):
         return family, ""
     other = family_of(config, but=family.model_type)
     how = f"saved as {other.model_type}, with biases of zero" if other is not HANDMADE else \

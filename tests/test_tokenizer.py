@@ -705,7 +705,7 @@ def test_the_end_token_of_a_chat_models_file_is_kept(tok, tmp_path):
         again.save(tmp_path)
         assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == end
     odd = T.Tokenizer(tok.ranks, {"<done>": 5000}, tok.pattern)
-    odd.eos_token = "<done>"
+    odd.facts.named["eos_token"] = "<done>"
     assert odd.eot == 5000 and tok.stop_ids == [tok.eot]
 
 

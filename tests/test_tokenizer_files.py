@@ -148,7 +148,7 @@ def test_the_ends_of_all_files_end_an_answer(first, second, tmp_path):
     tok = T.load(tmp_path)
     assert set(tok.stop_ids) == want, (tok.stop_ids, ids)
     tok.save(tmp_path / "again")        # and after saving they are in the files that are written
-    put(tmp_path / "again", generation_config=T.files.generation(tok, tok.token_ids()),
+    put(tmp_path / "again", generation_config=T.files.build_generation_config(tok, tok.token_ids()),
         config=tok.token_ids())
     assert set(T.load(tmp_path / "again").stop_ids) == want
 
@@ -308,7 +308,7 @@ def test_convert_copies_the_tokenizers_files_letter_by_letter(tmp_path):
 @pytest.mark.parametrize("family", ["qwen2", "llama", "qwen3", "gpt2", "mistral", "gemma2"])
 @pytest.mark.parametrize("pattern", ["gpt2", "qwen", "qwen, NFC"])
 def test_a_saved_model_has_its_tokenizer_in_transformers(family, pattern, tmp_path, capsys):
-    """transformers 5 forces Qwen's split pattern upon model_type qwen2: then it is saved as llama."""
+    """transformers 5 forces Qwen's pattern upon model_type qwen2: it is saved as llama then."""
     tok = T.train([TEXT], 330, pattern=pattern.split(",")[0], special_tokens=["<|endoftext|>"])
     tok.forms = ("NFC",) if "NFC" in pattern else ()
     model = small(tok, family)

@@ -83,7 +83,7 @@ def read(pre: dict) -> tuple[str, Splits | None]:
 
     ValueError names what is not supported.
     """
-    steps = [part for step in flat(pre) for part in read_step(step)]
+    steps = [part for step in flatten(pre) for part in read_step(step)]
     if steps.count(None) != 1:
         raise ValueError("only byte-level BPE is supported, whose pre_tokenizer has one ByteLevel")
     if steps == [Split(r"\p{N}"), Split(PATTERNS["gpt2"]), None]:
@@ -106,7 +106,7 @@ def shortest(pattern: str) -> int:
     return parser.parse(compiled(pattern, 0x7F).pattern).getwidth()[0]
 
 
-def flat(part: Any, kind: str = "pre_tokenizer") -> list[dict]:
+def flatten(part: Any, kind: str = "pre_tokenizer") -> list[dict]:
     """Return the steps of a pre_tokenizer or normalizer, sequences within sequences in order."""
     out: list[dict] = []
     waiting = [part]
@@ -139,13 +139,13 @@ def read_step(step: dict) -> list[Split | None]:
         return [Split(PUNCTUATION, behavior)]
     pattern = step["pattern"]
     literal = pattern.get("String")
-    regex = foreign(pattern["Regex"]) if literal is None else re.escape(literal)
+    regex = translate(pattern["Regex"]) if literal is None else re.escape(literal)
     if literal == "" or regex == "":
         raise ValueError("a pre_tokenizer splits at an empty pattern")
     return [Split(regex, behavior, bool(step.get("invert", False)))]
 
 
-def foreign(pattern: str) -> str:
+def translate(pattern: str) -> str:
     """Translate a pattern of tokenizer.json, in Oniguruma's language, to that of bpe.compiled().
 
     There `$` stands before every newline too, and {1,3}+ repeats. The known patterns need no

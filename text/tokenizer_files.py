@@ -21,7 +21,7 @@ from typing import Any, Iterator
 from bpe import PATTERNS, mend, read_json, read_text
 from config import UserError
 from text.added_tokens import flags_of
-from text.tokenizer_json import listed
+from text.tokenizer_json import list_added
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 END = "<|endoftext|>"
@@ -54,14 +54,16 @@ MODEL_CLASSES = {"gpt2": "GPT2Tokenizer", "gpt_neo": "GPT2Tokenizer", "gptj": "G
 TABLES = {"GPT2Tokenizer": ("gpt2", ""), "CodeGenTokenizer": ("gpt2", ""),
           "GPTNeoXTokenizer": ("gpt2", "NFC"), "Qwen2Tokenizer": ("qwen", "NFC"),
           "RobertaTokenizer": ("gpt2", ""), "BartTokenizer": ("gpt2", "")}
-# Settings that are no longer true of a folder that we write: they name files that are not in it
+# Settings that are not written as they were read: they name files that we do not write, or are
+# written anew
 GONE = ("auto_map", "vocab_file", "merges_file", "tokenizer_file", "added_tokens_file",
         "special_tokens_map_file", "name_or_path", "tokenizer_class", "chat_template")
 # Types for which transformers 5 reads a tokenizer by the rules of its own class, whatever the files
 # say (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS there, of those that we write): type -> its rules
 FORCED = {"qwen2": (PATTERNS["qwen"], ("NFC",))}
-FILES = re.compile(r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|bpe)"
-                   r"|merges\.txt|chat_template\.\w+|encoder\.json|additional_chat_templates")
+FILES = re.compile(r"tokenizer.*|tokenization_\w+\.py|special_tokens_map\.json|vocab\.(json|bpe)"
+                   r"|added_tokens\.json|merges\.txt|chat_template\.\w+|encoder\.json"
+                   r"|additional_chat_templates")
 
 
 @dataclass
@@ -70,9 +72,10 @@ class Facts:
     settings: dict[str, Any] = field(default_factory=dict)      # tokenizer_config.json
     named: dict[str, str] = field(default_factory=dict)         # role -> token
     end_names: tuple[str, ...] = ()             # what any file calls eos_token
-    ends: tuple[int, ...] = ()                  # ids that config.json, generation_config.json end at
+    ends: tuple[int, ...] = ()                  # ids that the model's files end at
     model_ids: dict[str, Any] = field(default_factory=dict)     # bos_token_id, … of config.json
     model_type: str = ""                        # of config.json
+    model_class: str = ""                       # tokenizer_class of config.json
     generation: dict[str, Any] = field(default_factory=dict)    # generation_config.json
     jinjas: dict[str, str] = field(default_factory=dict)        # name -> chat template
     jinja_files: bool = False                   # whether they are files of their own
@@ -83,7 +86,8 @@ class Facts:
     @property
     def kind(self) -> str:
         """The class that opens the tokenizer in transformers, "" if nothing says so."""
-        name = self.settings.get("tokenizer_class") or MODEL_CLASSES.get(self.model_type, "")
+        name = self.settings.get("tokenizer_class") or self.model_class or \
+            MODEL_CLASSES.get(self.model_type, "")
         return str(name).removesuffix("Fast")
 
     def added_tokens(self) -> Iterator[tuple[str, dict]]:
@@ -95,10 +99,11 @@ class Facts:
             tokens = [(i, {"content": n, "special": n in special, "normalized": n not in special})
                       for n, i in self.listed.items()]
         for i, token in sorted(tokens, key=lambda item: item[0]):
-            yield content(token), {**flags_of(token, i), "id": i}
+            normalized = {"normalized": not token.get("special", False)}    # where it is not said
+            yield text_of(token), flags_of({**normalized, **token}, i)
 
 
-def content(token: Any) -> str:
+def text_of(token: Any) -> str:
     """Return the text of a token as a settings file writes it, a text or an object."""
     name = token.get("content") if isinstance(token, dict) else token
     if not isinstance(name, str) or not name:
@@ -148,25 +153,28 @@ def read_facts(path: Path) -> Facts:
              "added_tokens")
     settings, roles, network, generation, extra = (
         read_object(folder / f"{name}.json") for name in names)
-    facts = Facts(settings, generation=generation, model_type=str(network.get("model_type", "")))
-    facts.listed = {content(name): i for name, i in extra.items() if type(i) is int}
+    facts = Facts(settings, generation=generation, model_type=str(network.get("model_type", "")),
+                  model_class=str(network.get("tokenizer_class") or ""))
+    facts.listed = {text_of(name): i for name, i in extra.items() if type(i) is int}
     # as in transformers: a file that lists its tokens is of the newer kind, and complete
     order = (settings, roles) if "added_tokens_decoder" in settings else (roles, settings)
     for role in ROLES:
-        said = [part[role] for part in order if part.get(role) is not None]
+        said = [part[role] for part in order if part.get(role) not in (None, "")]
         if said:
-            facts.named[role] = content(said[0])
-            facts.flags[content(said[0])] = said[0] if isinstance(said[0], dict) else {}
+            facts.named[role] = text_of(said[0])
+            facts.flags[text_of(said[0])] = said[0] if isinstance(said[0], dict) else {}
         elif role not in settings and role in CLASSES.get(facts.kind, {}):
             facts.named[role] = CLASSES[facts.kind][role]
-    facts.more_special = tuple(
-        content(token) for part in order for key in ("additional_special_tokens",
-                                                     "extra_special_tokens")
-        for token in (part[key].values() if isinstance(part.get(key), dict) else part.get(key) or ()))
-    facts.end_names = tuple(content(part["eos_token"]) for part in order
-                            if part.get("eos_token") is not None)
+    for part in order:
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            tokens = part.get(key) or ()
+            tokens = tokens.values() if isinstance(tokens, dict) else tokens
+            facts.more_special += tuple(map(text_of, tokens))
+    facts.end_names = tuple(text_of(part["eos_token"]) for part in order
+                            if part.get("eos_token") not in (None, ""))
     inner = network.get("text_config")
-    network = {**(inner if isinstance(inner, dict) else {}), **network}
+    network = {**(inner if isinstance(inner, dict) else {}),
+               **{key: value for key, value in network.items() if value is not None}}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if ids := ids_of(network, key):
             several = isinstance(network[key], list) and key == "eos_token_id"
@@ -234,14 +242,15 @@ def from_tables(vocab_file: Path, merges_file: Path, facts: Facts) -> dict[str, 
             {"type": "Sequence", "pretokenizers": [cut, byte_level]}}
 
 
-def own(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """Return the files and folders of a checkpoint that are its tokenizer's."""
-    return [entry for entry in sorted(folder.iterdir()) if FILES.fullmatch(entry.name)]
+    return [entry for entry in sorted(folder.iterdir()) if FILES.fullmatch(entry.name)
+            and (entry.is_file() or entry.name == "additional_chat_templates")]
 
 
 # --- writing --------------------------------------------------------------------------------
 
-def settings_of(tokenizer: Any, template: str | None) -> dict[str, Any]:
+def build_settings(tokenizer: Any, template: str | None) -> dict[str, Any]:
     """Return tokenizer_config.json: what was read, and what is true now where the two differ.
 
     template: a chat template that takes the place of the directory's own.
@@ -259,11 +268,11 @@ def settings_of(tokenizer: Any, template: str | None) -> dict[str, Any]:
                  or k in settings)
     for role, name in roles.items():
         said = settings.get(role)
-        if name and (said is None or content(said) != name):
+        if name and (not said or text_of(said) != name):
             settings[role] = name
     if "added_tokens_decoder" in settings:
         settings["added_tokens_decoder"] = {
-            str(token.pop("id")): token for token in listed(tokenizer.added)}
+            str(token.pop("id")): token for token in list_added(tokenizer.added)}
     if template is not None:
         settings["chat_template"] = template
     elif facts.jinjas and not facts.jinja_files:
@@ -271,7 +280,7 @@ def settings_of(tokenizer: Any, template: str | None) -> dict[str, Any]:
     return settings
 
 
-def generation(tokenizer: Any, ids: dict[str, Any]) -> dict[str, Any]:
+def build_generation_config(tokenizer: Any, ids: dict[str, Any]) -> dict[str, Any]:
     """Return generation_config.json: what was read, with the ids that begin and end a text.
 
     ids: those of config.json. The ends are all that any file names: a chat's turn ends before the
@@ -288,14 +297,15 @@ def generation(tokenizer: Any, ids: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def misread(tokenizer: Any, model_type: str) -> bool:
+def is_misread(tokenizer: Any, model_type: str) -> bool:
     """Whether transformers reads a tokenizer beside a model of this type by other rules."""
     if model_type not in FORCED:
         return False
-    return tokenizer.whole or (tokenizer.pattern, tokenizer.forms) != FORCED[model_type]
+    whole = tokenizer.document.get("model", {}).get("ignore_merges")    # those rules have none
+    return whole or (tokenizer.pattern, tokenizer.forms) != FORCED[model_type]
 
 
-def copy(entries: list[Path], folder: Path) -> None:
+def copy_files(entries: list[Path], folder: Path) -> None:
     """Copy files and folders as they are."""
     for entry in entries:
         if entry.is_dir():
@@ -312,12 +322,13 @@ def as_json(value: Any) -> str:
 
 def save(folder: Path, tokenizer: Any, template: str | None = None) -> None:
     """Write tokenizer.json, tokenizer_config.json and the chat templates that are files."""
-    texts = {"tokenizer_config.json": as_json(settings_of(tokenizer, template)),
+    texts = {"tokenizer_config.json": as_json(build_settings(tokenizer, template)),
              "tokenizer.json": as_json(tokenizer._json())}
     more = folder / "additional_chat_templates"
     if template is None and tokenizer.facts.jinja_files:
         for name, jinja in tokenizer.jinjas.items():
-            texts["chat_template.jinja" if name == "default" else f"{more.name}/{name}.jinja"] = jinja
+            file = "chat_template.jinja" if name == "default" else f"{more.name}/{name}.jinja"
+            texts[file] = jinja
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -333,5 +344,5 @@ def save(folder: Path, tokenizer: Any, template: str | None = None) -> None:
         finally:
             beside.unlink(missing_ok=True)
     for file in (folder / "chat_template.jinja", *more.glob("*.jinja")):
-        if file.relative_to(folder).as_posix() not in texts:      # it would count before what was written
-            file.unlink(missing_ok=True)
+        if file.relative_to(folder).as_posix() not in texts:
+            file.unlink(missing_ok=True)        # it would count before what was written
