@@ -145,7 +145,7 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """The ids that end an answer: ends that any file names, and those of the template's turns."""
+        """The ids that end an answer: what any file calls an end, and the ends of turns."""
         names = chat.find(self.template).stops(self.eot_token or EOT) if self.template else []
         names += [self.eot_token, self.eos_token, *self.facts.end_names]
         stops = {self.added[n]["id"] for n in names if n in self.added}
