@@ -39,7 +39,7 @@ import spm as sentencepiece
 from bpe import (PATTERNS, PieceCache, any_of, chunks, count_chunks, file_texts, learn, mend,
                  read_json, read_text, total, unprintable)
 from config import UserError, run
-from text import tokenizer_files as files, tokenizer_json
+from text import tokenizer_files, tokenizer_json
 from text.added_tokens import Names, flags_of
 from text.pre_tokenizer import Splits
 from text.tokenizer_files import Facts
@@ -403,7 +403,7 @@ class Tokenizer:
     def save(self, directory: str | os.PathLike) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat templates, as transformers does."""
         row = None if self.own_template() else chat.find(self.template)
-        files.save(Path(directory), self, row and chat.jinja(row, self.eot_token or EOT))
+        tokenizer_files.save(Path(directory), self, row and chat.jinja(row, self.eot_token or EOT))
 
     def _json(self) -> dict[str, Any]:
         """The document of the `tokenizers` library, from normalizer to decoder."""
@@ -492,13 +492,13 @@ def load(path_or_name: str | os.PathLike) -> Tokenizer:
     path = Path(path_or_name)
     if not path.exists() and str(path_or_name) in TIKTOKEN:
         return load_tiktoken(str(path_or_name))
-    whole, model, tables = files.find(path)
+    whole, model, tables = tokenizer_files.find(path)
     if not whole and not model and not tables:
         raise UserError(f"no tokenizer at {path}: give a folder with tokenizer.json, "
                         "tokenizer.model, vocab.json and merges.txt or encoder.json and vocab.bpe, "
                         f"or one of {', '.join(TIKTOKEN)}")
     try:
-        facts = files.read_facts(path)
+        facts = tokenizer_files.read_facts(path)
         if whole:
             tokenizer = from_json(read_json(whole))
         elif model:
@@ -506,7 +506,7 @@ def load(path_or_name: str | os.PathLike) -> Tokenizer:
             tokenizer = Tokenizer(**sentencepiece.from_model(model.read_bytes(), family,
                                                              dict(facts.added_tokens())))
         else:
-            tokenizer = from_json(files.from_tables(*tables, facts))
+            tokenizer = from_json(tokenizer_files.from_tables(*tables, facts))
         tokenizer.read_settings(facts, bool(model and not whole))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
         raise UserError(f"{path} is not a tokenizer that this program reads "

@@ -148,7 +148,7 @@ def test_the_ends_of_all_files_end_an_answer(first, second, tmp_path):
     tok = T.load(tmp_path)
     assert set(tok.stop_ids) == want, (tok.stop_ids, ids)
     tok.save(tmp_path / "again")        # and after saving they are in the files that are written
-    put(tmp_path / "again", generation_config=T.files.build_generation_config(tok, tok.token_ids()),
+    put(tmp_path / "again", generation_config=T.tokenizer_files.build_generation_config(tok, tok.token_ids()),
         config=tok.token_ids())
     assert set(T.load(tmp_path / "again").stop_ids) == want
 
