@@ -262,7 +262,7 @@ def build_settings(tokenizer: Any, template: str | None) -> dict[str, Any]:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     roles = {"bos_token": tokenizer.decode(tokenizer.prefix)} if len(tokenizer.prefix) == 1 else {}
     roles["eos_token"] = tokenizer.eot_token
-    if tokenizer.spm and tokenizer.spm.unk is not None:
+    if tokenizer.spm and tokenizer.spm.unknown in tokenizer.added:
         roles["unk_token"] = tokenizer.spm.unknown
     roles.update((k, n) for k, n in facts.named.items() if n in tokenizer.added
                  or k in settings)
@@ -275,8 +275,11 @@ def build_settings(tokenizer: Any, template: str | None) -> dict[str, Any]:
             str(token.pop("id")): token for token in list_added(tokenizer.added)}
     if template is not None:
         settings["chat_template"] = template
+    elif [*facts.jinjas] == ["default"] and not facts.jinja_files:
+        settings["chat_template"] = facts.jinjas["default"]
     elif facts.jinjas and not facts.jinja_files:
-        settings["chat_template"] = facts.settings["chat_template"]
+        settings["chat_template"] = [{"name": name, "template": jinja}
+                                     for name, jinja in facts.jinjas.items()]
     return settings
 
 
