@@ -369,7 +369,8 @@ def probe(template: Template, named: dict[str, str]) -> tuple[str, str]:
     for messages in (turns[:1], [*turns, *turns], [{"role": "system", "content": ""}, *turns],
                      marked, [*marked, user]):
         try:
-            out.append(template.run({**named, "messages": messages, "tools": None, "documents": None,
+            out.append(template.run({**named, "tools": None, "documents": None,
+                                     "messages": messages,
                                      "add_generation_prompt": len(messages) == 1})[0])
         except UserError:               # a template without a system turn, say
             out.append("")
@@ -461,5 +462,5 @@ def turn_ends(tokenizer: Any, source: str) -> list[str]:
         except UserError:
             out = Rendered([], [], {})
         names = {token["id"]: n for n, token in tokenizer.added.items() if not MARKS.search(n)}
-        kept[key] = [names[i] for i, trained in zip(out.ids, out.mask) if trained and i in names][-1:]
+        kept[key] = [names[i] for i, m in zip(out.ids, out.mask) if m and i in names][-1:]
     return kept[key]

@@ -34,7 +34,7 @@ from jinja2.visitor import NodeTransformer
 from config import UserError
 
 SOURCE = 200_000        # characters of a template; the longest published ones have 20,000
-STEPS = 1_000_000       # iterations, calls and filters of one rendering
+STEPS = 1_000_000       # iterations, calls and filters of one rendering; more for a long input
 SIZE = 1_000_000        # characters and entries of one text or list, besides what came in
 TOTAL = 32              # all that is made may be this many times as large
 SECONDS = 10.0
@@ -60,10 +60,10 @@ class Meter:
 
     def __init__(self, variables: dict[str, Any]):
         self.known: dict[int, int] = {}
-        self.steps = STEPS
-        self.size = self.left = 1 << 62
         self.known = self._weights(variables)
-        self.size = SIZE + 4 * self.known[id(variables)]
+        given = self.known[id(variables)]
+        self.steps = STEPS + 20 * given
+        self.size = SIZE + 4 * given
         self.left = TOTAL * self.size
         self.until = time.monotonic() + SECONDS
         self.written = 0
@@ -72,7 +72,7 @@ class Meter:
     def step(self, count: int = 1) -> None:
         self.steps -= count
         if self.steps < 0:
-            raise Exceeded(f"it takes more than {STEPS:,} steps")
+            raise Exceeded("it takes more than a million steps")
         if time.monotonic() > self.until:
             raise Exceeded(f"it takes more than {SECONDS:.0f} seconds")
 
@@ -155,7 +155,8 @@ def power(left: Any, right: Any) -> Any:
 
 def percent(left: Any, right: Any) -> Any:
     if isinstance(left, (str, bytes)):
-        check_format(left if isinstance(left, str) else left.decode("latin-1"), "%", right)
+        form = left if isinstance(left, str) else left.decode("latin-1")
+        check_format(form, "%", right)
     return left % right
 
 
@@ -280,7 +281,7 @@ class Generation(jinja2.ext.Extension):
 class Namespace(jinja2.utils.Namespace):
     """namespace() of a template: no names with an underscore first, and nothing to print."""
 
-    def __init__(*args: Any, **kwargs: Any):            # namespace(self=…) is allowed, as in Jinja
+    def __init__(*args: Any, **kwargs: Any):    # namespace(self=…) is allowed, as in Jinja
         self, args = args[0], args[1:]
         attrs = dict(*args, **kwargs)
         for name in attrs:
@@ -335,7 +336,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         meter = METER.get()
-        meter.step(10)          # a macro takes as long as some turns of a loop
+        meter.step(20)          # a macro takes as long as some turns of a loop
         if isinstance(__obj, types.BuiltinMethodType):
             owner = __obj.__self__
             if isinstance(owner, (str, bytes, int)):
