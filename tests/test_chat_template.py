@@ -97,7 +97,8 @@ def text_of(tok: T.Tokenizer, ids: list[int], mask: list[int] | None = None) -> 
 
 def trained(tok: T.Tokenizer, messages: list[dict], **given: object) -> list[str]:
     """What is trained on, of each example of a conversation."""
-    return [text_of(tok, ids, mask) for ids, mask in chat.examples(tok, messages, **given)[0]]
+    examples, _ = chat.render_examples(tok, messages, **given)
+    return [text_of(tok, ids, mask) for ids, mask in examples]
 
 # ------------------------------------------------------------------------- equal to transformers
 
@@ -172,7 +173,7 @@ def test_each_answer_with_thoughts_is_trained_on_with_them(world):
         assert trained(tok, THOUGHT, template=template) == [
             "<think>\nsix, seven\n</think>\n\n13<|im_end|>",
             "<think>\nfive, six\n</think>\n\n11<|im_end|>"]
-        ids, mask = chat.examples(tok, THOUGHT, template)[0][1]
+        ids, mask = chat.render_examples(tok, THOUGHT, template)[0][1]
         assert ids == chat.render(tok, THOUGHT[:2], template).ids
         records = [{"messages": THOUGHT}, {"messages": TALK}]
         rendered = chats.render_all(tok, records, template, 999)
@@ -200,15 +201,15 @@ def test_the_stop_token_is_learnt_by_templates_without_one(world):
     tok = give(world[0], PUBLISHED["glm4moe"])
     assert trained(tok, TALK) == ["\n<think></think>\nHello!<|user|>"
                                   "\n<think></think>\nSee you<|user|>"]
-    assert chat.turn_ends(tok) == ["<|user|>"] and tok.special["<|user|>"] in tok.stop_ids
+    assert chat.find_turn_ends(tok) == ["<|user|>"] and tok.special["<|user|>"] in tok.stop_ids
     calls = CASES["tools"][0][:2]
     assert trained(tok, calls, tools=TOOLS)[0].endswith("</tool_call><|observation|>")
     for name, end in (("qwen3", "<|im_end|>"), ("gemma3", "<end_of_turn>"), ("phi3", "<|end|>"),
                       ("cohere2", "<|END_OF_TURN_TOKEN|>"), ("llama3_2", "<|eot_id|>")):
-        assert chat.turn_ends(give(tok, PUBLISHED[name])) == [end]
+        assert chat.find_turn_ends(give(tok, PUBLISHED[name])) == [end]
         assert trained(tok, TALK[:2])[0].endswith(end)
-    assert chat.turn_ends(give(tok, PUBLISHED["lfm2_training"])) == ["<|im_end|>"]
-    assert chat.turn_ends(give(tok, "{% if %}")) == []      # text can be sampled all the same
+    assert chat.find_turn_ends(give(tok, PUBLISHED["lfm2_training"])) == ["<|im_end|>"]
+    assert chat.find_turn_ends(give(tok, "{% if %}")) == []      # text can be sampled all the same
 
 
 def test_a_template_that_nothing_ends_is_refused(world):
@@ -361,13 +362,13 @@ def test_an_edited_copy_counts_as_edited(edit, row, world):
     """Of a published template and of one that we wrote: no row is guessed."""
     tok, auto = world
     ours = chat.jinja(chat.TEMPLATES[row], "</s>")
-    assert chat.row_of(ours, "</s>") == row
+    assert chat.find_row(ours, "</s>") == row
     old, new = EDITS[edit]
     for source in (ours.replace("\\n\" }}", " \" }}"), ours.replace(" | trim", ""),
                    PUBLISHED["qwen2_5"].replace(old, new)):
         if source == ours:
             continue
-        assert chat.row_of(source, "</s>") is None
+        assert chat.find_row(source, "</s>") is None
         theirs = auto.apply_chat_template(TALK[:3], chat_template=source, return_dict=False,
                                           add_generation_prompt=True)
         assert chat.render(give(tok, source), TALK[:3], None, True).ids == theirs
