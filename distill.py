@@ -299,8 +299,9 @@ def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
 
     Made in parts of ANSWERS conversations, each a file: what was killed goes on where it was.
     """
-    records, held, _ = chats.splits(cfg.dataset, "sft", cfg.skip_bad,
-                                    chats.Notes(cfg.ignore_keys))
+    left_out = chats.Notes(cfg.ignore_keys)
+    records, held, _ = chats.splits(cfg.dataset, "sft", cfg.skip_bad, left_out)
+    notes += left_out.lines()
     # at temperature 0 a second answer to a prompt would be the first one
     count = cfg.generate if cfg.generate_temperature else min(cfg.generate, len(records))
     name = checkpoint.digest(
@@ -350,8 +351,7 @@ def converse(cfg: Config, teacher: Any, tokenizer: Any, records: list[dict], num
                 said[k] += message                  # of the user or the system: as it was
                 continue
             if message[0].get("train") is False or "tool_calls" in message[0]:
-                # a call stays, since what the tool says next answers it: context, as the rest is
-                said[k] += chats.as_context(message)
+                said[k] += chats.as_context(message)    # a call, which the tool's turn answers
                 continue
             asked[k] = tokenizer.render(said[k], None, True, **chats.render_options(records[k]))[0]
             if len(asked[k]) >= cfg.block_size:     # not a token of an answer would fit

@@ -47,6 +47,8 @@ class Config:
                                         # holds out of it, train the rest
     limit: int = 0                      # conversations, the first ones; 0: all
     ignore_keys: list[str] = field(default_factory=list)    # keys of records to leave out unread
+    text_key: str = "text"              # of a classifier: key or column of the text
+    label_key: str = "label"            # of a classifier: key or column of the label
     max_new_tokens: int = 48            # an answer that goes on beyond is wrong
     wrong: int = 0                      # show so many mistakes on stderr
     # --- how to run
@@ -59,15 +61,17 @@ class Config:
     backend: str = "auto"
 
 
-def read_split(cfg: Config, kind: str, notes: chats.Notes | None = None
-               ) -> tuple[Path, list[dict[str, Any]]]:
+def read_split(cfg: Config, kind: str) -> tuple[Path, list[dict[str, Any]]]:
     """Return the file of cfg.split, and its records: "sft" conversations or "labels"."""
     path = Path(cfg.dataset)
+    notes, columns = chats.Notes(cfg.ignore_keys), (cfg.text_key, cfg.label_key)
     if path.is_file() and "split" in getattr(cfg, "given", ()):
-        parts = dict(zip(("train", "val"), chats.splits(cfg.dataset, kind, notes=notes)))
+        parts = dict(zip(("train", "val"), chats.splits(
+            cfg.dataset, kind, notes=notes, columns=columns)))
         if cfg.split not in parts:
             raise UserError(f"{path} is one file, without a split {cfg.split!r}: choose val or "
                             "train, or leave out --split to read all of it")
+        print(*notes.lines(), sep="\n", end="\n" * bool(notes.lines()), file=sys.stderr)
         return path, parts[cfg.split]
     if not path.is_file():
         # find() says in one sentence what is not there; the split lies beside its files
@@ -76,16 +80,19 @@ def read_split(cfg: Config, kind: str, notes: chats.Notes | None = None
         path = train.with_name(f"{cfg.split}.{ending}")
     if not path.is_file():
         raise UserError(f"{path} is missing: --split={cfg.split} is no file of {cfg.dataset}")
-    return path, list(chats.read_chats(path, kind, notes=notes))
+    records = list(chats.read_chats(path, kind, notes=notes, columns=columns))
+    print(*notes.lines(), sep="\n", end="\n" * bool(notes.lines()), file=sys.stderr)
+    return path, records
 
 
 def read(cfg: Config) -> list[dict[str, Any]]:
     """Conversations that end with an answer of the assistant, and have a question before it."""
-    notes = chats.Notes(cfg.ignore_keys)
-    path, records = read_split(cfg, "sft", notes)
+    if idle := {"text_key", "label_key"} & set(getattr(cfg, "given", ())):
+        raise UserError(f"--{min(idle)} names a column for a classifier, and this is none: leave "
+                        "it out")
+    path, records = read_split(cfg, "sft")
     records = [r for r in records if len(r["messages"]) > 1
                and r["messages"][-1]["role"] == "assistant"]
-    print(*notes.lines(), sep="\n", end="\n" * bool(notes.lines()), file=sys.stderr)
     if not records:
         raise UserError(f"{path} has no conversation that ends with an answer")
     return records[:cfg.limit or None]

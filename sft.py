@@ -120,8 +120,8 @@ def check(cfg: Config) -> None:
         if getattr(cfg, name) not in choices:
             raise UserError(f"{name}={getattr(cfg, name)!r} does not exist: {', '.join(choices)}")
     if cfg.task == "chat" and (cfg.text_key, cfg.label_key) != chats.COLUMNS:
-        raise UserError("--text_key and --label_key name the columns of --task=classify: leave them "
-                        "out")
+        raise UserError("--text_key and --label_key name the columns of --task=classify: leave "
+                        "them out")
     if cfg.unfreeze == "last" and cfg.lora_rank:
         raise UserError("--unfreeze=last and --lora_rank both say what trains: leave one out")
 

@@ -114,7 +114,7 @@ def check_labels(path: Path, records: list[dict]) -> None:
     labels = {r["label"] for r in records}
     if len(labels) > max(9, len(records) // 2):
         raise UserError(f"{path} has {len(labels):,} labels for {len(records):,} texts, "
-                        f"{next(iter(labels))[:40]!r} for one: name the columns with --text_key "
+                        f"{records[0]['label'][:40]!r} for one: name the columns with --text_key "
                         "and --label_key")
 
 

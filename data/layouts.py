@@ -19,24 +19,26 @@ from typing import Any, Callable
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 from config import UserError  # noqa: E402  (found only once the root is on the path)
-from data.messages import (Keys, Messages, Notes, is_empty, text_of, tool_list,  # noqa: E402
-                           turns)
+from data.messages import (Keys, Messages, Notes, is_empty, read_tools,  # noqa: E402
+                           read_turns, text_of)
 
 CONVERSATION = ("messages", "conversations", "conversation")    # keys of a list of turns
 QUESTION = ("instruction", "prompt", "question")                # keys of what is asked, a text
 ANSWER = ("output", "completion", "response", "answer")         # and of what is answered
-KEPT = ("task", "answer")               # passed on as texts: eval.py checks an answer by its task
+# passed on as texts, for eval.py to check an answer by; `answer` is trained on where nothing else
+# in ANSWER is there
+KEPT = ("task", "answer")
 KINDS = ("sft", "preference", "prompts", "labels")
 
 
 # --- what stands beside the turns --------------------------------------------------------------
-def extras(keys: Keys, *conversations: Messages) -> dict[str, Any]:
-    """{"tools", "documents", "chat_template_kwargs"}, those that are there, for the template.
+def take_extras(keys: Keys, *conversations: Messages) -> dict[str, Any]:
+    """Take {"tools", "documents", "chat_template_kwargs"}, those that are there, for the template.
 
     Tools that a system turn holds are moved out of it.
     """
     found = keys.take_one(("tools", "functions"),
-                          lambda v, name: tool_list(v, name, wrap=name == "functions"))
+                          lambda v, name: read_tools(v, name, wrap=name == "functions"))
     for messages in conversations:
         for message in messages:
             inside = message.pop("tools", None)
@@ -62,18 +64,18 @@ def extras(keys: Keys, *conversations: Messages) -> dict[str, Any]:
 
 
 def render_options(record: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of tokenizer.render() that a record brings beside its messages."""
+    """Return the arguments of tokenizer.render() that a record brings beside its messages."""
     return {**{k: record[k] for k in ("tools", "documents") if k in record},
             **record.get("chat_template_kwargs", {})}
 
 
 def take_system(keys: Keys) -> str:
-    """The system prompt in a column of its own."""
+    """Take the system prompt in a column of its own."""
     return keys.take_one(("system", "system_prompt"), text_of) or ""
 
 
 def with_system(system: str, messages: Messages) -> Messages:
-    """The conversation with the text of a system column as its first turn, once."""
+    """Return the conversation with the text of a system column as its first turn, once."""
     if not system.strip():
         return messages
     if messages and messages[0]["role"] == "system":
@@ -111,7 +113,7 @@ def take_restated(keys: Keys, messages: Messages) -> None:
         value = keys.values.get(name)
         role = "user" if name in QUESTION else "assistant"
         if isinstance(value, str) and restates(value, messages, role) or (
-                isinstance(value, list) and is_within(turns(value, name), messages)):
+                isinstance(value, list) and is_within(read_turns(value, name), messages)):
             keys.take(name)
     whole = keys.values.get("text")
     if isinstance(whole, str) and all(plain(part) in plain(whole) for m in messages
@@ -120,13 +122,13 @@ def take_restated(keys: Keys, messages: Messages) -> None:
 
 
 def as_context(messages: Messages) -> Messages:
-    """The messages, none of which is trained on."""
+    """Return the messages, none of which is trained on."""
     return [{**m, "train": False} if m["role"] == "assistant" else m for m in messages]
 
 
 # --- a record ----------------------------------------------------------------------------------
-def asked(keys: Keys) -> Messages:
-    """What is asked in a record that spells it in keys of its own: Alpaca's, or a prompt."""
+def read_question(keys: Keys) -> Messages:
+    """Take what is asked in a record that spells it in keys of its own: Alpaca's, or a prompt."""
     name = keys.first(QUESTION)
     alpaca = name == "instruction" or name is None and "input" in keys
     if name is None and not alpaca:
@@ -135,7 +137,7 @@ def asked(keys: Keys) -> Messages:
                         f"{', '.join(QUESTION)} and one of {', '.join(ANSWER)}")
     value = keys.take(name) if name else ""
     if isinstance(value, list):
-        return turns(value, name, keys.notes)
+        return read_turns(value, name, keys.notes)
     before: Messages = []
     history = keys.take("history") or []            # Alpaca with turns: [[question, answer], …]
     if not isinstance(history, list) or any(
@@ -152,8 +154,8 @@ def asked(keys: Keys) -> Messages:
     return before + [{"role": "user", "content": given if given.strip() else more or given}]
 
 
-def answered(messages: Messages, notes: Notes) -> Messages:
-    """The conversation up to the first empty answer: training on one would teach silence."""
+def cut_at_empty_answer(messages: Messages, notes: Notes) -> Messages:
+    """Cut a conversation at its first empty answer: training on one would teach silence."""
     for k, message in enumerate(messages):
         if (message["role"] == "assistant" and not message["content"].strip()
                 and not message.get("tool_calls") and message.get("train") is not False):
@@ -162,48 +164,16 @@ def answered(messages: Messages, notes: Notes) -> Messages:
     return messages
 
 
-def replies(keys: Keys, name: str) -> Messages:
-    """What is answered: turns (trl's completion), a single turn (LLaMA-Factory's), or a text."""
+def read_answer(keys: Keys, name: str) -> Messages:
+    """Take what is answered: turns (trl's completion), one turn (LLaMA-Factory's), or a text."""
     value = keys.take(name)
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
-    return turns([value] if isinstance(value, dict) else value, name, keys.notes)
+    return read_turns([value] if isinstance(value, dict) else value, name, keys.notes)
 
 
-def spoken(keys: Keys) -> Messages:
-    """The whole conversation of a record with one answer; the prompt's own answers are context."""
-    if any(name in keys for name in CONVERSATION):
-        messages = keys.take_one(CONVERSATION, lambda v, name: turns(v, name, keys.notes))
-        if messages is None:
-            raise UserError("its list of messages is empty")
-    else:
-        turned = isinstance(keys.values.get(keys.first(QUESTION)), list)
-        messages = as_context(asked(keys)) if turned else asked(keys)
-        name = keys.first(ANSWER)
-        if name is None:
-            raise UserError(f"it has a question and none of {', '.join(ANSWER)}")
-        messages = messages + replies(keys, name)
-    messages = with_system(take_system(keys), messages)
-    keys.take("answer")                             # passed on, for eval.py
-    take_restated(keys, messages)
-    return messages
-
-
-def conversation(record: dict[str, Any], notes: Notes | None = None) -> dict[str, Any]:
-    """A record of any layout for fine-tuning -> {"messages"} and what extras() finds."""
-    notes = notes or Notes()
-    keys = Keys(record, "", notes)
-    if "chosen" in keys and "rejected" in keys:
-        raise UserError("it is a preference record (chosen, rejected), not a conversation")
-    keys.take("task")
-    messages = spoken(keys)
-    more = extras(keys, messages)
-    keys.done()
-    return {"messages": answered(messages, notes), **more}
-
-
-def joined(before: Messages, text: bool, answers: Messages, what: str) -> Messages:
-    """A prompt and what follows it, where the second may hold the first.
+def join_prompt(before: Messages, text: bool, answers: Messages, what: str) -> Messages:
+    """Join a prompt and what follows it, where the second may hold the first.
 
     As trl's maybe_extract_prompt: where what follows is a whole conversation, it wins over a
     prompt that is a text. Here the text has to be in it all the same, or something would be lost.
@@ -218,15 +188,51 @@ def joined(before: Messages, text: bool, answers: Messages, what: str) -> Messag
     if is_within(before, answers) or text and all(
             restates(m["content"], answers, "user") for m in asked_before):
         return answers
-    if text or before[-1]["role"] == "user":
+    border = (before[-1]["role"], answers[0]["role"])
+    if text or border not in (("assistant", "user"), ("system", "user")):
         raise UserError(f"the prompt is no part of the conversation in {what}: take one of them "
                         "out, or give --ignore_keys with the prompt's key")
     return before + answers                         # trl's explicit prompt: turns, then turns
 
 
+def read_conversation(keys: Keys) -> Messages:
+    """Take the conversation of a record with one answer; the prompt's own answers are context."""
+    if any(name in keys for name in CONVERSATION):
+        messages = keys.take_one(CONVERSATION, lambda v, name: read_turns(v, name, keys.notes))
+        if messages is None:
+            raise UserError("its list of messages is empty")
+    else:
+        turned = isinstance(keys.values.get(keys.first(QUESTION)), list)
+        messages = as_context(read_question(keys)) if turned else read_question(keys)
+        name = keys.first(ANSWER)
+        if name is None:
+            raise UserError(f"it has a question and none of {', '.join(ANSWER)}")
+        answers = read_answer(keys, name)
+        messages = join_prompt(messages, not turned, answers, name)
+        if messages is answers:                     # which hold the prompt themselves
+            messages = as_context(answers[:-1]) + answers[-1:]
+    messages = with_system(take_system(keys), messages)
+    keys.take("answer")                             # passed on, for eval.py
+    take_restated(keys, messages)
+    return messages
+
+
+def conversation(record: dict[str, Any], notes: Notes | None = None) -> dict[str, Any]:
+    """Turn a record of any layout for fine-tuning into {"messages"} and what take_extras() finds."""
+    notes = notes or Notes()
+    keys = Keys(record, "", notes)
+    if "chosen" in keys and "rejected" in keys:
+        raise UserError("it is a preference record (chosen, rejected), not a conversation")
+    keys.take("task")
+    messages = read_conversation(keys)
+    more = take_extras(keys, messages)
+    keys.done()
+    return {"messages": cut_at_empty_answer(messages, notes), **more}
+
+
 def preference(record: dict[str, Any], notes: Notes | None = None) -> dict[str, Any] | None:
-    """Two answers to one prompt -> {"chosen", "rejected"}, both whole conversations; None where
-    they are the same, which teaches nothing. One answer and a label -> {"messages", "label"}.
+    """Turn two answers to one prompt into {"chosen", "rejected"}, both whole conversations; None
+    where they are the same, which teaches nothing. One answer and a label: {"messages", "label"}.
     """
     notes = notes or Notes()
     keys = Keys(record, "", notes)
@@ -234,20 +240,20 @@ def preference(record: dict[str, Any], notes: Notes | None = None) -> dict[str, 
         return unpaired(keys)
     if missing := [k for k in ("chosen", "rejected") if is_empty(keys.values.get(k))]:
         raise UserError(f"a preference needs chosen and rejected; {missing[0]} is not there")
-    both = {name: replies(keys, name) for name in ("chosen", "rejected")}
+    both = {name: read_answer(keys, name) for name in ("chosen", "rejected")}
     keys.take("task")
     before: Messages = []
     text = False
     if name := keys.first(CONVERSATION):
-        before = turns(keys.take(name), name, notes)
+        before = read_turns(keys.take(name), name, notes)
         if any(is_within(before, messages) for messages in both.values()):
             before = []         # UltraFeedback has the chosen conversation here once more
     elif keys.first((*QUESTION, "input")):
         text = not isinstance(keys.values.get(keys.first(QUESTION)), list)
-        before = asked(keys)
+        before = read_question(keys)
     system, out = take_system(keys), {}
     for name, answers in both.items():
-        whole = joined(before, text, answers, name) if before or answers[0]["role"] == (
+        whole = join_prompt(before, text, answers, name) if before or answers[0]["role"] == (
             "assistant") else answers
         out[name] = with_system(system, whole)
         last = out[name][-1]
@@ -256,7 +262,7 @@ def preference(record: dict[str, Any], notes: Notes | None = None) -> dict[str, 
             raise UserError(f"{name} does not end with an answer of the assistant")
     keys.take("answer")
     take_restated(keys, out["chosen"])
-    out |= extras(keys, out["chosen"], out["rejected"])
+    out |= take_extras(keys, out["chosen"], out["rejected"])
     keys.done()
     if out["chosen"] == out["rejected"]:
         notes.events["pairs dropped, whose chosen and rejected are the same"] += 1
@@ -265,8 +271,8 @@ def preference(record: dict[str, Any], notes: Notes | None = None) -> dict[str, 
 
 
 def unpaired(keys: Keys) -> dict[str, Any]:
-    """trl's prompt, completion and label, or a conversation and LLaMA-Factory's kto_tag -> the
-    conversation, of which the completion alone is trained on, and whether it is a good one."""
+    """Turn trl's prompt, completion and label, or a conversation and LLaMA-Factory's kto_tag, into
+    the conversation, of which the completion alone is trained on, and whether it is good."""
     def read(value: Any, name: str) -> bool:
         word = str(value).strip().lower()           # a CSV has words
         if word not in ("0", "1", "true", "false"):
@@ -276,8 +282,8 @@ def unpaired(keys: Keys) -> dict[str, Any]:
     label = keys.take_one(("label", "kto_tag"), read)
     keys.take("task")
     turned = any(isinstance(keys.values.get(name), list) for name in ANSWER)
-    messages = spoken(keys)
-    more = extras(keys, messages)
+    messages = read_conversation(keys)
+    more = take_extras(keys, messages)
     keys.done()
     last = messages[-1]
     if last["role"] != "assistant" or not last["content"].strip() and not last.get("tool_calls"):
@@ -288,14 +294,14 @@ def unpaired(keys: Keys) -> dict[str, Any]:
 
 
 def prompt(record: dict[str, Any], notes: Notes | None = None) -> dict[str, Any]:
-    """What a model has to answer -> {"prompt"[, "answer"]}; an assistant's last turn is the key."""
+    """Turn a record into {"prompt"[, "answer"]} to be answered; a last answer in it is the key."""
     notes = notes or Notes()
     keys = Keys(record, "", notes)
     keys.take("task")
     name = keys.first(CONVERSATION)
-    messages = turns(keys.take(name), name, notes) if name else asked(keys)
+    messages = read_turns(keys.take(name), name, notes) if name else read_question(keys)
     messages = with_system(take_system(keys), messages)
-    more = extras(keys, messages)
+    more = take_extras(keys, messages)
     out: dict[str, Any] = {}
     if messages[-1]["role"] == "assistant":
         last = messages.pop()["content"]
@@ -313,8 +319,8 @@ def prompt(record: dict[str, Any], notes: Notes | None = None) -> dict[str, Any]
 
 def labelled(record: dict[str, Any], notes: Notes | None = None, text_key: str = "text",
              label_key: str = "label") -> dict[str, Any]:
-    """A text and its class -> {"text", "label"}; a label may be a word or a number. The keys are
-    found in any case."""
+    """Turn a text and its class, a word or a number, into {"text", "label"}. The keys are found in
+    any case."""
     keys = Keys(record, "", notes or Notes())
     found = []
     for wanted in (text_key, label_key):

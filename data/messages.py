@@ -1,7 +1,7 @@
 """Messages of any project -> one form, and an object's keys, each of which is accounted for.
 
     from data import messages
-    messages.turns([{"from": "human", "value": "Hi"}], "conversations")     # {"role", "content"}
+    messages.read_turns([{"from": "human", "value": "Hi"}], "conversations")     # {"role", "content"}
 
 A key of a record, or of a message in it, is one of three things. It is read: a layout takes it. It
 is known to describe the record and not to be learnt: METADATA. Or it is refused by name, since a
@@ -28,16 +28,16 @@ import chat as templates  # noqa: E402  (found only once the root is on the path
 from config import UserError  # noqa: E402
 
 # Roles as other projects call them (ShareGPT, Gemma, OpenAI, Llama 3), and as chat.py does
-ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
-         "function": "tool", "observation": "tool", "ipython": "tool", "developer": "system",
-         "function_call": "assistant"}
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
+              "function": "tool", "observation": "tool", "ipython": "tool",
+              "developer": "system", "function_call": "assistant"}
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")       # of Qwen3, of gpt-oss, of vLLM
 # 1 or true, 0 or false: OpenAI's and Mistral's, axolotl's (twice), ms-swift's
 TRAINED = ("weight", "train", "training", "loss")
 # Keys with which published sets (UltraChat, OpenOrca, SlimOrca, OpenHermes, Tulu, WildChat,
-# UltraFeedback, argilla's, Magpie) say where a record comes from, who wrote it and how it was
-# judged. None of them holds words of the conversation, or says which of them to train on. A name
-# that somewhere does (title, context, knowledge, user, original_answer, mask) is not in here.
+# UltraFeedback, HelpSteer, argilla's, Magpie) say where a record comes from, who wrote it and how
+# it was judged. None of them holds words of the conversation, or says which of them to train on. A
+# name that somewhere does (title, context, knowledge, user, original_answer, mask) is not in here.
 METADATA = frozenset("""
     idx index hash source sources origin dataset dataset_name data_source subset split version
     license author annotator annotators date created created_at updated_at timestamp time
@@ -46,12 +46,12 @@ METADATA = frozenset("""
     generator engine num_turns turn turn_identifier num_tokens token_count word_count views
     avatarUrl hashed_ip redacted toxic moderation openai_moderation detoxify_moderation metadata
     meta custom_instruction skip_prompt_formatting gen_input_configs parallel_tool_calls
-    label_text margin rank
+    label_text helpfulness correctness coherence verbosity
     """.split())
 # and columns of their kind, as prompt_id, chosen_score, rating_rejected, source_url,
 # rejected_model: numbers, words or lists of them, no objects
-DESCRIBES = re.compile(r"(\w+_)?(id|uuid|guid|sha|url|score|scores|rating|ratings|model|models)"
-                       r"|(score|scores|rating|ratings)_\w+")
+DESCRIBES = re.compile(r"(\w+_)?(id|uuid|guid|hash|sha|url|scores?|ratings?|models?)"
+                       r"|(scores?|ratings?)_\w+")
 Message = dict[str, Any]
 Messages = list[Message]
 
@@ -66,7 +66,7 @@ class Notes:
         self.events: Counter[str] = Counter()   # what was cut or dropped -> how often
 
     def lines(self) -> list[str]:
-        """A line for each kind of thing that was left out."""
+        """Return a line for each kind of thing that was left out."""
         out = [f"{count:,} {what}" for what, count in self.events.items()]
         counted = {name: self.ignored[name] for name in sorted(self.ignore)}
         for what, keys in (("ignored, as --ignore_keys says", counted),
@@ -78,7 +78,7 @@ class Notes:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a value is what datasets fill a missing column with."""
+    """Tell whether a value is what datasets fill a missing column with."""
     return value is None or isinstance(value, (str, list, dict)) and not value
 
 
@@ -99,15 +99,16 @@ class Keys:
         return name in self.values
 
     def first(self, names: Iterable[str]) -> str | None:
-        """The first of the names that holds something, or else that is there."""
+        """Return the first of the names that holds something, or else that is there."""
         there = [name for name in names if name in self.values]
-        return next((name for name in there if not is_empty(self.values[name])), (there or [None])[0])
+        full = [name for name in there if not is_empty(self.values[name])]
+        return (full or there or [None])[0]
 
     def take(self, name: str, default: Any = None) -> Any:
         return self.values.pop(name, default)
 
     def take_one(self, names: Iterable[str], read: Callable[[Any, str], Any]) -> Any:
-        """The value under any of several names for one thing, as read(value, name); None: of none.
+        """Take the value under any of several names for one thing, as read(value, name), or None.
 
         Under two of them it has to be the same.
         """
@@ -120,7 +121,7 @@ class Keys:
         return value
 
     def done(self) -> None:
-        """UserError for keys that nobody took, unless they are known to describe only."""
+        """Refuse keys that nobody took, unless they are known to describe only."""
         unknown = []
         for key, value in self.values.items():
             if is_empty(value):
@@ -138,7 +139,7 @@ class Keys:
 
 # --- a message ---------------------------------------------------------------------------------
 def from_json(value: Any, what: str) -> Any:
-    """What a text holds as JSON; published sets keep nested values so. Others as they are."""
+    """Return what a text holds as JSON, as published sets keep nested values; others unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -148,7 +149,7 @@ def from_json(value: Any, what: str) -> Any:
 
 
 def text_of(value: Any, what: str) -> str:
-    """A content: a text, OpenAI's list of text parts, or nothing."""
+    """Read a content: a text, OpenAI's list of text parts, or nothing."""
     if isinstance(value, list):
         out = []
         for part in value:
@@ -167,9 +168,8 @@ def text_of(value: Any, what: str) -> str:
     return value or ""
 
 
-def tool_call(value: Any, what: str) -> dict[str, Any]:
-    """{"type": "function", "function": {"name", "arguments"}} of a call, wrapped like this or not.
-    """
+def read_tool_call(value: Any, what: str) -> dict[str, Any]:
+    """Return a call, wrapped or not, as {"type": "function", "function": {"name", "arguments"}}."""
     if not isinstance(value, dict):
         raise UserError(f"{what} is a {type(value).__name__}, not an object with a function")
     outer = Keys(value, f"{what}: ", Notes())
@@ -196,17 +196,17 @@ def tool_call(value: Any, what: str) -> dict[str, Any]:
     return {**out, "function": {"name": name, "arguments": arguments}}
 
 
-def tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
-    """The calls in a list, a single object, or the JSON text of either."""
+def read_tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
+    """Read the calls in a list, a single object, or the JSON text of either."""
     value = from_json(value, what)
     if value is None:
         return []
-    return [tool_call(call, f"call {k} of {what}")
+    return [read_tool_call(call, f"call {k} of {what}")
             for k, call in enumerate(value if isinstance(value, list) else [value], 1)]
 
 
-def tool_list(value: Any, what: str, wrap: bool = False) -> list[dict[str, Any]]:
-    """Tools as a list of objects, or its JSON text; wrap: older functions become tools."""
+def read_tools(value: Any, what: str, wrap: bool = False) -> list[dict[str, Any]]:
+    """Read a list of tools, or its JSON text; wrap: older functions become tools."""
     value = from_json(value, what)
     if value is None:
         return []
@@ -216,7 +216,7 @@ def tool_list(value: Any, what: str, wrap: bool = False) -> list[dict[str, Any]]
 
 
 def is_trained(keys: Keys, role: str, what: str) -> bool:
-    """What weight, train and their relatives say of a turn: False for context only."""
+    """Tell what weight, train and their relatives say of a turn: False for context only."""
     def read(value: Any, name: str) -> bool:
         if value not in (0, 1):
             raise UserError(f"{what}: {name} is {value!r}, and a turn is trained on (1) or not (0)")
@@ -228,14 +228,17 @@ def is_trained(keys: Keys, role: str, what: str) -> bool:
     return wanted is not False
 
 
-def turn(value: Any, what: str, notes: Notes) -> Message:
-    """A message in our keys; "tools" is left in a system turn that holds some (minimind)."""
+def read_turn(value: Any, what: str, notes: Notes) -> Message:
+    """Read a message; "tools" is left in a system turn that holds some (minimind)."""
     if not isinstance(value, dict):
         raise UserError(f"{what} is a {type(value).__name__}, not an object")
+    if len(value) == 2 and isinstance(value.get("content"), str) and (
+            value.get("role") in templates.ROLES) and not notes.ignore:
+        return dict(value)              # as most are: a million of them take seconds
     keys = Keys(value, f"{what}: ", notes)
     given = keys.take("role") if "role" in keys else keys.take("from")
     other = keys.take("from", given)
-    role, other = (ROLES.get(r, r) if isinstance(r, str) else r for r in (given, other))
+    role, other = (ROLE_NAMES.get(r, r) if isinstance(r, str) else r for r in (given, other))
     if role not in templates.ROLES or other != role:
         raise UserError(f"{what} has the role {given if other == role else (given, other)!r}, "
                         f"which is none of {', '.join(templates.ROLES)}")
@@ -244,14 +247,14 @@ def turn(value: Any, what: str, notes: Notes) -> Message:
         raise UserError(f"{what} has a content and another value: leave one out")
     calls: list = []
     if given == "function_call":        # LLaMA-Factory's: the call is the content
-        calls, content = tool_calls(content, f"the function_call of {what}"), ""
+        calls, content = read_tool_calls(content, f"the function_call of {what}"), ""
         if not calls:
             raise UserError(f"{what} is a function_call without a call")
     elif role == "tool" and isinstance(content, dict):
         content = json.dumps(content, ensure_ascii=False)
     out: Message = {"role": role, "content": text_of(content, f"the content of {what}")}
     called = keys.take_one(("tool_calls", "function_call"),
-                           lambda v, name: tool_calls(v, f"{name} of {what}"))
+                           lambda v, name: read_tool_calls(v, f"{name} of {what}"))
     if calls and called:
         raise UserError(f"{what} calls a function in its content and in its keys: leave one out")
     if calls := calls or called:
@@ -272,17 +275,17 @@ def turn(value: Any, what: str, notes: Notes) -> Message:
         if value := keys.take(name):
             out[name] = text_of(value, f"{name} of {what}")
     if role == "system" and "tools" in keys:
-        out["tools"] = tool_list(keys.take("tools"), f"tools of {what}")
+        out["tools"] = read_tools(keys.take("tools"), f"tools of {what}")
     if not is_trained(keys, role, what) and role == "assistant":
         out["train"] = False
     keys.done()
     return out
 
 
-def turns(value: Any, what: str, notes: Notes | None = None) -> Messages:
-    """A list of turns, {"role", "content"} or ShareGPT's {"from", "value"}, in our form."""
+def read_turns(value: Any, what: str, notes: Notes | None = None) -> Messages:
+    """Read a list of turns, {"role", "content"} or ShareGPT's {"from", "value"}."""
     if not isinstance(value, list) or not value:
         raise UserError(f"{what} is {'empty' if value == [] else type(value).__name__}: it should "
                         "be a list of messages")
-    return [turn(message, f"message {k} of {what}", notes or Notes())
+    return [read_turn(message, f"message {k} of {what}", notes or Notes())
             for k, message in enumerate(value, 1)]

@@ -156,7 +156,8 @@ def trainable(found: Found, kind: str, reader: loader.Reader) -> Iterator[tuple[
         try:
             made = ADAPTERS[kind](record)
         except UserError as e:
-            reader.fault(f"{where}: {e}")
+            # --ignore_keys is of the stages: what was published is not changed here
+            reader.fault(f"{where}: {str(e).partition('; --ignore_keys')[0]}")
             continue
         if made is None:
             reader.left_out += 1

@@ -305,6 +305,23 @@ def test_supervised_ids_are_the_answers_and_their_end_after_packing(tokenizer, n
     assert sorted(found) == sorted(want)
 
 
+@pytest.mark.parametrize("record, trained", [
+    ({"messages": said(U, "hi") + [{"role": A, "content": "cat", "weight": 0}] + PAIR}, "Hello"),
+    ({"messages": said(U, "hi") + [{"role": A, "content": "cat", "train": False}] + PAIR}, "Hello"),
+    ({"prompt": said(U, "hi", A, "cat", U, "Hi"), "completion": PAIR[1:]}, "Hello"),
+    ({"prompt": said(U, "hi", A, "cat", U, "Hi"), "response": "Hello"}, "Hello"),
+    ({"messages": said(U, "hi", A, "cat") + PAIR}, "cat<|im_end|>Hello"),
+])
+def test_answers_that_are_context_are_not_trained_on(tokenizer, tmp_path, record, trained):
+    """Their ids are the same as of answers that are: only the mask differs."""
+    records = read(tmp_path, record)
+    (ids, mask), = chats.render_all(tokenizer, records, None, 200)
+    assert tokenizer.decode(ids[mask].tolist()) == trained + "<|im_end|>"
+    plain = [{k: v for k, v in m.items() if k != "train"} for m in records[0]["messages"]]
+    (same, whole), = chats.render_all(tokenizer, [{"messages": plain}], None, 200)
+    assert same.tolist() == ids.tolist() and whole.sum() >= mask.sum()
+
+
 def test_what_has_no_answer_or_no_room_is_left_out_and_counted(tokenizer):
     """The packer of other projects stopped for ever at a conversation longer than a row."""
     long = " ".join(["cat"] * 100)

@@ -360,6 +360,8 @@ def test_a_file_of_labelled_answers_trains_with_kto_alone(go, tmp_path, capsys):
     path.write_text("".join(json.dumps(r) + "\n" for r in unpaired(60, 1)))
     out = go("kto", "--loss=kto", f"--dataset={path}", "--max_iters=2", "--learning_rate=1e-3")
     assert "desirable and" in capsys.readouterr().err and len(curve(out, "kl")) >= 2
+    go("shown", "--loss=kto", "--show=2", f"--dataset={path}")
+    assert re.search(r"conversation \d, (un)?desirable: .*trained on", capsys.readouterr().out)
     for flags, says in ((["--loss=sigmoid"], "it needs pairs, --loss=kto does not"),
                         (["--loss=kto"], "pairs as well")):
         with pytest.raises(UserError, match=says):

@@ -29,7 +29,8 @@ def minimind(n=60):
     rows = [{"conversations": talk(f"question {i}?", f"answer {i}", "更多?", "yes")}
             for i in range(n)]
     call = [{"role": "system", "content": "# Tools", "tools": "[{}]"}, *talk("256 * 37?"),
-            {"role": "assistant", "content": "", "tool_calls": "[{\"name\": \"calculate\"}]"},
+            {"role": "assistant", "content": "", "reasoning_content": "I shall multiply.",
+             "tool_calls": json.dumps([{"name": "calculate", "arguments": {"sum": "256 * 37"}}])},
             {"role": "tool", "content": "9472"}, {"role": "assistant", "content": "9472."}]
     rows.insert(5, {"conversations": call})
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
@@ -109,7 +110,7 @@ def test_chats_are_split_by_question_and_stay_as_they_are(site, prep, capsys, na
     train, val = rows(out, prefix + "train"), rows(out, prefix + "val")
     given = json.loads(FILES[name]) if name == "alpaca" else [
         json.loads(line) for line in FILES[name].decode().splitlines()]
-    usable = [r for r in given if "No answer" not in str(r) and "tool_calls" not in str(r)]
+    usable = [r for r in given if "No answer" not in str(r)]
     key = json.dumps
     assert Counter(map(key, train + val)) == Counter(map(key, usable))
     assert [key(r) for r in usable if r in train] == [key(r) for r in train]    # in their order
@@ -118,6 +119,13 @@ def test_chats_are_split_by_question_and_stay_as_they_are(site, prep, capsys, na
     assert not asked[0] & asked[1] and 4 <= len(val) < 25
     about = meta(out)
     assert about["left_out"] == len(given) - len(usable) and about["kind"] == "chat"
+    if name == "minimind_sft":                  # tools and calls as JSON texts, and thoughts
+        (call,) = [r for r in chats.splits(str(out))[0] + chats.splits(str(out))[1] if "tools" in r]
+        assert call["tools"] == [{}] and "tools" not in call["messages"][0]
+        assert call["messages"][2] == {
+            "role": "assistant", "content": "", "reasoning_content": "I shall multiply.",
+            "tool_calls": [{"type": "function", "function": {
+                "name": "calculate", "arguments": {"sum": "256 * 37"}}}]}
     # the stage that the last line names reads them by the same folder
     records, held, bad = chats.splits(str(out), kind)
     assert (len(records), len(held), bad) == (len(train), len(val), 0)

@@ -549,6 +549,35 @@ def test_the_last_block_alone_learns(go, mail):
     assert changed == {k for k in one if k.startswith(("model.layers.1.", "model.norm", "lm_head"))}
 
 
+def test_a_table_of_its_own_columns(go, tmp_path, capfd):
+    """UCI's lines, label TAB text; and columns by name, which --text_key and --label_key say."""
+    lines = [f"{'spam' if k % 2 else 'ham'}\twhat, {k} \"{k % 2}" for k in range(40)]
+    (tmp_path / "SMSSpamCollection").write_text("\n".join(lines) + "\n")
+    (tmp_path / "a.tsv").write_text("\n".join(["Category\tMessage", *lines]) + "\n")
+    few = [*CLASSIFY, "--max_iters=1", "--eval_interval=1"]
+    one = go("one", f"--dataset={tmp_path / 'SMSSpamCollection'}", *few)
+    two = go("two", f"--dataset={tmp_path / 'a.tsv'}", *few, "--text_key=message",
+             "--label_key=category")
+    assert same(weights(last(one)), weights(last(two)))
+    assert capfd.readouterr().err.count("2 labels: ham, spam") == 2
+    with pytest.raises(UserError, match="--text_key and --label_key name the columns"):
+        go("three", "--text_key=message")
+
+
+def test_keys_that_nobody_reads_stop_and_the_flag_is_kept_on_resume(go, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({**r, "mask": "x", "source": "y"}) + "\n"
+                            for r in sums(40, 0)))
+    with pytest.raises(UserError, match=r"line 1: unknown key 'mask'.*--ignore_keys=mask"):
+        go("out", f"--dataset={path}")
+    out = go("out", f"--dataset={path}", "--ignore_keys=mask,other", "--max_iters=1",
+             "--eval_interval=1")
+    go_on(out, "--max_iters=2")
+    told = capsys.readouterr().err
+    assert told.count("as --ignore_keys says: mask (40), other (0)\n") == 2
+    assert told.count("as they describe records: source (40)\n") == 2 and len(curve(out)) == 2
+
+
 @pytest.mark.parametrize("table, says", [
     ("text,label\na,x\nb,x\n", "all records have the label 'x'"),
     ("text,kind\na,x\n", "line 2: a record to classify needs a text and a label"),

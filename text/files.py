@@ -59,7 +59,7 @@ ENDS = {".parquet": BINARY[0], ".arrow": BINARY[2], ".feather": BINARY[1], ".xls
 
 
 def refuse_binary(start: bytes, path: Any) -> None:
-    """UserError for the first bytes of a file in a format that is not text."""
+    """Refuse the first bytes of a file in a format that is not text."""
     kind = next((row for row in BINARY if start.startswith(row[0])), None)
     if _BZIP.match(start):
         kind = (b"", "bzip2 data", _UNPACK)
@@ -124,13 +124,13 @@ class Decoder:
 
 
 def decode(data: bytes, path: Any) -> str:
-    """A whole text from its bytes; path names it in a complaint."""
+    """Return a whole text from its bytes; path names it in a complaint."""
     decoder = Decoder(path)
     return decoder(data) + decoder(b"")
 
 
 def decoded(read: Callable[[], bytes], path: Any) -> Iterator[str]:
-    """The text of what read() gives, a block at a time, as soon as it is there; b"" ends it."""
+    """Yield the text of what read() gives, block by block, as soon as it is there; b"" ends it."""
     decoder = Decoder(path)
     while block := read():
         if text := decoder(block):
@@ -140,7 +140,7 @@ def decoded(read: Callable[[], bytes], path: Any) -> Iterator[str]:
 
 
 def stream(path: str | os.PathLike, size: int = BLOCK) -> Iterator[str]:
-    """A file's text in blocks of about `size` characters; "-" is standard input."""
+    """Yield a file's text in blocks of about `size` characters; "-" is standard input."""
     try:
         # closefd: standard input is not ours to close
         with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
@@ -150,12 +150,12 @@ def stream(path: str | os.PathLike, size: int = BLOCK) -> Iterator[str]:
 
 
 def read(path: str | os.PathLike) -> str:
-    """A whole file; "-" is standard input."""
+    """Return a whole file; "-" is standard input."""
     return "".join(stream(path))
 
 
 def lines(file: BinaryIO | None = None) -> Iterator[str]:
-    """The lines of a pipe, each as soon as it is complete; None: standard input."""
+    """Yield the lines of a pipe, each as soon as it is complete; None: standard input."""
     file = sys.stdin.buffer if file is None else file
     rest = ""
     for text in decoded(lambda: file.read1(BLOCK), "stdin"):
