@@ -51,16 +51,16 @@ class Template:
     tools: bool = False             # tools and their calls have words: TOOLS, <tool_call>
 
     def after(self, role: str, eot: str) -> str:
-        """What follows the content of `role`."""
+        """Return what follows the content of `role`."""
         end = self.end if role == "assistant" or self.others_end is None else self.others_end
         return end.replace("{eot}", eot)
 
     def control(self, eot: str) -> list[str]:
-        """The control tokens that a tokenizer needs for this template."""
+        """Return the control tokens that a tokenizer needs for this template."""
         return self.tokens.replace("{eot}", eot).split()
 
     def stops(self, eot: str) -> list[str]:
-        """The control tokens a model writes when its turn is over, besides the end of text."""
+        """Return the control tokens that end a turn of the model, besides the end of text."""
         text = self.after("assistant", eot)
         text += self.header["user"] + self.header["tool"] if self.closing else ""
         return [t for t in self.control(eot) if t in text]
@@ -70,7 +70,7 @@ class Template:
 
 
 def same(form: str, **names: str) -> dict[str, str]:
-    """One header for all roles: same("<|{}|>")["user"] == "<|user|>"; `names` renames roles."""
+    """Return a header for each role: same("<|{}|>")["user"] is "<|user|>"; `names` renames."""
     return {role: form.format(names.get(role, role)) for role in ROLES}
 
 
@@ -127,7 +127,7 @@ TEMPLATES = {row.name: row for row in (
 
 
 def find(name: str | None) -> Template:
-    """The row of a name."""
+    """Return the row of a name."""
     if name in TEMPLATES:
         return TEMPLATES[name]
     what = (f"unknown chat template {name!r}" if name else "the tokenizer has no chat template")
@@ -135,7 +135,7 @@ def find(name: str | None) -> Template:
 
 
 def choose(tokenizer: Tokenizer, name: str | None = None, tools: Any = None) -> Template | str:
-    """What renders a conversation: a row, or the Jinja text of the model's own template.
+    """Return what renders a conversation: a row, or the Jinja text of the model's own template.
 
     name: of a row or of one of the model's templates, where it has several; None: the model's own,
     for tools the one that is named tool_use, as in transformers.
@@ -152,8 +152,8 @@ def choose(tokenizer: Tokenizer, name: str | None = None, tools: Any = None) -> 
     return tokenizer.jinja or find(None)
 
 
-def variables(chosen: Template | str) -> frozenset[str]:
-    """The variables that a template reads, besides messages: tools, enable_thinking, …"""
+def read_variables(chosen: Template | str) -> frozenset[str]:
+    """Return the variables that a template reads, besides messages: tools, enable_thinking, …"""
     if isinstance(chosen, str):
         return compile_template(chosen).names
     return frozenset(name for name, there in (("tools", chosen.tools),
@@ -161,12 +161,12 @@ def variables(chosen: Template | str) -> frozenset[str]:
 
 
 def refuse_unread(tokenizer: Tokenizer, template: str | None, **given: Any) -> None:
-    """UserError for what the template would drop in silence: tools, documents, its switches."""
+    """Raise UserError for what the template would drop in silence: tools, documents, switches."""
     given = {k: v for k, v in given.items() if v is not None}
     if not given:
         return
     chosen = choose(tokenizer, template, given.get("tools"))
-    if unread := sorted(given.keys() - variables(chosen)):
+    if unread := sorted(given.keys() - read_variables(chosen)):
         whose = f"the chat template {chosen.name}" if isinstance(chosen, Template) else (
             "the model's chat template")
         raise UserError(f"{whose} has no place for {', '.join(unread)}: leave it out, or give "
@@ -176,8 +176,8 @@ def refuse_unread(tokenizer: Tokenizer, template: str | None, **given: Any) -> N
 # ------------------------------------------------------------------------- rendering with a row
 
 
-def words(row: Template, message: dict[str, Any], k: int) -> tuple[str, str]:
-    """(thoughts, content with its tool calls) of message k of a conversation, checked."""
+def read_words(row: Template, message: dict[str, Any], k: int) -> tuple[str, str]:
+    """Return (thoughts, content with its tool calls) of message k of a conversation, checked."""
     content, thought = message.get("content") or "", ""
     if not isinstance(content, str):
         raise UserError(f"message {k} has a {type(content).__name__} as content, and the chat "
@@ -206,13 +206,13 @@ def words(row: Template, message: dict[str, Any], k: int) -> tuple[str, str]:
 
 def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking: bool = True,
           tools: list | None = None) -> Iterator[tuple[str, int, bool, int]]:
-    """A conversation in order: (text, said by an assistant, written by the template, message)."""
+    """Yield (text, said by an assistant, written by the template, message) in order."""
     chat_template.check_messages(messages)
     yield row.begin, 0, True, 0
     first = messages[0].get("role") == "system"
     if tools:
         yield row.header["system"], 0, True, 0
-        before = words(row, messages[0], 1)[1] if first else row.system or ""
+        before = read_words(row, messages[0], 1)[1] if first else row.system or ""
         yield before + "\n\n" * bool(before), 0, False, 0
         yield TOOLS[0], 0, True, 0
         yield "".join("\n" + json.dumps(t, ensure_ascii=False) for t in tools), 0, False, 0
@@ -223,7 +223,7 @@ def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking:
     asked = max((k for k, m in enumerate(messages, 1) if m["role"] == "user"), default=0)
     for k, message in enumerate(messages, 1):
         role = message["role"]
-        thought, content = words(row, message, k)
+        thought, content = read_words(row, message, k)
         if role == "system" and row.fold:
             folded = row.fold.format(content)
             continue
@@ -253,18 +253,18 @@ def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking:
 
 def render_row(tokenizer: Tokenizer, row: Template, messages: list[dict], prompt: bool,
                thinking: bool, tools: list | None) -> Rendered:
-    """A conversation by a row. UserError for control tokens that the tokenizer lacks."""
+    """Render a conversation by a row. UserError for control tokens that the tokenizer lacks."""
     eot = tokenizer.eot_token or EOT
     control = row.control(eot)
     if missing := [t for t in control if t not in tokenizer.added]:
         raise UserError(f"the tokenizer lacks {', '.join(missing)} of the chat template "
                         f"{row.name}: add_special_tokens() gives it new ids for them")
-    controls = chat_template.controls_of(tokenizer, row.name, lambda: (" ".join(control), ""))
-    typed = chat_template.typed_for([messages, tools])
+    controls = chat_template.find_controls(tokenizer, row.name, lambda: (" ".join(control), ""))
+    typed = chat_template.choose_mark([messages, tools])
     asked = max((k for k, m in enumerate(messages, 1) if m.get("role") == "user"), default=0)
     lost = {k - 1: "the template drops its thoughts" for k, m in enumerate(messages[:asked], 1)
             if row.think and m.get("role") == "assistant" and m.get("train") is not False
-            and words(row, m, k)[0]}
+            and read_words(row, m, k)[0]}
     texts: list[str] = []
     spans: list[tuple[int, int, bool]] = []
     at = 0
@@ -292,7 +292,7 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, Any]], template: str |
            add_generation_prompt: bool = False, max_length: int | None = None,
            enable_thinking: bool | None = None, tools: list | None = None,
            documents: list | None = None, **template_kwargs: Any) -> Rendered:
-    """A conversation -> (ids, mask) of the same length, cut to max_length; and what is lost.
+    """Render a conversation -> (ids, mask) of one length, cut to max_length; and what is lost.
 
     messages: [{"role": one of ROLES, "content": text}, …], an assistant's also with tool_calls,
     reasoning_content, and "train": False where it is context alone. template: a row or one of the
@@ -321,9 +321,10 @@ def render(tokenizer: Tokenizer, messages: list[dict[str, Any]], template: str |
     return Rendered(out.ids[:max_length], out.mask[:max_length], out.lost)
 
 
-def examples(tokenizer: Tokenizer, messages: list[dict[str, Any]], template: str | None = None,
-             **given: Any) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
-    """([(ids, mask)] of a conversation to train on, why answers are not: one reason for each).
+def render_examples(tokenizer: Tokenizer, messages: list[dict[str, Any]],
+                    template: str | None = None, **given: Any
+                    ) -> tuple[list[tuple[list[int], list[int]]], list[str]]:
+    """Return ([(ids, mask)] of a conversation to train on, a reason for each answer left out).
 
     One for the whole conversation; and where that drops part of an answer (the thoughts of earlier
     turns), one more that ends with this answer and trains on it alone, as it was generated.
@@ -341,13 +342,13 @@ def examples(tokenizer: Tokenizer, messages: list[dict[str, Any]], template: str
     return out, reasons
 
 
-def turn_ends(tokenizer: Tokenizer, template: str | None = None) -> list[str]:
-    """The control tokens that end an answer in a chat by this template; [] without one."""
+def find_turn_ends(tokenizer: Tokenizer, template: str | None = None) -> list[str]:
+    """Return the control tokens that end an answer in a chat by this template; [] without one."""
     if not (template or tokenizer.template or tokenizer.jinja):
         return []
     chosen = choose(tokenizer, template)
     if isinstance(chosen, str):
-        return chat_template.turn_ends(tokenizer, chosen)
+        return chat_template.find_turn_ends(tokenizer, chosen)
     return chosen.stops(tokenizer.eot_token or EOT)
 
 
@@ -358,15 +359,15 @@ def inherit_template(tokenizer: Tokenizer, other: Tokenizer) -> None:
     tokenizer.facts.jinja_files = True
 
 
-def stop_ids(tokenizer: Tokenizer, template: str | None = None) -> set[int]:
-    """The ids that end an answer in a chat by this template. UserError if there is none."""
+def find_stop_ids(tokenizer: Tokenizer, template: str | None = None) -> set[int]:
+    """Return the ids that end an answer in a chat by this template. UserError if there is none."""
     choose(tokenizer, template)
-    ends = turn_ends(tokenizer, template)
+    ends = find_turn_ends(tokenizer, template)
     return {*tokenizer.stop_ids, *(tokenizer.added[n]["id"] for n in ends if n in tokenizer.added)}
 
 
 def fit(render: Callable, messages: list[dict], room: int) -> list[int]:
-    """The conversation as ids, without its oldest exchanges if they do not fit in `room` tokens.
+    """Return the conversation as ids, without its oldest exchanges if `room` is too small.
 
     The system message stays, and so does the last turn. Changes `messages`.
     """
@@ -378,14 +379,14 @@ def fit(render: Callable, messages: list[dict], room: int) -> list[int]:
         del messages[first:first + 2]
 
 
-def row_of(source: str, eot: str) -> str | None:
-    """The row that a Jinja template is exactly the text of; None for any other text."""
+def find_row(source: str, eot: str) -> str | None:
+    """Return the row that a Jinja template is exactly the text of; None for any other text."""
     name = source.partition("{# ")[2].partition(" #}")[0]
     return name if name in TEMPLATES and jinja(TEMPLATES[name], eot) == source else None
 
 
 def answer_jinja(row: Template, content: str) -> list[str]:
-    """What words() and parts() do with an assistant's message, in Jinja."""
+    """Return what read_words() and parts() do with an assistant's message, in Jinja."""
     block = "'<think>\\n' ~ ns.thought ~ '\\n</think>\\n\\n'"
     out = ["{% set ns.thought = m['reasoning_content'] or '' %}"
            "{% set ns.answer = " + content.replace("m['content']", "(m['content'] or '')") + " %}"]
@@ -412,7 +413,7 @@ def answer_jinja(row: Template, content: str) -> list[str]:
 
 
 def jinja(row: Template, eot: str) -> str:
-    """The row as a Jinja template, signed with its name in a comment."""
+    """Return the row as a Jinja template, signed with its name in a comment."""
     def say(text: str) -> str:
         return "{{ " + json.dumps(text) + " }}" if text else ""
 
@@ -461,7 +462,7 @@ def jinja(row: Template, eot: str) -> str:
 # --- what stands around a text that is no conversation ---------------------------------------
 
 def surround(first: dict[str, int], last: dict[str, int] = {}) -> dict | None:
-    """A post_processor that puts these tokens before and after a text; None for none."""
+    """Return a post_processor that puts these tokens before and after a text; None for none."""
     def token(name: str, which: int) -> dict:
         return {"SpecialToken": {"id": name, "type_id": which}}
 
@@ -475,7 +476,7 @@ def surround(first: dict[str, int], last: dict[str, int] = {}) -> dict | None:
 
 
 def affixes(post: dict | None) -> tuple[list[int], list[int]]:
-    """The ids that a post_processor puts before and after a text."""
+    """Return the ids that a post_processor puts before and after a text."""
     kind = (post or {}).get("type")
     before: list[int] = []
     after: list[int] = []

@@ -38,7 +38,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import chat
 import checkpoint
 import kernels
 import sft
@@ -162,7 +161,7 @@ def start(cfg: Config) -> tuple[ModelConfig, Any]:
         cfg.template = cfg.template or known.template or ""
         mine, tokenizer = stage.start_from(cfg)
         if known.jinja and not cfg.template:    # the teacher's own words
-            chat.inherit_template(tokenizer, known)
+            stage.templates.inherit_template(tokenizer, known)
         cfg.block_size = cfg.block_size or min(shape.block_size, mine.block_size, stage.CONTEXT)
         return mine, tokenizer
     cfg.block_size = cfg.block_size if cfg.block_size > 0 else min(shape.block_size, stage.CONTEXT)

@@ -278,7 +278,7 @@ def check_command(words: list[str], adapters: dict[str, Path]) -> str:
 def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any) -> None:
     """Turns of a user, and the model's answers on stdout; what was said is not computed again."""
     name = cfg.template or tokenizer.template
-    stops = templates.stop_ids(tokenizer, name)
+    stops = templates.find_stop_ids(tokenizer, name)
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages, memory, served = list(opening), Memory(), Served(cfg, directory, adapters)
     templates.refuse_unread(tokenizer, name, enable_thinking=cfg.think)

@@ -146,7 +146,7 @@ class Tokenizer:
     @property
     def stop_ids(self) -> list[int]:
         """The ids that end an answer: what any file calls an end, and the ends of turns."""
-        names = [*chat.turn_ends(self), self.eot_token, self.eos_token, *self.facts.end_names]
+        names = [*chat.find_turn_ends(self), self.eot_token, self.eos_token, *self.facts.end_names]
         stops = {self.added[n]["id"] for n in names if n in self.added}
         return sorted(stops | {i for i in self.facts.ends if i in self.tokens})
 
@@ -389,7 +389,7 @@ class Tokenizer:
                 self.post = chat.surround(first, last)
         chat.affixes(self.post)        # ValueError now, not in the middle of a run
         # our own text is the row of that name, which renders faster; any other is run
-        self.template = chat.row_of(self.jinja, self.eot_token or EOT)
+        self.template = chat.find_row(self.jinja, self.eot_token or EOT)
         self._index()
         self._names(frozenset(self.special))        # and so for names that cannot be looked for
 
@@ -400,7 +400,7 @@ class Tokenizer:
 
     def own_template(self) -> bool:
         """Whether the directory's own chat template is still the one in use."""
-        return not self.template or self.template == chat.row_of(
+        return not self.template or self.template == chat.find_row(
             self.jinja, self.eot_token or EOT)
 
     def save(self, directory: str | os.PathLike) -> None:

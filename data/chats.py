@@ -163,7 +163,7 @@ def render_all(tokenizer: Any, records: Iterable[dict[str, Any]], template: str 
         options = render_options(record)
         try:
             templates.refuse_unread(tokenizer, template, **options)
-            examples, reasons = templates.examples(tokenizer, record["messages"], template,
+            examples, reasons = templates.render_examples(tokenizer, record["messages"], template,
                                                    **options)
         except UserError as e:
             raise UserError(f"conversation {number + 1}: {e}") from None

@@ -87,7 +87,7 @@ def world(tmp_path_factory):
 
 def give(tok: T.Tokenizer, source: str) -> T.Tokenizer:
     """The tokenizer with a chat template of its own."""
-    tok.template, tok.facts.jinjas = None, {"default": source}
+    tok.template, tok.facts.jinjas, tok.facts.jinja_files = None, {"default": source}, True
     return tok
 
 
@@ -97,7 +97,8 @@ def text_of(tok: T.Tokenizer, ids: list[int], mask: list[int] | None = None) -> 
 
 def trained(tok: T.Tokenizer, messages: list[dict], **given: object) -> list[str]:
     """What is trained on, of each example of a conversation."""
-    return [text_of(tok, ids, mask) for ids, mask in chat.examples(tok, messages, **given)[0]]
+    examples, _ = chat.render_examples(tok, messages, **given)
+    return [text_of(tok, ids, mask) for ids, mask in examples]
 
 # ------------------------------------------------------------------------- equal to transformers
 
@@ -167,15 +168,22 @@ def test_every_way_to_lose_part_of_an_answer_is_masked_and_named(world):
 
 def test_each_answer_with_thoughts_is_trained_on_with_them(world):
     """Qwen3 drops the thoughts of earlier turns: those answers end an example of their own."""
-    for tok in (give(world[0], PUBLISHED["qwen3"]),):
-        assert trained(tok, THOUGHT) == ["<think>\nsix, seven\n</think>\n\n13<|im_end|>",
-                                         "<think>\nfive, six\n</think>\n\n11<|im_end|>"]
-        ids, mask = chat.examples(tok, THOUGHT)[0][1]
-        assert ids == chat.render(tok, THOUGHT[:2]).ids
-        rendered = chats.render_all(tok, [{"messages": THOUGHT}, {"messages": TALK}], None, 999)
+    tok = give(world[0], PUBLISHED["qwen3"])
+    for template in (None, "qwen3"):
+        assert trained(tok, THOUGHT, template=template) == [
+            "<think>\nsix, seven\n</think>\n\n13<|im_end|>",
+            "<think>\nfive, six\n</think>\n\n11<|im_end|>"]
+        ids, mask = chat.render_examples(tok, THOUGHT, template)[0][1]
+        assert ids == chat.render(tok, THOUGHT[:2], template).ids
+        records = [{"messages": THOUGHT}, {"messages": TALK}]
+        rendered = chats.render_all(tok, records, template, 999)
         assert len(rendered) == 3 and rendered.numbers == [0, 0, 1] and not rendered.skipped
         # one whose thoughts nobody gave has nothing to lose
-        assert trained(tok, TALK)[0].startswith("Hello!<|im_end|>")
+        assert trained(tok, TALK, template=template)[0].startswith("Hello!<|im_end|>")
+    # a template without a place for thoughts: nothing is trained on without them, and it is said
+    give(tok, PUBLISHED["qwen3_instruct_2507"])
+    rendered = chats.render_all(tok, [{"messages": THOUGHT}], None, 999)
+    assert not rendered and rendered.skipped == 1 and sum(rendered.untold.values()) == 2
 
 
 def test_messages_that_are_context_alone(world):
@@ -191,17 +199,17 @@ def test_messages_that_are_context_alone(world):
 
 def test_the_stop_token_is_learnt_by_templates_without_one(world):
     tok = give(world[0], PUBLISHED["glm4moe"])
-    assert trained(tok, TALK) == ["\n<think></think>\nHello!<|user|>\n<think></think>\nSee you<|user|>"] \
-        or trained(tok, TALK)[0].endswith("See you<|user|>")
-    assert chat.turn_ends(tok) == ["<|user|>"] and tok.special["<|user|>"] in tok.stop_ids
+    assert trained(tok, TALK) == ["\n<think></think>\nHello!<|user|>"
+                                  "\n<think></think>\nSee you<|user|>"]
+    assert chat.find_turn_ends(tok) == ["<|user|>"] and tok.special["<|user|>"] in tok.stop_ids
     calls = CASES["tools"][0][:2]
     assert trained(tok, calls, tools=TOOLS)[0].endswith("</tool_call><|observation|>")
     for name, end in (("qwen3", "<|im_end|>"), ("gemma3", "<end_of_turn>"), ("phi3", "<|end|>"),
                       ("cohere2", "<|END_OF_TURN_TOKEN|>"), ("llama3_2", "<|eot_id|>")):
-        assert chat.turn_ends(give(tok, PUBLISHED[name])) == [end]
+        assert chat.find_turn_ends(give(tok, PUBLISHED[name])) == [end]
         assert trained(tok, TALK[:2])[0].endswith(end)
-    assert chat.turn_ends(give(tok, PUBLISHED["lfm2_training"])) == ["<|im_end|>"]
-    assert chat.turn_ends(give(tok, "{% if %}")) == []      # text can be sampled all the same
+    assert chat.find_turn_ends(give(tok, PUBLISHED["lfm2_training"])) == ["<|im_end|>"]
+    assert chat.find_turn_ends(give(tok, "{% if %}")) == []      # text can be sampled all the same
 
 
 def test_a_template_that_nothing_ends_is_refused(world):
@@ -224,7 +232,8 @@ def test_the_day_of_a_template_that_asks_for_it(world):
 TYPED = "a <|im_start|>system\n<|im_end|> b <｜User｜><|user|> c <|<|user|>"
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen3_training", "llama3_2", "glm4moe", "nemotron_3_nano"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_training", "llama3_2", "glm4moe",
+                                  "nemotron_3_nano"])
 def test_control_tokens_that_are_typed_are_letters(name, world):
     """In a question, an answer, thoughts, a tool's answer, a tool's description, a call."""
     tok = give(world[0], PUBLISHED[name])
@@ -338,10 +347,11 @@ def test_marks_of_turns_that_are_not_special_are_letters_in_content(tmp_path, wo
             "[gMASK]", "sop", "<|user|>", "<|assistant|>", "<|user|>")], template
         assert "type <|user|> to a soprano" in text_of(tok, ids)
 
-# ------------------------------------------------------------------------------ which template it is
+# ----------------------------------------------------------------------------- which template it is
 
 
-EDITS = {"spaces": ("<|im_start|>", "<|im_start|> "), "join": ("message.role + '\\n'", "message.role + ':\\n'"),
+EDITS = {"spaces": ("<|im_start|>", "<|im_start|> "),
+         "join": ("message.role + '\\n'", "message.role + ':\\n'"),
          "system": ("messages[0].content + '\\n\\n'", "messages[0].content + ' '"),
          "end": ("'<|im_end|>\\n'", "'<|im_end|>'")}
 
@@ -352,13 +362,13 @@ def test_an_edited_copy_counts_as_edited(edit, row, world):
     """Of a published template and of one that we wrote: no row is guessed."""
     tok, auto = world
     ours = chat.jinja(chat.TEMPLATES[row], "</s>")
-    assert chat.row_of(ours, "</s>") == row
+    assert chat.find_row(ours, "</s>") == row
     old, new = EDITS[edit]
     for source in (ours.replace("\\n\" }}", " \" }}"), ours.replace(" | trim", ""),
                    PUBLISHED["qwen2_5"].replace(old, new)):
         if source == ours:
             continue
-        assert chat.row_of(source, "</s>") is None
+        assert chat.find_row(source, "</s>") is None
         theirs = auto.apply_chat_template(TALK[:3], chat_template=source, return_dict=False,
                                           add_generation_prompt=True)
         assert chat.render(give(tok, source), TALK[:3], None, True).ids == theirs
@@ -379,7 +389,8 @@ def test_a_row_is_what_its_own_jinja_says(name, world):
         cases += [(tools, {"tools": TOOLS}), ([SYSTEM, *tools], {"tools": TOOLS}),
                   ([*THOUGHT[:1], {**THOUGHT[1], "tool_calls": CALL}, TOOL, answer("x")], {})]
     for messages, given in cases:
-        theirs = auto.apply_chat_template(messages, chat_template=source, return_dict=False, **given)
+        theirs = auto.apply_chat_template(messages, chat_template=source, return_dict=False,
+                                          **given)
         ids = chat.render(tok, messages, name, **given).ids
         assert text_of(tok, ids).removesuffix(row.closing) == \
             text_of(tok, theirs).removesuffix(row.closing)
@@ -446,7 +457,8 @@ HOSTILE = {
     "join": "{% set x = 'a' * 99999 %}{{ range(99999) | join(x) }}",
     "join method": "{% set x = 'a' * 99999 %}{{ x.join(x | list) }}",
     "center": "{{ 'a' | center(999999999) }}", "ljust": "{{ 'a'.ljust(999999999) }}",
-    "indent": "{{ ('\n' * 9999) | indent(9999) }}", "batch": "{{ [1] | batch(999999999, 0) | list }}",
+    "indent": "{{ ('\n' * 9999) | indent(9999) }}",
+    "batch": "{{ [1] | batch(999999999, 0) | list }}",
     "slice": "{{ [1] | slice(999999999) | list }}", "format": "{{ '%999999999d' | format(1) }}",
     "percent": "{{ '%*d' % (999999999, 1) }}", "str.format": "{{ '{:999999999}'.format(1) }}",
     "many fields": LONG + "{{ ('%(a)s' * 9999) % {'a': x} }}",
@@ -470,11 +482,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_template_without_bounds_is_one_sentence(what):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(UserError, match="template") as e:
         compile_template(HOSTILE[what]).run({"messages": TALK})
     assert "\n" not in str(e.value) and len(str(e.value)) < 500
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_a_template_that_takes_too_long_is_stopped(monkeypatch):
@@ -484,9 +496,11 @@ def test_a_template_that_takes_too_long_is_stopped(monkeypatch):
 
 
 @pytest.mark.parametrize("source, words", [
-    ("{{ raise_exception('Only\nusers, please') }}", "refuses the conversation: Only users, please"),
+    ("{{ raise_exception('Only\nusers, please') }}",
+     "refuses the conversation: Only users, please"),
     ("{{ messages[0].content.nothing.more }}", "UndefinedError"), ("{% if %}", "not valid Jinja"),
-    ("{{ 1 + 'a' }}", "TypeError"), ("{% include 'x' %}", "fails"), ("{{ 'a' | nosuch }}", "nosuch"),
+    ("{{ 1 + 'a' }}", "TypeError"), ("{% include 'x' %}", "fails"),
+    ("{{ 'a' | nosuch }}", "nosuch"),
     ("{{ messages.append(1) }}", "SecurityError"), ("{{ ''.__class__.__mro__ }}", "SecurityError"),
     ("{{ messages[0].__class__ }}", ""), ("{% set ns = namespace(__x=1) %}", "SecurityError"),
     ("{{ lipsum() }}", "undefined"), ("{% generation %}{{ 1 }}", "not valid Jinja")])
@@ -511,7 +525,8 @@ def test_what_templates_use_is_there_and_counts_nothing_twice():
                    "{{ '{}{x} {{2024}}'.format(1, x=2) }}{{ '2024: %s, 100%%' % 'a' }}",
                    "{{ ', '.join(messages | map(attribute='role')) }}{{ '-'.join('abc') }}",
                    "{{ 'in 20240101 %02d' | format(7) }}{{ '%5.1f|%-3s|' % (1.25, 'a') }}",
-                   "{{ messages[0] | tojson(indent=2) if false else 'x' }}", "{{ [1, 2, 3][1:] }}{{ 'abc'[::-1] }}",
+                   "{{ messages[0] | tojson(indent=2) if false else 'x' }}",
+                   "{{ [1, 2, 3][1:] }}{{ 'abc'[::-1] }}",
                    "{% macro m(a, b=2) %}<{{ a }}{{ b }}>{% endmacro %}{{ m(1) }}{{ m(b=3, a=0) }}",
                    "{% for m in messages if m.role == 'user' %}{{ m.content | trim }}{% endfor %}",
                    "{{ messages | map(attribute='role') | unique | list }}",

@@ -15,7 +15,8 @@ The mask comes from the template's {% generation %} blocks if it has them. If no
 the conversation up to it adds to its prompt (add_generation_prompt), up to the token that ends the
 turn: rendering prefixes tells, and a template whose prefixes do not nest is refused. An answer is
 only trained on whole: where the template drops its thoughts, words or tool calls, it is masked
-and its number is in `lost` (Qwen3 keeps only the newest thoughts). See examples() in chat.py.
+and its number is in `lost` (Qwen3 keeps only the newest thoughts). chat.render_examples() makes
+examples of those.
 """
 from __future__ import annotations
 
@@ -56,16 +57,16 @@ class Rendered(NamedTuple):
 # ---------------------------------------------------------------------- messages -> safe messages
 
 
-def controls_of(tokenizer: Any, key: str, probe: Callable[[], tuple[str, str]]) -> Controls:
-    """The control tokens of a tokenizer, and of its other added tokens those that make turns.
+def find_controls(tokenizer: Any, key: str, probe: Callable[[], tuple[str, str]]) -> Controls:
+    """Find the control tokens of a tokenizer, and its other added tokens that make turns.
 
     ChatGLM3 lists <|user|> as special: false. probe() renders conversations without words: what
     the template writes around them is structure, but for marks of thoughts and tool calls; and
     what it writes behind an answer. key: of the template. The result is kept in the tokenizer.
     """
     key = (key, len(tokenizer.special), len(tokenizer.added))
-    kept = tokenizer.__dict__.setdefault("_chat_controls", {})
-    if key not in kept:
+    cache = tokenizer.__dict__.setdefault("_chat_controls", {})
+    if key not in cache:
         around, behind = probe()
         others = {n for n in tokenizer.added if n not in tokenizer.special and not n.isspace()}
         finder = any_of(frozenset(others))
@@ -74,12 +75,12 @@ def controls_of(tokenizer: Any, key: str, probe: Callable[[], tuple[str, str]]) 
         ids = {**tokenizer.special, **{n: tokenizer.added[n]["id"] for n in loose}}
         pattern = any_of(frozenset(ids))
         ends = [n for n in (pattern.findall(behind) if pattern else ()) if not MARKS.search(n)]
-        kept[key] = Controls(pattern, ids, loose, (ends or [""])[-1])
-    return kept[key]
+        cache[key] = Controls(pattern, ids, loose, (ends or [""])[-1])
+    return cache[key]
 
 
 def escape(text: str, controls: Controls, typed: str, said: frozenset[str] | None = None) -> str:
-    """The text with a mark inside each control token in it, which is not found any more then.
+    """Return the text with a mark inside each control token, so that none is found in it.
 
     said: where an assistant speaks, the names that are left as they are, besides MARKS.
     """
@@ -96,7 +97,7 @@ def escape(text: str, controls: Controls, typed: str, said: frozenset[str] | Non
 
 
 def walk(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of JSON data with every text changed; keys stay."""
+    """Return a copy of JSON data with every text changed; keys stay."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -109,8 +110,8 @@ def walk(value: Any, change: Callable[[str], str]) -> Any:
                     f"{type(value).__name__}")
 
 
-def typed_for(value: Any) -> str:
-    """A private-use character that no text in `value` has."""
+def choose_mark(value: Any) -> str:
+    """Return a private-use character that no text in `value` has."""
     there: set[str] = set()
 
     def look(text: str) -> str:
@@ -123,7 +124,7 @@ def typed_for(value: Any) -> str:
 
 
 def check_messages(messages: Any) -> None:
-    """UserError for a conversation that is none."""
+    """Raise UserError for a conversation that is none."""
     if not messages:
         raise UserError("a conversation needs at least one message")
     for k, message in enumerate(messages, 1):
@@ -136,20 +137,20 @@ def check_messages(messages: Any) -> None:
 
 
 def clean(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as transformers hands it to a template: no empty keys, thoughts by all names."""
+    """Return a message as transformers hands it to a template: thoughts by all their names."""
     out = {k: v for k, v in message.items() if v is not None and k != "train"}
     thought = next((out[k] for k in REASONING if k in out), None)
     return out if thought is None else {"thinking": thought, **out, "reasoning_content": thought}
 
 
 def split_thoughts(content: str) -> tuple[str, str]:
-    """(thoughts, answer) of an assistant's content; thoughts are between <think> and </think>."""
+    """Return (thoughts, answer) of a content; thoughts are between <think> and </think>."""
     before, end, answer = content.rpartition("</think>")
     return before.rpartition("<think>")[2].strip("\n"), answer.lstrip("\n") if end else answer
 
 
 def is_whole(message: Mapping[str, Any], text: str) -> bool:
-    """Whether all that an assistant thinks, says and calls is in the text."""
+    """Return whether all that an assistant thinks, says and calls is in the text."""
     content = message.get("content")
     parts = [*split_thoughts(content)] if isinstance(content, str) else []
     parts += [message[k] for k in REASONING if isinstance(message.get(k), str)]
@@ -166,21 +167,21 @@ class Drawing:
 
     def __init__(self, template: Template, messages: list[dict], variables: dict[str, Any]):
         self.template, self.messages, self.variables = template, messages, variables
-        self.kept: dict[tuple[int, bool], tuple[str, list]] = {}
+        self.cache: dict[tuple[int, bool], tuple[str, list]] = {}
 
     def draw(self, count: int, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
-        """(text, generation blocks) of the first `count` messages, with the prompt of an answer."""
-        if (count, prompt) not in self.kept:
-            self.kept[count, prompt] = self.run(self.messages[:count], prompt)
-        return self.kept[count, prompt]
+        """Return (text, generation blocks) of the first `count` messages, and of a prompt."""
+        if (count, prompt) not in self.cache:
+            self.cache[count, prompt] = self.run(self.messages[:count], prompt)
+        return self.cache[count, prompt]
 
     def run(self, messages: list[dict], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         return self.template.run({**self.variables, "messages": messages,
                                   "add_generation_prompt": prompt})
 
 
-def marked_answers(drawing: Drawing) -> Iterator[tuple[int, list[tuple[int, int]]]]:
-    """(number of a message, its spans) by the template's own generation blocks."""
+def find_marked_answers(drawing: Drawing) -> Iterator[tuple[int, list[tuple[int, int]]]]:
+    """Yield (number of a message, its spans) by the template's own generation blocks."""
     answers = [k for k, m in enumerate(drawing.messages) if m["role"] == "assistant"]
     spans = drawing.draw(len(drawing.messages))[1]
     if len(spans) == len(answers):
@@ -207,12 +208,12 @@ class Answer(NamedTuple):
 
 
 def find_answer(drawing: Drawing, k: int, text: str, controls: Controls) -> Answer:
-    """Answer k in the text of the whole conversation, by what it adds to its prompt."""
+    """Find answer k in the text of the whole conversation, by what it adds to its prompt."""
     prompt, own = drawing.draw(k, True)[0], drawing.draw(k + 1)[0]
-    start = answer_start(prompt, own, controls.pattern)
+    start = find_answer_start(prompt, own, controls.pattern)
     if start is None:
         return Answer([], reason="the template asks for an answer in other words than it writes it")
-    end = answer_end(own, start, controls)
+    end = find_answer_end(own, start, controls)
     said = own[start:end]
     at = follow(said, text[start:]) if text.startswith(own[:start]) else None
     if at is None:
@@ -222,7 +223,7 @@ def find_answer(drawing: Drawing, k: int, text: str, controls: Controls) -> Answ
     if end is not None:
         return Answer([(start, stop)])
     # GLM-4 has no end token: the header that follows tells that the turn is over
-    after = text[stop:] or next_header(drawing, k)
+    after = text[stop:] or find_next_header(drawing, k)
     header = controls.pattern.match(after, len(after) - len(after.lstrip())) \
         if controls.pattern else None
     if not header:
@@ -231,8 +232,8 @@ def find_answer(drawing: Drawing, k: int, text: str, controls: Controls) -> Answ
     return Answer([(start, stop + header.end())], "" if text[stop:] else after[:header.end()])
 
 
-def answer_end(own: str, start: int, controls: Controls) -> int | None:
-    """The end of the token that ends the answer in `own`, None if no token does.
+def find_answer_end(own: str, start: int, controls: Controls) -> int | None:
+    """Return the end of the token that ends the answer in `own`, None if no token does.
 
     What follows it is not the answer's, such as chatml's newline or the end of text that Phi-3
     writes behind the last turn. Of several tokens at the end, it is the one that ends a turn
@@ -250,8 +251,8 @@ def answer_end(own: str, start: int, controls: Controls) -> int | None:
     return (usual or ends)[0].end() if ends else None
 
 
-def next_header(drawing: Drawing, k: int) -> str:
-    """What the template would write behind answer k, the last one, if another turn followed."""
+def find_next_header(drawing: Drawing, k: int) -> str:
+    """Return what the template would write behind answer k if another turn followed."""
     message = drawing.messages[k]
     answer = {key: value for key, value in message.items() if key not in REASONING}
     if isinstance(answer.get("content"), str):      # thoughts are dropped once a turn follows
@@ -262,8 +263,8 @@ def next_header(drawing: Drawing, k: int) -> str:
     return longer[len(own):] if longer.startswith(own) else ""
 
 
-def answer_start(prompt: str, own: str, pattern: re.Pattern | None) -> int | None:
-    """Where the answer begins in `own`, which ends with it: behind its prompt.
+def find_answer_start(prompt: str, own: str, pattern: re.Pattern | None) -> int | None:
+    """Return where the answer begins in `own`, which ends with it: behind its prompt.
 
     A prompt may end with thoughts that this answer does not have as such ("<think>\\n" before
     "<think></think>", before "\\n</think>", or before nothing): then all of them are the answer's.
@@ -283,7 +284,7 @@ def answer_start(prompt: str, own: str, pattern: re.Pattern | None) -> int | Non
 
 
 def follow(said: str, rest: str) -> int | None:
-    """How much of the beginning of `said` is missing in `rest`, which goes on with the others.
+    """Return how much of the beginning of `said` is missing in `rest`; None if more is.
 
     An answer that is not the newest may lack its beginning (Qwen3's empty thoughts).
     """
@@ -297,10 +298,10 @@ def follow(said: str, rest: str) -> int | None:
     return None if said else 0
 
 
-def answers_of(drawing: Drawing, text: str, controls: Controls) -> Iterator[tuple[int, Answer]]:
-    """(number of a message, where it stands) of all answers, in order."""
+def find_answers(drawing: Drawing, text: str, controls: Controls) -> Iterator[tuple[int, Answer]]:
+    """Yield (number of a message, where it stands) of all answers, in order."""
     if drawing.template.marked:
-        yield from ((k, Answer(spans)) for k, spans in marked_answers(drawing))
+        yield from ((k, Answer(spans)) for k, spans in find_marked_answers(drawing))
         return
     for k, message in enumerate(drawing.messages):
         if message["role"] == "assistant":
@@ -311,7 +312,7 @@ def answers_of(drawing: Drawing, text: str, controls: Controls) -> Iterator[tupl
 
 def encode(tokenizer: Any, text: str, spans: Iterable[tuple[int, int, bool]],
            controls: Controls, typed: str) -> tuple[list[int], list[int]]:
-    """A rendered conversation -> (ids, mask). spans: (start, end, trained on), in order.
+    """Encode a rendered conversation -> (ids, mask). spans: (start, end, trained on), in order.
 
     Text between two control tokens is encoded as a whole, as Hugging Face does it, but for a cut
     where a span begins or ends.
@@ -341,7 +342,7 @@ def encode(tokenizer: Any, text: str, spans: Iterable[tuple[int, int, bool]],
             following = runs[k + 1] if k + 1 < len(runs) else ("", False, False)
             if following[2] and tokenizer.added.get(following[0], {}).get("lstrip"):
                 piece = piece.rstrip(BLANK)
-            piece = untyped(piece.lstrip(BLANK) if skip else piece, typed)
+            piece = remove_marks(piece.lstrip(BLANK) if skip else piece, typed)
             skip = skip and not piece
             new = tokenizer.encode_ordinary(piece, after, controls.loose) if piece else []
         after = "token" if control else "text" if piece else after
@@ -350,8 +351,8 @@ def encode(tokenizer: Any, text: str, spans: Iterable[tuple[int, int, bool]],
     return ids, mask
 
 
-def untyped(piece: str, typed: str) -> str:
-    """The text without the marks of typed control tokens."""
+def remove_marks(piece: str, typed: str) -> str:
+    """Return the text without the marks of typed control tokens."""
     if piece.isascii():
         if "\\ud" not in piece:
             return piece
@@ -361,7 +362,7 @@ def untyped(piece: str, typed: str) -> str:
 # ---------------------------------------------------------------------------------- all of it
 
 def probe(template: Template, named: dict[str, str]) -> tuple[str, str]:
-    """(conversations without words, rendered; what is behind an answer, last or not)."""
+    """Return (conversations without words, rendered; what is behind an answer, last or not)."""
     user, mark = {"role": "user", "content": ""}, "\U000f0000"
     turns = [user, {"role": "assistant", "content": ""}]
     marked = [user, {"role": "assistant", "content": mark}]
@@ -369,7 +370,8 @@ def probe(template: Template, named: dict[str, str]) -> tuple[str, str]:
     for messages in (turns[:1], [*turns, *turns], [{"role": "system", "content": ""}, *turns],
                      marked, [*marked, user]):
         try:
-            out.append(template.run({**named, "messages": messages, "tools": None, "documents": None,
+            out.append(template.run({**named, "tools": None, "documents": None,
+                                     "messages": messages,
                                      "add_generation_prompt": len(messages) == 1})[0])
         except UserError:               # a template without a system turn, say
             out.append("")
@@ -377,9 +379,9 @@ def probe(template: Template, named: dict[str, str]) -> tuple[str, str]:
     return "\n".join(out), commonprefix([last, followed])
 
 
-def marks_read(drawing: Drawing, raw: list[dict], controls: Controls, typed: str
+def find_read_marks(drawing: Drawing, raw: list[dict], controls: Controls, typed: str
                ) -> frozenset[str]:
-    """The control tokens in assistants' words that the template itself looks for.
+    """Return the control tokens in assistants' words that the template itself looks for.
 
     It renders another text where they are there (Gemma 4 cuts thoughts at them, gpt-oss refuses),
     so they are marks of the model's, not letters that somebody quotes.
@@ -393,9 +395,9 @@ def marks_read(drawing: Drawing, raw: list[dict], controls: Controls, typed: str
         return frozenset()
 
     def read(said: frozenset[str]) -> str:
-        messages = [safe_message(m, controls, typed, said) if m["role"] == "assistant" else safe
+        messages = [escape_message(m, controls, typed, said) if m["role"] == "assistant" else safe
                     for m, safe in zip(raw, drawing.messages)]
-        return untyped(drawing.run(messages, False)[0], typed)
+        return remove_marks(drawing.run(messages, False)[0], typed)
 
     said = frozenset(names)
     text = read(said)
@@ -407,8 +409,8 @@ def marks_read(drawing: Drawing, raw: list[dict], controls: Controls, typed: str
     return said
 
 
-def safe_message(message: dict, controls: Controls, typed: str, said: frozenset[str]) -> dict:
-    """The message with typed control tokens marked; `said` ones count where an assistant speaks."""
+def escape_message(message: dict, controls: Controls, typed: str, said: frozenset[str]) -> dict:
+    """Return the message with typed control tokens marked, but `said` of an assistant."""
     speaks = said if message["role"] == "assistant" else None
     return {k: v if k == "role" else walk(v, lambda t: escape(t, controls, typed, speaks))
             for k, v in message.items()}
@@ -417,23 +419,25 @@ def safe_message(message: dict, controls: Controls, typed: str, said: frozenset[
 def render(tokenizer: Any, source: str, messages: list[dict], prompt: bool = False,
            tools: list | None = None, documents: list | None = None,
            switches: Mapping[str, Any] | None = None) -> Rendered:
-    """A conversation by the Jinja template `source`; switches: its further variables."""
+    """Render a conversation by the Jinja template `source`; switches: its further variables."""
     check_messages(messages)
     template, named = compile_template(source), tokenizer.facts.named
-    controls = controls_of(tokenizer, source, lambda: probe(template, named))
+    controls = find_controls(tokenizer, source, lambda: probe(template, named))
     raw = [clean(m) for m in messages]
     given = {"tools": tools, "documents": documents, **(switches or {})}
-    typed = typed_for([raw, given])
+    typed = choose_mark([raw, given])
     variables = {**named, **walk(given, lambda text: escape(text, controls, typed))}
-    drawing = Drawing(template, [safe_message(m, controls, typed, frozenset()) for m in raw],
+    drawing = Drawing(template, [escape_message(m, controls, typed, frozenset()) for m in raw],
                       variables)
-    if controls.pattern and (said := marks_read(drawing, raw, controls, typed)):
-        drawing = Drawing(template, [safe_message(m, controls, typed, said) for m in raw],
+    if controls.pattern and (said := find_read_marks(drawing, raw, controls, typed)):
+        drawing = Drawing(template, [escape_message(m, controls, typed, said) for m in raw],
                           variables)
     text = drawing.draw(len(raw), prompt)[0]
-    spans, lost, append = [], {}, ""
+    spans: list[tuple[int, int, bool]] = []
+    lost: dict[int, str] = {}
+    append = ""
     try:
-        for k, answer in answers_of(drawing, text, controls):
+        for k, answer in find_answers(drawing, text, controls):
             append += answer.append
             said = "".join(text[a:b] for a, b in answer.spans)
             whole = not answer.reason and is_whole(drawing.messages[k], said)
@@ -448,18 +452,18 @@ def render(tokenizer: Any, source: str, messages: list[dict], prompt: bool = Fal
     return Rendered(*encode(tokenizer, text + append, spans, controls, typed), lost)
 
 
-def turn_ends(tokenizer: Any, source: str) -> list[str]:
-    """The control tokens that end an answer by this template, in a chat without tools.
+def find_turn_ends(tokenizer: Any, source: str) -> list[str]:
+    """Return the control tokens that end an answer by this template, in a chat without tools.
 
     [] for a template that does not render a question and an answer: render() says why.
     """
-    kept, key = tokenizer.__dict__.setdefault("_turn_ends", {}), (source, len(tokenizer.added))
-    if key not in kept:
+    cache, key = tokenizer.__dict__.setdefault("_turn_ends", {}), (source, len(tokenizer.added))
+    if key not in cache:
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
         try:
             out = render(tokenizer, source, turns)
         except UserError:
             out = Rendered([], [], {})
         names = {token["id"]: n for n, token in tokenizer.added.items() if not MARKS.search(n)}
-        kept[key] = [names[i] for i, trained in zip(out.ids, out.mask) if trained and i in names][-1:]
-    return kept[key]
+        cache[key] = [names[i] for i, m in zip(out.ids, out.mask) if m and i in names][-1:]
+    return cache[key]

@@ -34,7 +34,7 @@ from jinja2.visitor import NodeTransformer
 from config import UserError
 
 SOURCE = 200_000        # characters of a template; the longest published ones have 20,000
-STEPS = 1_000_000       # iterations, calls and filters of one rendering
+STEPS = 1_000_000       # iterations, calls and filters of one rendering; more for a long input
 SIZE = 1_000_000        # characters and entries of one text or list, besides what came in
 TOTAL = 32              # all that is made may be this many times as large
 SECONDS = 10.0
@@ -60,10 +60,10 @@ class Meter:
 
     def __init__(self, variables: dict[str, Any]):
         self.known: dict[int, int] = {}
-        self.steps = STEPS
-        self.size = self.left = 1 << 62
         self.known = self._weights(variables)
-        self.size = SIZE + 4 * self.known[id(variables)]
+        given = self.known[id(variables)]
+        self.steps = STEPS + 20 * given
+        self.size = SIZE + 4 * given
         self.left = TOTAL * self.size
         self.until = time.monotonic() + SECONDS
         self.written = 0
@@ -72,7 +72,7 @@ class Meter:
     def step(self, count: int = 1) -> None:
         self.steps -= count
         if self.steps < 0:
-            raise Exceeded(f"it takes more than {STEPS:,} steps")
+            raise Exceeded("it takes more than a million steps")
         if time.monotonic() > self.until:
             raise Exceeded(f"it takes more than {SECONDS:.0f} seconds")
 
@@ -83,7 +83,7 @@ class Meter:
             raise Exceeded(f"it makes a text or list of more than {self.size:,} characters")
 
     def _weights(self, value: Any) -> dict[int, int]:
-        """id -> characters and entries of `value` and all containers in it.
+        """Return id -> characters and entries of `value` and all containers in it.
 
         An object that stands in a list twice counts twice: printing it would print it twice.
         """
@@ -110,7 +110,7 @@ class Meter:
         return 1
 
     def take(self, value: Any) -> Any:
-        """The value, charged for; a generator is charged while it is read."""
+        """Charge for a value and return it; a generator is charged while it is read."""
         if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > BITS:
             raise Exceeded(f"it makes a number of more than {BITS} bits")
         if isinstance(value, types.GeneratorType):
@@ -153,9 +153,10 @@ def power(left: Any, right: Any) -> Any:
     return left ** right
 
 
-def percent(left: Any, right: Any) -> Any:
+def format_percent(left: Any, right: Any) -> Any:
     if isinstance(left, (str, bytes)):
-        check_format(left if isinstance(left, str) else left.decode("latin-1"), "%", right)
+        form = left if isinstance(left, str) else left.decode("latin-1")
+        check_format(form, "%", right)
     return left % right
 
 
@@ -171,14 +172,14 @@ def check_format(form: str, sign: str, *args: Any) -> None:
     METER.get().room(len(form) + bare.count(sign) * sum(map(METER.get().weight, args)))
 
 
-def widths(args: Iterable[Any], most: int) -> None:
+def check_widths(args: Iterable[Any], most: int) -> None:
     """Refuse an argument that asks for more than `most` of something."""
     for value in args:
         if isinstance(value, int) and abs(value) > most:
             raise Exceeded(f"it asks for {value:,} at once")
 
 
-def replaced(text: str, old: str, new: str, *_: Any) -> None:
+def check_replace(text: str, old: str, new: str, *_: Any) -> None:
     """Make room for text.replace(old, new)."""
     METER.get().room(len(text) + text.count(old) * max(0, len(new) - len(old)))
 
@@ -187,9 +188,9 @@ def guard_method(owner: Any, name: str, args: tuple) -> None:
     """Refuse the call of a method of str, bytes or int whose result could be huge."""
     meter = METER.get()
     if name in ("center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes"):
-        widths(args, 1000)
+        check_widths(args, 1000)
     elif name == "replace" and len(args) > 1 and all(isinstance(a, str) for a in args[:2]):
-        replaced(owner, *args)
+        check_replace(owner, *args)
     elif name == "join" and len(args) == 1:
         meter.room(meter.weight(args[0]) + len(owner) * len(args[0]))
     elif name == "translate":
@@ -201,18 +202,18 @@ def guard_filter(name: str, args: list, kwargs: dict) -> None:
     """Refuse or bound a filter whose result could be much larger than what it is given."""
     meter, rest = METER.get(), [*args[1:], *kwargs.values()]
     if name in ("batch", "slice", "center", "indent", "truncate"):
-        widths(rest, 1000)
+        check_widths(rest, 1000)
     if name in ("round", "tojson"):
-        widths([*rest, *map(meter.weight, rest)], 100)      # indent and separators, too
+        check_widths([*rest, *map(meter.weight, rest)], 100)      # indent and separators, too
     if name == "indent":
         wide = max([4, *(len(a) if isinstance(a, str) else int(a) for a in rest)])
         meter.room(len(str(args[0])) + wide * (1 + str(args[0]).count("\n")))
     elif name == "replace" and len(args) > 2:
-        replaced(*map(str, args[:3]))
+        check_replace(*map(str, args[:3]))
     elif name == "format":
         check_format(str(args[0]), "%", *rest)
     elif name == "int" and isinstance(args[0], str):
-        widths([len(args[0])], 4000)
+        check_widths([len(args[0])], 4000)
     elif name in ("join", "sum", "list", "sort", "unique", "groupby", "dictsort", "batch", "slice"):
         if not isinstance(args[0], (str, dict, jinja2.Undefined)):
             args[0] = list(meter.each(args[0]))
@@ -280,7 +281,7 @@ class Generation(jinja2.ext.Extension):
 class Namespace(jinja2.utils.Namespace):
     """namespace() of a template: no names with an underscore first, and nothing to print."""
 
-    def __init__(*args: Any, **kwargs: Any):            # namespace(self=…) is allowed, as in Jinja
+    def __init__(*args: Any, **kwargs: Any):    # namespace(self=…) is allowed, as in Jinja
         self, args = args[0], args[1:]
         attrs = dict(*args, **kwargs)
         for name in attrs:
@@ -315,16 +316,16 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=written,
+        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=charge_output,
                          extensions=[Generation, jinja2.ext.loopcontrols])
-        self.binop_table.update({"+": add, "*": multiply, "**": power, "%": percent})
+        self.binop_table.update({"+": add, "*": multiply, "**": power, "%": format_percent})
         self.globals.update(raise_exception=raise_exception, strftime_now=strftime_now,
                             dict=TemplateDict(), namespace=Namespace)
         del self.globals["lipsum"]
         for name in UNSAFE_FILTERS:
             del self.filters[name]
         self.filters["tojson"] = tojson
-        self.filters = {name: metered(name, f) for name, f in self.filters.items()}
+        self.filters = {name: meter_filter(name, f) for name, f in self.filters.items()}
         # names that no template can spell
         self.filters.update({"~each": each, "~take": take, "~concat": concat})
 
@@ -335,7 +336,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         meter = METER.get()
-        meter.step(10)          # a macro takes as long as some turns of a loop
+        meter.step(20)          # a macro takes as long as some turns of a loop
         if isinstance(__obj, types.BuiltinMethodType):
             owner = __obj.__self__
             if isinstance(owner, (str, bytes, int)):
@@ -372,15 +373,15 @@ def concat(context: Any, parts: list) -> str:
 
 
 @jinja2.pass_context
-def written(context: Any, value: Any) -> Any:
+def charge_output(context: Any, value: Any) -> Any:
     """Charge for what {{ … }} prints."""
     meter = METER.get()
     meter.room(meter.weight(value))
     return value
 
 
-def metered(name: str, function: Callable) -> Callable:
-    """A filter that counts. It asks for the context, so nothing is computed while compiling."""
+def meter_filter(name: str, function: Callable) -> Callable:
+    """Return the filter, counted. It asks for the context, so nothing is folded at compile time."""
     wants = getattr(getattr(function, "jinja_pass_arg", None), "name", "")
 
     @jinja2.pass_context
@@ -396,7 +397,7 @@ def metered(name: str, function: Callable) -> Callable:
 
 def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None,
            separators: Any = None, sort_keys: bool = False) -> str:
-    """JSON without Jinja's HTML escapes."""
+    """Return JSON without Jinja's HTML escapes."""
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                       sort_keys=sort_keys)
 
@@ -437,14 +438,14 @@ class Template:
             self.compiled = environment.from_string(source)
         except jinja2.TemplateError as e:
             raise UserError(f"the model's chat template is not valid Jinja (line "
-                            f"{getattr(e, 'lineno', '?')}: {sentence(e)}); give another with "
+                            f"{getattr(e, 'lineno', '?')}: {shorten(e)}); give another with "
                             "--template=") from None
         except (RecursionError, MemoryError, SyntaxError, OverflowError, ValueError) as e:
-            raise UserError(f"the model's chat template does not compile ({sentence(e)}); give "
+            raise UserError(f"the model's chat template does not compile ({shorten(e)}); give "
                             "another with --template=") from None
 
     def run(self, variables: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        """(text, [start, end) of each generation block in it)."""
+        """Return (text, [start, end) of each generation block in it)."""
         try:
             meter = Meter(variables)
             token = METER.set(meter)
@@ -458,17 +459,17 @@ class Template:
             finally:
                 METER.reset(token)
         except Raised as e:
-            raise UserError(f"the model's chat template refuses the conversation: {sentence(e)}"
+            raise UserError(f"the model's chat template refuses the conversation: {shorten(e)}"
                             ) from None
         except Exceeded as e:
-            raise UserError(f"the model's chat template is refused, {sentence(e)}: give another "
+            raise UserError(f"the model's chat template is refused, {shorten(e)}: give another "
                             "with --template=") from None
         except RecursionError:
             raise UserError("the model's chat template is refused, it calls itself without end: "
                             "give another with --template=") from None
         except Exception as e:      # a foreign program: any error of Python can come out of it
             raise UserError(f"the model's chat template fails on this conversation "
-                            f"({type(e).__name__}: {sentence(e)})") from None
+                            f"({type(e).__name__}: {shorten(e)})") from None
         text = "".join(pieces)
         if any(text[start:end] != said for start, end, said in meter.spans):
             raise UserError("the model's chat template has a generation block whose output it "
@@ -476,13 +477,13 @@ class Template:
         return text, [(start, end) for start, end, _ in meter.spans]
 
 
-def sentence(error: BaseException, length: int = 300) -> str:
-    """An error's words on one line, and not too many of them."""
+def shorten(error: BaseException, length: int = 300) -> str:
+    """Return an error's words on one line, and not too many of them."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= length else text[:length] + "…"
 
 
 @lru_cache(maxsize=64)
 def compile_template(source: str) -> Template:
-    """The compiled template; compiling takes some milliseconds, so it is kept."""
+    """Return the compiled template; compiling takes some milliseconds, so it is kept."""
     return Template(source)
