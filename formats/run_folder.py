@@ -70,10 +70,14 @@ def move_aside(out: str | os.PathLike, to: Path) -> None:
 def follow_move(path: str, out: str | os.PathLike, to: Path) -> str:
     """Return where `path` is once move_aside(out, to) is done."""
     real, parent = Path(os.path.realpath(path)), Path(os.path.realpath(out))
-    if not path or not real.is_relative_to(parent) or real == parent:
+    if not path or not real.is_relative_to(parent):
         return path
-    return str(to / real.relative_to(parent)) if (
-        parent / real.relative_to(parent).parts[0]) in find_own_files(parent) else path
+    inside = real.relative_to(parent)
+    if not inside.parts:                # the run itself, unless the folder is a model as well
+        moves = not (real / "config.json").is_file()
+    else:
+        moves = parent / inside.parts[0] in find_own_files(parent)
+    return str(to / inside) if moves else path
 
 
 def fingerprint(directory: Path) -> str:

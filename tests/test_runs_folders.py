@@ -162,6 +162,12 @@ def test_a_second_round_starts_from_its_own_result(go, stage, tmp_path):
     assert settings[own[2:]] == str(aside / first) and last(aside).is_dir()
     resume({"dpo": dpo, "distill": distill}.get(stage, sft), out, "--max_iters=3")
     assert last(out).name == "step_000003"
+    if stage == "dpo":                  # the run before as the reference of a new one
+        go(stage, "out", f"--reference={out}")
+        assert trainer(last(out))["settings"]["reference"] == f"{out}.old2"
+    if stage == "distill":              # and a student that goes on itself
+        go(stage, "out", f"--init_from={out}")
+        assert trainer(last(out))["settings"]["init_from"] == f"{out}.old2/step_000003"
 
 # --------------------------------------------------------------------- an adapter and its base
 
@@ -407,6 +413,8 @@ def test_gpt2_means_openais_weights(place, tmp_path, layout, name, monkeypatch):
     with pytest.raises(UserError, match=f"hf download openai-community/{name}.*--hub_dir=DIR.*"
                                         f"--preset={name}"):
         start.find_pretrained(name, str(tmp_path / "none"))
+    if layout in ("name", "organisation"):      # the model's own folder is taken too
+        assert start.find_pretrained(name, str(folder)) == str(folder)
     if layout == "name":                # a folder of that name here is what is meant
         monkeypatch.chdir(tmp_path)
         assert start.find_pretrained(name) == name

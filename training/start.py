@@ -60,7 +60,7 @@ def find_pretrained(name: str, hub_dir: str = "") -> str:
         raise UserError(f"--init_from={name} is no folder here; for random weights of that "
                         f"published shape say --preset={name}")
     hub = find_hub(hub_dir)
-    places = [hub / name, hub / "openai-community" / name]
+    places = [hub / name, hub / "openai-community" / name, *([hub] if hub.name == name else [])]
     for cache in (hub / f"models--openai-community--{name}", hub / f"models--{name}"):
         main = cache / "refs" / "main"          # which of the snapshots is the current one
         if main.is_file():
@@ -71,7 +71,7 @@ def find_pretrained(name: str, hub_dir: str = "") -> str:
     if found is None:
         raise UserError(f"--init_from={name} means OpenAI's weights, and there are none in {hub}: "
                         f"download them with `hf download openai-community/{name}`, name the "
-                        f"folder that has them with --hub_dir=DIR, or say --preset={name} for random "
+                        f"folder that has {name}/ with --hub_dir=DIR, or say --preset={name} for random "
                         "weights of that shape")
     return str(found)
 
