@@ -131,7 +131,7 @@ def compiled(pattern: str, top: int) -> re.Pattern[str]:
             if token == "+" and was_quantified:     # `++`, possessive: Python has it from 3.11 on
                 token = "+" if sys.version_info >= (3, 11) else ""
             # `$` must not match before a last newline, nor groups capture: findall returns those
-            token = {"$": r"\Z", "(": "(?:"}.get(token, token)
+            token = {"$": r"\Z", r"\z": r"\Z", "(": "(?:"}.get(token, token)
         out.append(token)
     try:
         return re.compile("".join(out))

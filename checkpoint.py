@@ -39,25 +39,23 @@ from torch.nn import Parameter
 from config import UserError, run
 from families import FAMILIES, HANDMADE, Family, meta_file
 from model import ModelConfig, Transformer
+from text import tokenizer_files
 from translate import (Slot, differences, disk_form, family_named, family_of, hf_config,
-                       layout, model_config_from_hf, to_family)
+                       layout, model_config_from_hf, readable_family, to_family)
 from weights import (DTYPE_NAMES, DTYPES, Stored, read, read_header, read_json, weight_index,
                      write_safetensors)
 
 SHARD_BYTES = 5 * 10 ** 9           # a file of weights is no larger, unless one tensor is
 TYPES = {str(t).removeprefix("torch."): t for t in DTYPE_NAMES}     # as --dtype says them
-HEADER_BYTES = 100 * 10 ** 6        # the safetensors library refuses longer headers, so do we
 
 # Buffers that older versions of transformers saved with the weights and nobody reads
 IGNORED = re.compile(r"\.rotary_(pos_)?emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope\.freqs$")
 # The files that saving replaces or, where the new model has none, removes
 OURS = re.compile(r"(config|generation_config|tokenizer\w*|special_tokens_map|added_tokens|vocab"
                   r"|params)\.json|(pytorch_)?model.*\.(safetensors|bin|json)|trainer\.pt"
-                  r"|merges\.txt|chat_template\.\w+|vocab\.bpe|consolidated.*\.(pth|safetensors)"
+                  r"|merges\.txt|chat_template\.\w+|additional_chat_templates|vocab\.bpe"
+                  r"|consolidated.*\.(pth|safetensors)"
                   r"|adapter")                  # lora.py's folder
-# Those of them that are the tokenizer's
-WORDS = re.compile(r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|bpe)"
-                   r"|merges\.txt|chat_template\.\w+|encoder\.json")
 
 
 def raw(model: Any) -> Transformer:
@@ -122,9 +120,12 @@ def write_model(directory: Path, config: ModelConfig, dtypes: dict[str, torch.dt
     """Write everything but the trainer's state into an empty directory.
 
     dtypes: of every parameter by its name here; get(name, expert) makes one of them, or the share
-    of one expert. given: what config.json says of control tokens, where it is known already.
+    of one expert. given: what config.json says of control tokens, where it is known already; then
+    generation_config.json is known as well.
     """
-    family = family or family_of(config)
+    family, said = (family, "") if family else readable_family(config, tokenizer)
+    if said:
+        note(said)
     if family is HANDMADE:
         note("no published architecture has this combination of settings, so the checkpoint "
              "opens in this project only")
@@ -172,11 +173,8 @@ def write_model(directory: Path, config: ModelConfig, dtypes: dict[str, torch.dt
     settings["dtype"] = str(main).removeprefix("torch.")
     write_json(directory / "config.json", settings)
     # generate() of transformers looks for the end token in this file first
-    ends = {key: settings[key] for key in ("bos_token_id", "eos_token_id")}
-    stops = tokenizer.stop_ids if tokenizer is not None and not given else []
-    if len(stops) > 1:                                  # a chat's turn ends before the document
-        ends["eos_token_id"] = stops
-    write_json(directory / "generation_config.json", ends)
+    write_json(directory / "generation_config.json", tokenizer_files.build_generation_config(
+        None if given else tokenizer, settings))
     if tokenizer is not None:
         tokenizer.save(directory)
 
@@ -535,20 +533,22 @@ def convert(source: str, target: str, dtype: str = "auto", form: str = "hf",
 
     given = {key: opened.hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
             if isinstance(opened.hf.get(key), (int, list))}
-    words = [f for f in opened.directory.iterdir() if WORDS.fullmatch(f.name) and f.is_file()]
-    tokenizer, copied = None, []
+    tokenizer, copied = None, tokenizer_files.list_files(opened.directory)
     try:
-        tokenizer = load_tokenizer(opened.directory) if words else None
+        if copied or any(tokenizer_files.find(opened.directory)):
+            tokenizer = load_tokenizer(opened.directory)
     except UserError as e:
         note(f"the tokenizer is copied as it is ({e})")
-        copied = words
+    # nothing of it changes; but one in another form than tokenizer.json is written in that form
+    if tokenizer is not None and not any(f.name == "tokenizer.json" for f in copied):
+        copied = []
+    generation = opened.directory / "generation_config.json"
+    copied += [generation] if generation.is_file() and form != "meta" else []
 
     def fill(directory: Path) -> None:
         write_model(directory, config, dtypes, get, tokenizer, int(shard_gb * 1e9), family,
                     given)
-        generation = opened.directory / "generation_config.json"
-        for file in [*copied, *([generation] if generation.is_file() and form != "meta" else [])]:
-            shutil.copy2(file, directory)
+        tokenizer_files.copy_files(copied, directory)
     return replace_directory(Path(os.path.realpath(target)), fill)
 
 # ---------------------------------------------------------------------------- the script

@@ -31,7 +31,7 @@ from typing import Any, Iterable, Iterator, Mapping
 from bpe import PATTERNS, PieceCache, any_of, bpe, mend
 from chat import surround
 from text.added_tokens import cut, flags_of, number
-from text.tokenizer_json import listed
+from text.tokenizer_json import list_added
 
 SPACE = "\u2581"
 SEP = "\ud800"          # between the halves of a merge: half a surrogate pair is never in a text
@@ -305,7 +305,7 @@ class SentencePiece:
 
     def json(self, post: dict | None) -> dict[str, Any]:
         """The document of the `tokenizers` library."""
-        added = listed(self.added)
+        added = list_added(self.added)
         # tokens that the library would number otherwise stand in the vocabulary as well
         vocab = dict(self.vocab)
         vocab.update((n, self.added[n]["id"]) for n, t in number(added, vocab).items()
@@ -480,7 +480,8 @@ def from_sentencepiece(data: bytes, more: list[str], added: Mapping[str, dict]) 
     behind.update((n, t) for n, t in added.items() if n not in vocab)
     for name, token in behind.items():
         if int(token["id"]) >= len(vocab):      # a new name for an old id is none of the file's
-            listed[name] = {**flags, "normalized": False, "content": name, "special": True, **token}
+            # looked for in raw text, as transformers does it: normalized, it would need a space
+            listed[name] = {**flags, "content": name, "special": True, **token, "normalized": False}
     steps: list[dict] = []
     if normal.get("precompiled_charsmap"):
         steps.append({"type": "Precompiled", "precompiled_charsmap":

@@ -12,8 +12,8 @@ the `tokenizers` library needs, a few seconds (`python bench.py tokenizer` print
 bpe.py holds the algorithm: `ranks` says which token bytes merge first. Here tokens get their ids,
 which are the ranks in our own files and in GPT-2's, and something else in many a published one.
 spm.py has the other kind of vocabulary, SentencePiece's (Llama 2, Gemma), and tokenizer.model.
-Control tokens ("<|endoftext|>") lie beside them in `special`, and text never turns into one unless
-the caller allows it: a user who types it gets its letters. chat.py writes conversations.
+Control tokens ("<|endoftext|>") are in `special`, and text never turns into one unless the caller
+allows it: a user who types it gets its letters. chat.py writes conversations, text/ the files.
 
 A tokenizer is saved as Hugging Face's tokenizer.json, which `tokenizers` and `transformers` open.
 """
@@ -60,13 +60,15 @@ class Tokenizer:
     those that are not special count in any text. template: a name in chat.TEMPLATES, or None.
     forms: Unicode forms that text is brought to first: ("NFC",) composes an é of two characters
     (Qwen). post: Hugging Face's post_processor, which adds a first token in transformers: `prefix`
-    here. encode() never does. splits: instead of a pattern, a sequence of cuts. whole: tokens that
-    a chunk of its own becomes, and no merge. other: tokens of the vocabulary that no text becomes.
-    document: what else a tokenizer.json said, for saving. spm: the rules of a SentencePiece
-    vocabulary; then ranks and pattern are empty, and the keys of ids are tokens as its file
-    spells them.
+    here. encode() never does. splits: a sequence of cuts; then pattern is its text as JSON.
+    whole: tokens that a chunk of its own becomes, and no merge. other: tokens of the vocabulary
+    that no text becomes. document: what else a tokenizer.json said, for saving. spm: the rules of
+    a SentencePiece vocabulary; then ranks and pattern are empty, and the keys of ids are tokens as
+    its file spells them.
 
-    What the files beside a vocabulary say: text/tokenizer_files.py.
+    What the files beside a vocabulary say (text/tokenizer_files.py): settings, the whole of
+    tokenizer_config.json; bos_token, eos_token, pad_token, the tokens with these roles, or None;
+    jinja, the directory's own chat template, "" if it has none; jinjas, all of them by name.
     """
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], pattern: str,
@@ -86,8 +88,8 @@ class Tokenizer:
         self.facts = Facts()
         # SmolLM2's vocabulary lacks 21 bytes, control characters and the like; where they occur,
         # its library drops them, and so do we. A vocabulary without letters is of another kind.
-        bytewise = bool(pattern or splits)
-        self.lost = bytes(b for b in range(256) if bytes([b]) not in ranks) if bytewise else b""
+        self.bytewise = bool(pattern)
+        self.lost = bytes(b for b in range(256) if self.bytewise and bytes([b]) not in ranks)
         if kinds := [chr(b) for b in self.lost if 32 <= b < 127]:
             raise UserError(f"the vocabulary has no token for {''.join(kinds)!r}: it is not a "
                             "byte-level one, or was trained without the whole byte alphabet")
@@ -114,35 +116,12 @@ class Tokenizer:
 
     # -- what the files beside the vocabulary say of it
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """tokenizer_config.json as it was read, unknown keys included."""
-        return self.facts.settings
-
-    @property
-    def jinjas(self) -> dict[str, str]:
-        """The directory's own chat templates by name, "default" and others, texts unchanged."""
-        return self.facts.jinjas
-
-    @property
-    def jinja(self) -> str:
-        """The directory's own chat template, "" if it has none."""
-        return self.jinjas.get("default", "")
-
-    @property
-    def bos_token(self) -> str | None:
-        """The token that the files name as a text's first, None if they name none."""
-        return self.facts.named.get("bos_token")
-
-    @property
-    def eos_token(self) -> str | None:
-        """The token that the files name as the end; of a chat model, the end of a turn."""
-        return self.facts.named.get("eos_token")
-
-    @property
-    def pad_token(self) -> str | None:
-        """The token that the files name for padding."""
-        return self.facts.named.get("pad_token")
+    settings = property(lambda self: self.facts.settings)
+    jinjas = property(lambda self: self.facts.jinjas)
+    jinja = property(lambda self: self.facts.jinjas.get("default", ""))
+    bos_token = property(lambda self: self.facts.named.get("bos_token"))
+    eos_token = property(lambda self: self.facts.named.get("eos_token"))
+    pad_token = property(lambda self: self.facts.named.get("pad_token"))
 
     @property
     def eot_token(self) -> str | None:
@@ -166,8 +145,8 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """The ids that end an answer: the ends that any file names, and the template's turn ends."""
-        names = [*chat.find_turn_ends(self), self.eot_token, self.eos_token]
+        """The ids that end an answer: what any file calls an end, and the ends of turns."""
+        names = [*chat.find_turn_ends(self), self.eot_token, self.eos_token, *self.facts.end_names]
         stops = {self.added[n]["id"] for n in names if n in self.added}
         return sorted(stops | {i for i in self.facts.ends if i in self.tokens})
 
@@ -253,7 +232,7 @@ class Tokenizer:
 
     def _merge(self, text: str) -> list[int]:
         """Normalized text without added tokens -> ids."""
-        if self.pattern or self.splits:
+        if self.bytewise:
             look_up = self._cache.__getitem__
             cut = self.splits.chunks(text) if self.splits else chunks(self.pattern, text)
             return list(chain.from_iterable(
@@ -280,7 +259,7 @@ class Tokenizer:
 
     def _only_by_hand(self, text: str) -> bool:
         """True for characters, and where tiktoken would panic: blank texts, bytes it lacks."""
-        if not self.pattern or self.whole or too_blank(text):
+        if not self.pattern or self.splits or self.whole or too_blank(text):
             return True
         raw = mend(text).encode() if self.lost else b""
         return len(raw.translate(None, self.lost)) < len(raw)
@@ -302,8 +281,8 @@ class Tokenizer:
     def tiktoken(self) -> tiktoken.Encoding:
         """A tiktoken.Encoding of our ranks. It returns ranks, which _named() turns into ids."""
         special = self.special if self._rank_to_id is None else {}
-        return tiktoken.Encoding("handmade", pat_str=total(self.pattern), mergeable_ranks=self.ranks,
-                                 special_tokens=special)
+        return tiktoken.Encoding("handmade", pat_str=total(self.pattern),
+                                 mergeable_ranks=self.ranks, special_tokens=special)
 
     @cached_property
     def _rank_to_id(self) -> np.ndarray | None:
@@ -364,7 +343,7 @@ class Tokenizer:
         """
         new = [n for n in dict.fromkeys(names) if n not in self.added]
         if clash := [n for n in new if not n or n.encode() in self.ids or n in self.other
-                     or not self.spm and unprintable(n) in self.ids]:
+                     or self.bytewise and unprintable(n) in self.ids]:
             raise UserError(f"{clash[0]!r} cannot name a control token: it is empty or the text of "
                             "an ordinary token")
         for k, name in enumerate(new, self.vocab_size):
@@ -376,11 +355,10 @@ class Tokenizer:
     def render(self, messages: list[dict[str, Any]], template: str | None = None,
                add_generation_prompt: bool = False, max_length: int | None = None,
                enable_thinking: bool | None = None, tools: list | None = None,
-               documents: list | None = None, **template_kwargs: Any
-               ) -> tuple[list[int], list[int]]:
+               documents: list | None = None, **kwargs: Any) -> tuple[list[int], list[int]]:
         """A conversation -> (ids, mask); chat.render() says how."""
         return chat.render(self, messages, template, add_generation_prompt, max_length,
-                           enable_thinking, tools, documents, **template_kwargs)[:2]
+                           enable_thinking, tools, documents, **kwargs)[:2]
 
     # -- from and to a file
 
@@ -388,14 +366,19 @@ class Tokenizer:
         """Take in what lies beside a vocabulary. model: it is a tokenizer.model, for which the
         settings say whether tokens surround a text; tokenizer.json knows better."""
         self.facts = facts
-        for name, token in facts.added_tokens():
-            if name in self.added:          # flags of tokenizer_config.json count, as the library's
-                self.added[name].update(token)
-        for name in facts.named.values():   # what has a role is a control token
+        for name, token in facts.added_tokens():    # its flags count, and not its number
+            if model and name in self.added:
+                continue                            # from_model() has taken them
+            known = self.added[name]["id"] if name in self.added else self._id_of(name)
+            i = self.vocab_size if known is None else known
+            self.added[name] = {**token, "id": i}
+            self.vocab_size = max(self.vocab_size, i + 1)
+        for name in (*facts.named.values(), *facts.more_special):
+            if name not in self.added and (i := self._id_of(name)) is not None:
+                self.added[name] = flags_of({"special": True}, i)
+        for name in facts.named.values():           # what has a role is a control token
             if name in self.added:
                 self.added[name]["special"] = True
-            elif (i := self.ids.get(self._spell(name))) is not None and self.pattern:
-                self.added[name] = flags_of({"special": True}, i)
         self.special = {n: t["id"] for n, t in self.added.items() if t["special"]}
         wanted = [facts.settings.get(k) for k in ("add_bos_token", "add_eos_token")]
         if model and wanted != [None, None]:
@@ -404,24 +387,23 @@ class Tokenizer:
             if chat.affixes(self.post) != ([*first.values()], [*last.values()]):
                 self.post = chat.surround(first, last)
         chat.affixes(self.post)        # ValueError now, not in the middle of a run
-        # our own text is the row of that name, which renders faster; any other is run
         self.template = chat.find_row(self.jinja, self.eot_token or EOT)
         self._index()
+        self._names(frozenset(self.special))        # and so for names that cannot be looked for
 
-    def _spell(self, name: str) -> bytes:
-        """The key in ids of a token of the vocabulary, as its file writes it."""
-        return name.encode() if self.spm else unprintable(name)
+    def _id_of(self, name: str) -> int | None:
+        """The id of a token of the vocabulary, as its file writes it."""
+        spelled = unprintable(name) if self.bytewise else name.encode()
+        return self.other.get(name, self.ids.get(spelled))
 
     def own_template(self) -> bool:
         """Whether the directory's own chat template is still the one in use."""
-        return not self.template or self.template == chat.find_row(
-            self.jinja, self.eot_token or EOT)
+        return self.template in (None, "", chat.find_row(self.jinja, self.eot_token or EOT))
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat templates, as transformers does."""
-        row = None if self.own_template() else \
-            chat.jinja(chat.find(self.template), self.eot_token or EOT)
-        tokenizer_files.save(Path(directory), self, row)
+        row = None if self.own_template() else chat.find(self.template)
+        tokenizer_files.save(Path(directory), self, row and chat.jinja(row, self.eot_token or EOT))
 
     def _json(self) -> dict[str, Any]:
         """The document of the `tokenizers` library, from normalizer to decoder."""
@@ -559,7 +541,7 @@ class Config:
     tokenizer: str = "data/stdlib"  # folder, tokenizer.json, or gpt2, cl100k_base, o200k_base
     out: str = ""                   # train: the folder to write
     vocab_size: int = 16384         # train: number of ids, control tokens included
-    pattern: str = "gpt2"           # train: gpt2, cl100k, o200k, smollm, or a regular expression
+    pattern: str = "gpt2"           # train: gpt2, cl100k, qwen, o200k, smollm, or a regex
     special: list[str] = field(default_factory=lambda: [EOT])   # train: control tokens
     chars: bool = False             # train: character level
     workers: int | None = None      # train: processes, None for one a core

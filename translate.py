@@ -20,6 +20,7 @@ from torch import Tensor
 from config import UserError, field_types
 from families import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, Family
 from model import ModelConfig, Transformer, rope_frequencies
+from text.tokenizer_files import is_misread
 
 ABOVE_ZERO = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "logits_scaling")
 KINDS = field_types(ModelConfig)
@@ -234,21 +235,34 @@ def padding(config: ModelConfig, family: Family) -> int | None:
     return len(extra) if other == extra else None
 
 
-def family_of(config: ModelConfig) -> Family:
-    """The row that `config` is saved as: HANDMADE if there is none."""
-    fits = [(n, row) for row in ROWS
-            if row.writable and (n := padding(config, row)) is not None]
+def family_of(config: ModelConfig, but: str = "") -> Family:
+    """The row that `config` is saved as, not the type `but`: HANDMADE if there is none."""
+    fits = [(n, row) for row in ROWS if row.writable and row.model_type != but
+            and (n := padding(config, row)) is not None]
     return min(fits, key=lambda fit: fit[0])[1] if fits else HANDMADE
+
+
+def readable_family(config: ModelConfig, tokenizer: Any) -> tuple[Family, str]:
+    """The row to save a model as, so that transformers reads its tokenizer as it is; and a note."""
+    family = family_of(config)
+    if tokenizer is None or not is_misread(tokenizer, family.model_type):
+        return family, ""
+    other = family_of(config, but=family.model_type)
+    how = f"saved as {other.model_type}, with biases of zero" if other is not HANDMADE else \
+        "to be opened there with PreTrainedTokenizerFast"
+    said = (f"transformers reads every tokenizer of a {family.model_type} model by Qwen's own "
+            f"rules, and this one has others: it is {how}")
+    return (family if other is HANDMADE else other), said
 
 
 def hf_config(config: ModelConfig, tokenizer: Any = None,
               family: Family | None = None) -> dict[str, Any]:
     """The content of config.json: the family's words, and our own for an exact return."""
     hf = to_family(config, family or family_of(config))
-    eot = getattr(tokenizer, "eot", None)
     # explicit nulls: where the key is missing transformers takes the family's published ids
-    return {**hf, "bos_token_id": eot, "eos_token_id": eot, "pad_token_id": None,
-            "handmade": asdict(config)}
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    ids.update(tokenizer.token_ids() if tokenizer is not None else {})
+    return {**hf, **ids, "handmade": asdict(config)}
 
 
 def family_named(hf: dict[str, Any], where: str = "config.json") -> Family:

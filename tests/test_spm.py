@@ -349,6 +349,31 @@ def test_chatglm3s_control_tokens_follow_its_vocabulary(trained, tmp_path):
 
 
 @pytest.mark.parametrize("trained", ["llama2"], indirect=True)
+def test_chatglm3s_marks_are_what_its_files_say(trained, tmp_path):
+    """As published: "special": false, so that any text has them; letters where a caller says so."""
+    name, folder, theirs = trained
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    marks = {"[gMASK]": 1101, "sop": 1103, "<|user|>": 1106, "<|assistant|>": 1107}
+    flags = dict(lstrip=False, normalized=True, rstrip=False, single_word=False, special=False)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "ChatGLMTokenizer", "auto_map": {"AutoTokenizer": ["x.Y", None]},
+        "added_tokens_decoder": {i: {"content": n, **flags} for n, i in marks.items()}}))
+    tok = T.load(tmp_path)
+    assert {n: tok.added[n]["id"] for n in marks} == marks and tok.prefix == [1101, 1103]
+    assert not marks.keys() & tok.special.keys() and tok.special["<|system|>"] == 1105
+    assert tok.add_special_tokens(marks) == 0           # a template needs no new ids for them
+    text = "hi<|user|>\n there"
+    assert tok.encode(text) == [*theirs.encode("hi"), 1106, *theirs.encode("\n there")]
+    letters = tok.encode_ordinary(text, letters=frozenset(marks))
+    assert 1106 not in letters and letters == theirs.encode(text)
+    tok.save(tmp_path / "out")          # transformers reads the same, and hides no mark
+    auto = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in [text, "[gMASK]sop<|user|>\n a <|assistant|> b", *PLACES]:
+        assert auto(text, add_special_tokens=False)["input_ids"] == tok.encode(text, "all")
+    assert auto.decode([1106, *theirs.encode("a")], skip_special_tokens=True).startswith("<|user|>")
+
+
+@pytest.mark.parametrize("trained", ["llama2"], indirect=True)
 def test_tokens_that_the_configuration_adds_behind_tokenizer_model(trained, tmp_path):
     name, folder, theirs = trained
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())

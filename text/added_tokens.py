@@ -65,7 +65,11 @@ class Names:
 
     def __init__(self, tokens: Mapping[str, Mapping], normalize: Callable[[str], str]):
         self.raw = {n: t for n, t in tokens.items() if not t["normalized"]}
-        self.normal = {normalize(n): t for n, t in tokens.items() if t["normalized"]}
+        self.normal: dict[str, Mapping] = {}
+        # of two that look alike then, a control token counts, or the first
+        for name, token in sorted(tokens.items(), key=lambda item: not item[1]["special"]):
+            if token["normalized"]:
+                self.normal.setdefault(normalize(name), token)
         self.normal.pop("", None)
         self.patterns = any_of(frozenset(self.raw)), any_of(frozenset(self.normal))
 
@@ -96,9 +100,14 @@ def cut(text: str, pattern: re.Pattern | None, tokens: Mapping[str, Mapping]
             word = word_character()
             if start and word.match(text[start - 1]) or stop < len(text) and word.match(text[stop]):
                 continue
-        # some tokens take the white space beside them (<mask>, Phi-3's <|user|>)
-        while token.get("lstrip") and start > begin and text[start - 1] in BLANK:
-            start -= 1
+        # some tokens take the white space beside them (<mask>, Phi-3's <|user|>), even where it is
+        # a token itself
+        if token.get("lstrip"):
+            while start > begin and text[start - 1] in BLANK:
+                start -= 1
+            start = max(start, begin)
+            if start >= stop:
+                continue
         while token.get("rstrip") and stop < len(text) and text[stop] in BLANK:
             stop += 1
         if begin < start:

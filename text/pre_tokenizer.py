@@ -8,6 +8,7 @@ published byte-level model uses is refused by name.
 """
 from __future__ import annotations
 
+import json
 import re
 from typing import Any, Iterator, NamedTuple
 
@@ -78,11 +79,11 @@ def apply(step: Split, text: str) -> list[str]:
 
 
 def read(pre: dict) -> tuple[str, Splits | None]:
-    """Read a pre_tokenizer -> (split pattern, None), or for more than one ("", all cuts).
+    """Read a pre_tokenizer -> (split pattern, None), or for others (its text, all cuts).
 
     ValueError names what is not supported.
     """
-    steps = [part for step in flat(pre) for part in read_step(step)]
+    steps = [part for step in flatten(pre) for part in read_step(step)]
     if steps.count(None) != 1:
         raise ValueError("only byte-level BPE is supported, whose pre_tokenizer has one ByteLevel")
     if steps == [Split(r"\p{N}"), Split(PATTERNS["gpt2"]), None]:
@@ -96,7 +97,7 @@ def read(pre: dict) -> tuple[str, Splits | None]:
             return pattern, None
         if (behavior, invert) == ("Removed", True) and pattern in PATTERNS.values():
             return pattern, None
-    return "", Splits(steps)
+    return json.dumps(pre, sort_keys=True), Splits(steps)
 
 
 def shortest(pattern: str) -> int:
@@ -105,7 +106,7 @@ def shortest(pattern: str) -> int:
     return parser.parse(compiled(pattern, 0x7F).pattern).getwidth()[0]
 
 
-def flat(part: Any, kind: str = "pre_tokenizer") -> list[dict]:
+def flatten(part: Any, kind: str = "pre_tokenizer") -> list[dict]:
     """Return the steps of a pre_tokenizer or normalizer, sequences within sequences in order."""
     out: list[dict] = []
     waiting = [part]
@@ -138,17 +139,17 @@ def read_step(step: dict) -> list[Split | None]:
         return [Split(PUNCTUATION, behavior)]
     pattern = step["pattern"]
     literal = pattern.get("String")
-    regex = foreign(pattern["Regex"]) if literal is None else re.escape(literal)
+    regex = translate(pattern["Regex"]) if literal is None else re.escape(literal)
     if literal == "" or regex == "":
         raise ValueError("a pre_tokenizer splits at an empty pattern")
     return [Split(regex, behavior, bool(step.get("invert", False)))]
 
 
-def foreign(pattern: str) -> str:
+def translate(pattern: str) -> str:
     """Translate a pattern of tokenizer.json, in Oniguruma's language, to that of bpe.compiled().
 
-    There `$` stands before every newline too, `.` is any character, and {1,3}+ repeats. The known
-    patterns need no translation, and `^` is in none of them.
+    There `$` stands before every newline too, and {1,3}+ repeats. The known patterns need no
+    translation, and `^` is in none of them.
     """
     if not isinstance(pattern, str):
         raise ValueError(f"a split pattern is {pattern!r:.40}, expected a text")
@@ -165,6 +166,6 @@ def foreign(pattern: str) -> str:
                 or re.fullmatch(r"\{.*\}\+", token):
             raise ValueError(f"{token} in a split pattern is not supported")
         else:
-            token = {"$": r"(?=\n|\z)", ".": r"[\s\S]"}.get(token, token)
+            token = {"$": r"(?=\n|\z)", ".": r"[^\n]"}.get(token, token)
         out.append(token)
     return "".join(out)

@@ -13,13 +13,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
 
-from bpe import PATTERNS, read_json, read_text
+from bpe import PATTERNS, mend, read_json, read_text
 from config import UserError
-from text.tokenizer_json import listed
+from text.added_tokens import flags_of
+from text.tokenizer_json import list_added
 
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 END = "<|endoftext|>"
@@ -52,9 +54,16 @@ MODEL_CLASSES = {"gpt2": "GPT2Tokenizer", "gpt_neo": "GPT2Tokenizer", "gptj": "G
 TABLES = {"GPT2Tokenizer": ("gpt2", ""), "CodeGenTokenizer": ("gpt2", ""),
           "GPTNeoXTokenizer": ("gpt2", "NFC"), "Qwen2Tokenizer": ("qwen", "NFC"),
           "RobertaTokenizer": ("gpt2", ""), "BartTokenizer": ("gpt2", "")}
-# Settings that are no longer true of a folder that we write: they name files that are not in it
+# Settings that are not written as they were read: they name files that we do not write, or are
+# written anew
 GONE = ("auto_map", "vocab_file", "merges_file", "tokenizer_file", "added_tokens_file",
         "special_tokens_map_file", "name_or_path", "tokenizer_class", "chat_template")
+# Types for which transformers 5 reads a tokenizer by the rules of its own class, whatever the files
+# say (MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS there, of those that we write): type -> its rules
+FORCED = {"qwen2": (PATTERNS["qwen"], ("NFC",))}
+FILES = re.compile(r"tokenizer.*|tokenization_\w+\.py|special_tokens_map\.json|vocab\.(json|bpe)"
+                   r"|added_tokens\.json|merges\.txt|chat_template\.\w+|encoder\.json"
+                   r"|additional_chat_templates")
 
 
 @dataclass
@@ -63,34 +72,38 @@ class Facts:
     settings: dict[str, Any] = field(default_factory=dict)      # tokenizer_config.json
     named: dict[str, str] = field(default_factory=dict)         # role -> token
     end_names: tuple[str, ...] = ()             # what any file calls eos_token
-    ends: tuple[int, ...] = ()                  # ids that config.json, generation_config.json end at
+    ends: tuple[int, ...] = ()                  # ids that the model's files end at
     model_ids: dict[str, Any] = field(default_factory=dict)     # bos_token_id, … of config.json
     model_type: str = ""                        # of config.json
+    model_class: str = ""                       # tokenizer_class of config.json
     generation: dict[str, Any] = field(default_factory=dict)    # generation_config.json
     jinjas: dict[str, str] = field(default_factory=dict)        # name -> chat template
     jinja_files: bool = False                   # whether they are files of their own
-    extra: dict[str, int] = field(default_factory=dict)         # added_tokens.json
+    listed: dict[str, int] = field(default_factory=dict)        # added_tokens.json
+    more_special: tuple[str, ...] = ()          # control tokens without a role
+    flags: dict[str, dict] = field(default_factory=dict)        # of tokens with a role
 
     @property
     def kind(self) -> str:
         """The class that opens the tokenizer in transformers, "" if nothing says so."""
-        name = self.settings.get("tokenizer_class") or MODEL_CLASSES.get(self.model_type, "")
+        name = self.settings.get("tokenizer_class") or self.model_class or \
+            MODEL_CLASSES.get(self.model_type, "")
         return str(name).removesuffix("Fast")
 
     def added_tokens(self) -> Iterator[tuple[str, dict]]:
         """Yield (name, flags) of the tokens that are listed outside the vocabulary, by id."""
         tokens = [(int(i), dict(t)) for i, t in
                   (self.settings.get("added_tokens_decoder") or {}).items()]
-        if not tokens:
-            tokens = [(i, {"content": n, "special": n in self.named.values(),
-                           "normalized": n not in self.named.values()})
-                      for n, i in self.extra.items()]
+        if "added_tokens_decoder" not in self.settings:
+            special = {*self.named.values(), *self.more_special}
+            tokens = [(i, {"content": n, "special": n in special, "normalized": n not in special})
+                      for n, i in self.listed.items()]
         for i, token in sorted(tokens, key=lambda item: item[0]):
-            flags = {k: v for k, v in token.items() if type(v) is bool}
-            yield content(token), {**flags, "id": i}
+            normalized = {"normalized": not token.get("special", False)}    # where it is not said
+            yield text_of(token), flags_of({**normalized, **token}, i)
 
 
-def content(token: Any) -> str:
+def text_of(token: Any) -> str:
     """Return the text of a token as a settings file writes it, a text or an object."""
     name = token.get("content") if isinstance(token, dict) else token
     if not isinstance(name, str) or not name:
@@ -140,23 +153,32 @@ def read_facts(path: Path) -> Facts:
              "added_tokens")
     settings, roles, network, generation, extra = (
         read_object(folder / f"{name}.json") for name in names)
-    facts = Facts(settings, generation=generation, model_type=str(network.get("model_type", "")))
-    facts.extra = {content(name): i for name, i in extra.items() if type(i) is int}
+    facts = Facts(settings, generation=generation, model_type=str(network.get("model_type", "")),
+                  model_class=str(network.get("tokenizer_class") or ""))
+    facts.listed = {text_of(name): i for name, i in extra.items() if type(i) is int}
     # as in transformers: a file that lists its tokens is of the newer kind, and complete
     order = (settings, roles) if "added_tokens_decoder" in settings else (roles, settings)
     for role in ROLES:
-        said = [part[role] for part in order if part.get(role) is not None]
+        said = [part[role] for part in order if part.get(role) not in (None, "")]
         if said:
-            facts.named[role] = content(said[0])
+            facts.named[role] = text_of(said[0])
+            facts.flags[text_of(said[0])] = said[0] if isinstance(said[0], dict) else {}
         elif role not in settings and role in CLASSES.get(facts.kind, {}):
             facts.named[role] = CLASSES[facts.kind][role]
-    facts.end_names = tuple(content(part["eos_token"]) for part in order
-                            if part.get("eos_token") is not None)
+    for part in order:
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            tokens = part.get(key) or ()
+            tokens = tokens.values() if isinstance(tokens, dict) else tokens
+            facts.more_special += tuple(map(text_of, tokens))
+    facts.end_names = tuple(text_of(part["eos_token"]) for part in order
+                            if part.get("eos_token") not in (None, ""))
     inner = network.get("text_config")
-    network = {**(inner if isinstance(inner, dict) else {}), **network}
+    network = {**(inner if isinstance(inner, dict) else {}),
+               **{key: value for key, value in network.items() if value is not None}}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if ids := ids_of(network, key):
-            facts.model_ids[key] = ids if isinstance(network[key], list) else ids[0]
+            several = isinstance(network[key], list) and key == "eos_token_id"
+            facts.model_ids[key] = ids if several else ids[0]
     facts.ends = (*ids_of(generation, "eos_token_id"), *ids_of(network, "eos_token_id"))
     facts.jinjas, facts.jinja_files = read_templates(folder, settings)
     return facts
@@ -194,17 +216,19 @@ def from_tables(vocab_file: Path, merges_file: Path, facts: Facts) -> dict[str, 
     if kind not in ("", *TABLES):
         raise ValueError(f"{kind!r:.60} says how its text is cut, and only {', '.join(TABLES)} are "
                          "known without a tokenizer.json: save it once with transformers")
+    if facts.settings.get("add_prefix_space"):
+        raise ValueError("byte-level BPE with a prefix space is not supported")
     vocab = read_json(vocab_file)
     lines = re.split("\r?\n", read_text(merges_file).removeprefix("\ufeff"))
     merges = [line for line in lines if line and not line.startswith("#version")]
     named = set(facts.named.values()) | ({END} if not kind else set())
+    named |= set(facts.more_special)
     tokens = {name: {**token, "content": name} for name, token in facts.added_tokens()}
     for name in sorted(named & vocab.keys() - tokens.keys(), key=vocab.__getitem__):
-        tokens[name] = {"content": name, "special": True,
-                        "lstrip": kind == "RobertaTokenizer" and name == "<mask>"}
+        tokens[name] = {**facts.flags.get(name, {}), "content": name, "special": True}
     pattern, form = TABLES[kind or "GPT2Tokenizer"]
     post = None
-    if TABLES[kind or "GPT2Tokenizer"] and CLASSES.get(kind) is _ROBERTA:
+    if CLASSES.get(kind) is _ROBERTA:
         post = {"type": "RobertaProcessing", "add_prefix_space": False, "trim_offsets": True,
                 "sep": ["</s>", vocab["</s>"]], "cls": ["<s>", vocab["<s>"]]}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
@@ -218,9 +242,15 @@ def from_tables(vocab_file: Path, merges_file: Path, facts: Facts) -> dict[str, 
             {"type": "Sequence", "pretokenizers": [cut, byte_level]}}
 
 
+def list_files(folder: Path) -> list[Path]:
+    """Return the files and folders of a checkpoint that are its tokenizer's."""
+    return [entry for entry in sorted(folder.iterdir()) if FILES.fullmatch(entry.name)
+            and (entry.is_file() or entry.name == "additional_chat_templates")]
+
+
 # --- writing --------------------------------------------------------------------------------
 
-def settings_of(tokenizer: Any, template: str | None) -> dict[str, Any]:
+def build_settings(tokenizer: Any, template: str | None) -> dict[str, Any]:
     """Return tokenizer_config.json: what was read, and what is true now where the two differ.
 
     template: a chat template that takes the place of the directory's own.
@@ -232,33 +262,76 @@ def settings_of(tokenizer: Any, template: str | None) -> dict[str, Any]:
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     roles = {"bos_token": tokenizer.decode(tokenizer.prefix)} if len(tokenizer.prefix) == 1 else {}
     roles["eos_token"] = tokenizer.eot_token
-    if tokenizer.spm and tokenizer.spm.unk is not None:
+    if tokenizer.spm and tokenizer.spm.unknown in tokenizer.added:
         roles["unk_token"] = tokenizer.spm.unknown
     roles.update((k, n) for k, n in facts.named.items() if n in tokenizer.added
                  or k in settings)
     for role, name in roles.items():
         said = settings.get(role)
-        if name and (said is None or content(said) != name):
+        if name and (not said or text_of(said) != name):
             settings[role] = name
     if "added_tokens_decoder" in settings:
         settings["added_tokens_decoder"] = {
-            str(token.pop("id")): token for token in listed(tokenizer.added)}
+            str(token.pop("id")): token for token in list_added(tokenizer.added)}
     if template is not None:
         settings["chat_template"] = template
+    elif [*facts.jinjas] == ["default"] and not facts.jinja_files:
+        settings["chat_template"] = facts.jinjas["default"]
     elif facts.jinjas and not facts.jinja_files:
-        settings["chat_template"] = facts.settings["chat_template"]
+        settings["chat_template"] = [{"name": name, "template": jinja}
+                                     for name, jinja in facts.jinjas.items()]
     return settings
+
+
+def build_generation_config(tokenizer: Any, ids: dict[str, Any]) -> dict[str, Any]:
+    """Return generation_config.json: what was read, with the ids that begin and end a text.
+
+    ids: those of config.json. The ends are all that any file names: a chat's turn ends before the
+    document does.
+    """
+    out = dict(tokenizer.facts.generation) if tokenizer is not None else {}
+    out["bos_token_id"] = ids["bos_token_id"]
+    stops = tokenizer.stop_ids if tokenizer is not None else []
+    out["eos_token_id"] = ids["eos_token_id"]
+    if len(stops) > 1 or stops and out["eos_token_id"] is None:
+        out["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+    if ids["pad_token_id"] is not None:
+        out["pad_token_id"] = ids["pad_token_id"]
+    return out
+
+
+def is_misread(tokenizer: Any, model_type: str) -> bool:
+    """Whether transformers reads a tokenizer beside a model of this type by other rules."""
+    if model_type not in FORCED:
+        return False
+    whole = tokenizer.document.get("model", {}).get("ignore_merges")    # those rules have none
+    return whole or (tokenizer.pattern, tokenizer.forms) != FORCED[model_type]
+
+
+def copy_files(entries: list[Path], folder: Path) -> None:
+    """Copy files and folders as they are."""
+    for entry in entries:
+        if entry.is_dir():
+            shutil.copytree(entry, folder / entry.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(entry, folder)
+
+
+def as_json(value: Any) -> str:
+    """Return JSON text, which UTF-8 can carry: half a surrogate pair is escaped."""
+    text = json.dumps(value, ensure_ascii=False, indent=1)
+    return text if mend(text) is text else json.dumps(value, indent=1)
 
 
 def save(folder: Path, tokenizer: Any, template: str | None = None) -> None:
     """Write tokenizer.json, tokenizer_config.json and the chat templates that are files."""
-    texts = {name: json.dumps(value, ensure_ascii=False, indent=1) for name, value in (
-        ("tokenizer_config.json", settings_of(tokenizer, template)),
-        ("tokenizer.json", tokenizer._json()))}
+    texts = {"tokenizer_config.json": as_json(build_settings(tokenizer, template)),
+             "tokenizer.json": as_json(tokenizer._json())}
     more = folder / "additional_chat_templates"
     if template is None and tokenizer.facts.jinja_files:
         for name, jinja in tokenizer.jinjas.items():
-            texts["chat_template.jinja" if name == "default" else f"{more.name}/{name}.jinja"] = jinja
+            file = "chat_template.jinja" if name == "default" else f"{more.name}/{name}.jinja"
+            texts[file] = jinja
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
@@ -273,5 +346,6 @@ def save(folder: Path, tokenizer: Any, template: str | None = None) -> None:
             os.replace(beside, file)
         finally:
             beside.unlink(missing_ok=True)
-    if "chat_template.jinja" not in texts:      # it would count before what was written
-        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    for file in (folder / "chat_template.jinja", *more.glob("*.jinja")):
+        if file.relative_to(folder).as_posix() not in texts:
+            file.unlink(missing_ok=True)        # it would count before what was written

@@ -164,7 +164,7 @@ def whole_number(value: Any) -> int:
 def read_normalizer(normalizer: dict | None) -> tuple[str, ...]:
     """Return the Unicode forms that text is brought to, one after another."""
     out = []
-    for step in pre_tokenizer.flat(normalizer or {}, "normalizer"):
+    for step in pre_tokenizer.flatten(normalizer or {}, "normalizer"):
         if step.get("type") not in FORMS:
             raise ValueError(f"the normalizer {step.get('type')!r:.40} is not supported in "
                              f"byte-level BPE, only {', '.join(FORMS)}")
@@ -174,7 +174,7 @@ def read_normalizer(normalizer: dict | None) -> tuple[str, ...]:
 
 # --- writing --------------------------------------------------------------------------------
 
-def listed(added: Mapping[str, dict]) -> list[dict]:
+def list_added(added: Mapping[str, dict]) -> list[dict]:
     """Return the added tokens as a file lists them, in the order of their ids."""
     return [{"id": token["id"], "content": name, **flags_of(token, token["id"])}
             for name, token in sorted(added.items(), key=lambda item: item[1]["id"])]
@@ -186,14 +186,14 @@ def write(tokenizer: Any) -> dict[str, Any]:
     What was read from a file is written back: its merges, its pre_tokenizer, its flags.
     """
     kept = tokenizer.document
-    vocab = {printable(t) if tokenizer.pattern or tokenizer.splits else t.decode(): i
+    vocab = {printable(t) if tokenizer.bytewise else t.decode(): i
              for t, i in tokenizer.ids.items()}
     # added tokens stand in the vocabulary as well: the library would number them anew
     vocab.update(tokenizer.other)
     vocab.update((name, token["id"]) for name, token in tokenizer.added.items())
     forms = [{"type": form} for form in tokenizer.forms]
     parts = {"version": "1.0", "truncation": None, "padding": None,
-             "added_tokens": listed(tokenizer.added),
+             "added_tokens": list_added(tokenizer.added),
              "normalizer": {"type": "Sequence", "normalizers": forms} if len(forms) > 1 else
              forms[0] if forms else None}
     if kept:
