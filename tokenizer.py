@@ -355,11 +355,10 @@ class Tokenizer:
     def render(self, messages: list[dict[str, Any]], template: str | None = None,
                add_generation_prompt: bool = False, max_length: int | None = None,
                enable_thinking: bool | None = None, tools: list | None = None,
-               documents: list | None = None, **template_kwargs: Any
-               ) -> tuple[list[int], list[int]]:
+               documents: list | None = None, **kwargs: Any) -> tuple[list[int], list[int]]:
         """A conversation -> (ids, mask); chat.render() says how."""
         return chat.render(self, messages, template, add_generation_prompt, max_length,
-                           enable_thinking, tools, documents, **template_kwargs)[:2]
+                           enable_thinking, tools, documents, **kwargs)[:2]
 
     # -- from and to a file
 
@@ -388,7 +387,6 @@ class Tokenizer:
             if chat.affixes(self.post) != ([*first.values()], [*last.values()]):
                 self.post = chat.surround(first, last)
         chat.affixes(self.post)        # ValueError now, not in the middle of a run
-        # our own text is the row of that name, which renders faster; any other is run
         self.template = chat.find_row(self.jinja, self.eot_token or EOT)
         self._index()
         self._names(frozenset(self.special))        # and so for names that cannot be looked for
@@ -400,8 +398,7 @@ class Tokenizer:
 
     def own_template(self) -> bool:
         """Whether the directory's own chat template is still the one in use."""
-        return not self.template or self.template == chat.find_row(
-            self.jinja, self.eot_token or EOT)
+        return self.template in (None, "", chat.find_row(self.jinja, self.eot_token or EOT))
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat templates, as transformers does."""
