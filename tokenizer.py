@@ -398,7 +398,7 @@ def too_blank(text: str) -> bool:
 
 def train(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2",
           special_tokens: Iterable[str] = (EOT,), workers: int | None = None,
-          progress: bool = False) -> Tokenizer:
+          progress: bool = False, fewer: bool = False) -> Tokenizer:
     """Learn a vocabulary of `vocab_size` ids, control tokens (the last ones) included.
 
     pattern: a key of bpe.PATTERNS or a regular expression. workers: processes that split, None
@@ -419,6 +419,8 @@ def train(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2",
     ranks = learn(counts, size, floor, progress) if floor > 1 else {}
     if len(ranks) < size:
         ranks = learn(counts, size, 1, progress)
+    if len(ranks) < size and fewer:
+        size = len(ranks)
     if len(ranks) < size:
         most = len(ranks) + len(special)
         raise UserError(f"vocab_size={vocab_size} is more than this text can give, all its words "
