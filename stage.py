@@ -25,6 +25,7 @@ import lora
 import train
 from config import UserError, show
 from data import chats
+from formats import atomic
 from machine import Machine, find_machine
 from model import ModelConfig, Transformer
 from translate import family_of
@@ -225,7 +226,7 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
         if adapters:                    # a target that is not there is told before a folder is made
             lora.select(model, cfg.targets)
         if machine.main and not cfg.eval_only:
-            train.prepare_out_dir(cfg)
+            train.own_out_dir(cfg)
         if adapters:
             notes = [lora.begin(cfg, model, tokenizer, grown=tokenizer.vocab_size > known,
                                 dtype=machine.dtype)]
@@ -242,5 +243,6 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
                           eval_batches=held, on_sample=sample)
         return Done(state, model, tokenizer, machine, data)
     finally:
+        atomic.release(cfg.out_dir)
         if machine.world > 1:
             dist.destroy_process_group()

@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -34,12 +33,14 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import kernels
 import tokenizer as tokenizers
-from config import UserError, run, show
+from config import Stopped, UserError, run, show
 from data import loader
+from formats import atomic
 from machine import PEAK_TFLOPS, Machine, find_machine, memory_used, utilisation
 from model import ModelConfig, Transformer
 from optim import Optimizer, clip_grad_norm
 from presets import PRESETS, from_settings
+from training.faults import Stop, check_finite, read_log, together
 
 Batch = dict[str, Tensor]
 Loss = Callable[[Any, Batch], tuple[Tensor, Tensor, dict]]
@@ -144,19 +145,16 @@ def lr_scale(cfg: Config, step: int) -> float:
 class Journal:
     """Progress on stderr, one JSON object a line in out_dir/log.jsonl, wandb and tensorboard."""
 
-    def __init__(self, cfg: Config, machine: Machine, step: int):
+    def __init__(self, cfg: Config, machine: Machine, state: "State"):
         self.on, self.live = machine.main, sys.stderr.isatty()
         self.file = self.wandb = self.board = None
         if not self.on or cfg.eval_only:
             return
         path = Path(cfg.out_dir) / "log.jsonl"
         # a resumed run writes the steps after its checkpoint anew: forget what came of them
-        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(x for x in lines if x.endswith("}\n")
-                                 and json.loads(x)["step"] <= step))
-        os.replace(aside, path)
-        self.file = path.open("a")
+        lines = read_log(path, state) if state.step else []
+        atomic.write_text(path, "".join(lines), path.with_suffix(".tmp"))
+        self.file = path.open("a", encoding="utf-8")
         if cfg.wandb_log:
             import wandb
             self.wandb = wandb
@@ -224,23 +222,6 @@ def evaluate(model: Transformer, batches: Iterable[Batch], loss: Loss, machine: 
 
 # ------------------------------------------------------------------------------- the loop
 
-class Stop:
-    """SIGTERM and Ctrl-C ask for a stop at the end of the step; a second Ctrl-C insists."""
-    asked = False
-
-    def __enter__(self):
-        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
 @dataclass
 class State:
     """What a checkpoint remembers besides weights and optimizer."""
@@ -251,23 +232,24 @@ class State:
     scale: float = 1.0              # loss scale, float16 only
     steady: int = 0                 # steps since the scale last changed
     seconds: float = 0.0            # of training so far, over all resumptions
+    due: bool = False               # the evaluation of this step is still to be made
 
 def save(cfg: Config, model: Transformer, tokenizer, optimizer: Optimizer, state: State,
          better: bool) -> None:
     """A complete checkpoint beside the others, then the note that names it, then the pruning.
 
-    A kill at any moment leaves the previous note and a checkpoint that it names, complete.
+    A kill at any moment leaves the previous note and a checkpoint that it names, complete. The note
+    says as well whether the run is: "complete" is true once max_iters is reached and evaluated.
     """
     out = Path(cfg.out_dir)
     name = f"step_{state.step:06d}"
     checkpoint.save_checkpoint(out / name, model, tokenizer, {
         "optimizer": optimizer.state_dict(), "state": asdict(state), "settings": asdict(cfg)})
     note = out / "checkpoints.json"
-    names = json.loads(note.read_text()) if note.exists() else {}
+    names = checkpoint.read_json(note) if note.exists() else {}
     names.update({"last": name} | ({"best": name} if better else {}))
-    aside = note.with_suffix(".tmp")
-    aside.write_text(json.dumps(names))
-    os.replace(aside, note)
+    names["complete"] = state.step >= cfg.max_iters and not state.due
+    atomic.write_text(note, json.dumps(names), note.with_suffix(".tmp"))
     old = sorted(p for p in out.glob("step_*") if p.is_dir() and p.name not in names.values())
     for path in old[:max(0, len(old) - (cfg.keep - 1))]:
         shutil.rmtree(path, ignore_errors=True)
@@ -350,25 +332,48 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
     compiled = cfg.compile or (cfg.compile is None and machine.device.type == "cuda"
                                and not model.config.num_experts)
     fast = torch.compile(model) if compiled else model
-    ranks = DistributedDataParallel(fast, gradient_as_bucket_view=True) if (
-        machine.world > 1) else fast
+    with together(cfg, machine):
+        ranks = DistributedDataParallel(fast, gradient_as_bucket_view=True) if (
+            machine.world > 1) else fast
     token_bytes = None if tokenizer is None else torch.as_tensor(tokenizer.byte_lengths(),
                                                                  device=machine.device)
-    journal = Journal(cfg, machine, state.step)
+    journal = Journal(cfg, machine, state)
     if cfg.eval_only:
         result = evaluate(fast, eval_batches, loss, machine, token_bytes)
         if machine.main:
             print(" ".join(f"{k} {v:.4f}" for k, v in result.items()))
         return state
-    if state.step >= cfg.max_iters:
+
+    def score() -> bool:
+        """Evaluate, and tell whether this is the best so far."""
+        if not eval_batches:
+            return False
+        result = evaluate(fast, eval_batches, loss, machine, token_bytes)
+        journal.record(step=state.step, seconds=state.seconds, **result)
+        journal.say(f"step {state.step}: " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()))
+        better = result["val_loss"] < state.best
+        state.best = result["val_loss"] if better else state.best
+        return better
+
+    def keep(better: bool) -> None:
+        """Save, on the first rank; what is not finite is refused on all of them."""
+        check_finite(cfg, model, optimizer, state)
+        if machine.main:
+            save(cfg, model, tokenizer, optimizer, state, better)
+
+    if state.step >= cfg.max_iters and not state.due:
         journal.say(f"{cfg.out_dir} is already at step {state.step}: raise --max_iters to go on")
     model.train()
     timed, tokens = 0.0, 0                              # since the last line of the log
-    with Stop() as stop:
+    with Stop() as stop, together(cfg, machine):
+        if state.due:                                   # the run was stopped in that very step
+            state.due, better = False, score()
+            if better or cfg.always_save_checkpoint or state.step >= cfg.max_iters:
+                keep(better)
         while state.step < cfg.max_iters:
             began, scale = time.perf_counter(), lr_scale(cfg, state.step)
             batch = batches(state.step)
-            done = take_step(cfg, ranks, batch, loss, machine, optimizer, state, stop.asked)
+            done = take_step(cfg, ranks, batch, loss, machine, optimizer, state, bool(stop.asked))
             finite, leaving = done.pop("finite"), done.pop("asked")
             timed, tokens = timed + time.perf_counter() - began, tokens + batch["ids"].numel()
             state.seconds += time.perf_counter() - began
@@ -391,17 +396,12 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
                     f"tok/s | mfu {share}{odd} | {clock(left)} left", passing=not final)
                 timed, tokens = 0.0, 0
             # ------ evaluate and save
-            due, better = state.step % cfg.eval_interval == 0 or final, False
-            if due and not leaving and eval_batches:
-                result = evaluate(fast, eval_batches, loss, machine, token_bytes)
-                better, state.best = result["val_loss"] < state.best, min(result["val_loss"],
-                                                                          state.best)
-                journal.record(step=state.step, seconds=state.seconds, **result)
-                journal.say(f"step {state.step}: " + " | ".join(
-                    f"{k} {v:.4f}" for k, v in result.items()))
-            if machine.main and (leaving or final or
-                                 due and (better or cfg.always_save_checkpoint)):
-                save(cfg, model, tokenizer, optimizer, state, better)
+            due = state.step % cfg.eval_interval == 0 or final
+            # who asks for a stop may not wait for it: the resumed run makes it up
+            state.due = due and leaving and bool(eval_batches)
+            better = due and not leaving and score()
+            if leaving or final or due and (better or cfg.always_save_checkpoint):
+                keep(better)
             if on_sample and cfg.sample_interval and state.step % cfg.sample_interval == 0 and (
                     machine.main):
                 journal.say(f"--- sample at step {state.step}\n{on_sample()}\n---")
@@ -410,8 +410,10 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
                             f"with: python {Path(sys.argv[0]).name} --init_from=resume "
                             f"--out_dir={cfg.out_dir}")
                 break
-    if machine.world > 1:
-        dist.barrier()
+        if machine.world > 1:
+            dist.barrier()
+    if state.step < cfg.max_iters or state.due:
+        raise Stopped(stop.asked or signal.SIGTERM)     # another rank was asked
     return state
 
 # ------------------------------------------------------------------------------ pretraining
@@ -494,6 +496,18 @@ def inherit(cfg: Config) -> Config:
     merged.given = given
     return merged
 
+def own_out_dir(cfg: Config) -> None:
+    """Make out_dir this run's alone for as long as it lasts, and ready to be written to."""
+    taken = (f"another run trains in {cfg.out_dir}: wait for its end, or choose another folder "
+             "with --out_dir")
+    try:
+        atomic.hold(cfg.out_dir, taken)
+        prepare_out_dir(cfg)
+        atomic.hold(cfg.out_dir, taken)         # a new folder of that name, if it was moved aside
+    except OSError as e:
+        raise UserError(f"cannot write to out_dir {cfg.out_dir}: {e.strerror}; choose another "
+                        "with --out_dir") from e
+
 def prepare_out_dir(cfg: Config) -> None:
     """Make out_dir; a finished or broken-off run in it is moved aside, never overwritten."""
     out = Path(cfg.out_dir)
@@ -542,7 +556,7 @@ def main(cfg: Config) -> State:
                                    cfg.eval_iters, eot=dataset.eot, documents=cfg.document_mask)
     model = build_model(cfg, dataset.vocab_size, machine)
     if machine.main and not cfg.eval_only:
-        prepare_out_dir(cfg)
+        own_out_dir(cfg)
     if machine.main:
         print(show(cfg), file=sys.stderr)
         cost = model.flops_per_token(cfg.block_size) * rows * cfg.block_size
@@ -561,6 +575,7 @@ def main(cfg: Config) -> State:
         return fit(cfg, model, batches, next_token_loss(cfg), machine, eval_batches=held_out,
                    tokenizer=tokenizer, on_sample=on_sample)
     finally:
+        atomic.release(cfg.out_dir)
         if machine.world > 1:
             dist.destroy_process_group()
 

@@ -34,8 +34,29 @@ from typing import Any, Callable, Sequence
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
+LONGEST = 700                           # characters of a sentence; a hostile name may have millions
+
+
+def brief(text: str, most: int = LONGEST) -> str:
+    """The text, its middle left out where it is longer than `most`, without control characters."""
+    if len(text) > most:
+        text = f"{text[:most * 2 // 3]} … {text[-most // 4:]}"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """A mistake the user can mend: one sentence that says what, where and what to do."""
+
+    def __init__(self, message: Any = ""):
+        super().__init__(brief(str(message)))
+
+
+class Stopped(Exception):
+    """A run that was told to stop by signal `number` and has saved; its status is 128 + number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by signal {number}")
+        self.status = 128 + number
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -245,6 +266,8 @@ def run(main: Callable[[Any], Any], cls: type, positional: Sequence[str] = ()) -
     except UserError as e:
         complain(str(e))
         sys.exit(2)
+    except Stopped as e:                    # said by the run; `a && b` must not go on to b
+        sys.exit(e.status)
     except KeyboardInterrupt:
         complain("interrupted")
         sys.exit(130)

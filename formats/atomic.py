@@ -188,12 +188,17 @@ def remove_leftovers(path: Path, kind: str = "new") -> None:
                     lock.release()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file `path` by `text` (UTF-8), or leave it as it was; synced before its name."""
-    new = beside(path)
+def write_text(path: Path, text: str, aside: Path | None = None) -> None:
+    """Replace the file `path` by `text` (UTF-8), or leave it as it was; synced before its name.
+
+    aside: a name to write under, of a caller who is alone in the folder; else it is unique.
+    """
+    new = aside or beside(path)
     remove_leftovers(path)
     try:
         with open(new, "w", encoding="utf-8", newline="\n") as f:
+            with contextlib.suppress(OSError):          # or the next process takes it for dead
+                lock_handle(f.fileno())
             f.write(text)
             f.flush()
             os.fsync(f.fileno())
