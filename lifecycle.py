@@ -118,6 +118,9 @@ def command(stage: str, line: str, threads: int = 0) -> tuple[float, str]:
         status, out, err = CHILDREN.run(
             [sys.executable, *line.split()], cwd=ROOT, stderr=None if shown else subprocess.PIPE,
             env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})})
+    except Stopped:
+        CHILDREN.stopped.append(stage)
+        raise
     finally:
         if shown:
             SCREEN.release()
