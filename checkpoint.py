@@ -20,6 +20,7 @@ weights.py, how the published architectures spell settings and parameters is fam
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import functools
 import hashlib
 import json
@@ -312,7 +313,7 @@ def digest(*parts: Any) -> str:
 def fingerprint(directory: Path) -> str:
     """What model a folder holds: the digest of its weights and their config."""
     return digest(*sorted(f for f in directory.iterdir() if f.name == "config.json"
-                          or f.suffix in (".safetensors", ".bin", ".pth")))
+                          or f.suffix in (".safetensors", ".bin", ".pth") and f.is_file()))
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], str]:

@@ -31,6 +31,7 @@ and a resumed run whose file is lost load one, before there are gradients, and f
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import glob
 import os
 import sys

@@ -13,6 +13,7 @@ A row for each task and the total go to stdout. What to expect: RESULTS.md, "the
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import sys
 import time
 from collections import Counter

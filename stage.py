@@ -35,6 +35,7 @@ CONTEXT = 1024          # a row is no longer by default, though many a model cou
 
 @dataclass
 class Config(train.Config, lora.Settings):
+    ranges = {"warmup_iters": "-1 or [0, 1e12]"}
     # --- data
     dataset: str = "skills"             # a name under data/, a folder, or a file of conversations
     skip_bad: bool = False              # drop bad records, and count them

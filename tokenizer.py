@@ -19,6 +19,7 @@ A tokenizer is saved as Hugging Face's tokenizer.json, which `tokenizers` and `t
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import codecs
 import json
 import os

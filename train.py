@@ -14,6 +14,7 @@ resumed run is the run that never stopped, bit for bit on a CPU.
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import contextlib
 import json
 import math
@@ -33,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import kernels
 import tokenizer as tokenizers
-from config import Stopped, UserError, run, show
+from config import Stopped, UserError, check_values, run, show
 from data import loader
 from formats import atomic
 from machine import PEAK_TFLOPS, Machine, find_machine, memory_used, utilisation
@@ -234,6 +235,22 @@ class State:
     seconds: float = 0.0            # of training so far, over all resumptions
     due: bool = False               # the evaluation of this step is still to be made
 
+def restore(cfg: Config, optimizer: Optimizer) -> State:
+    """Give the optimizer what the last checkpoint of out_dir has for it; return the state."""
+    path = checkpoint.resolve(cfg.out_dir, "last")
+    saved = checkpoint.load_trainer(path)
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+        state = State(**saved["state"])
+        if not all(type(v) in (int, float, bool) for v in asdict(state).values()):
+            raise TypeError("a value that is no number")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}/trainer.pt is damaged, or of another version of this program "
+                        f"({type(e).__name__}: {e}): resume from another checkpoint, or start a "
+                        f"new run from its weights with --init_from={path} and another --out_dir"
+                        ) from e
+    return state
+
 def save(cfg: Config, model: Transformer, tokenizer, optimizer: Optimizer, state: State,
          better: bool) -> None:
     """A complete checkpoint beside the others, then the note that names it, then the pruning.
@@ -324,9 +341,7 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
     scale = 65536.0 / (cfg.batch_size * cfg.block_size) if machine.dtype == torch.float16 else 1.0
     state = State(scale=scale)
     if cfg.init_from == "resume":
-        saved = checkpoint.load_trainer(checkpoint.resolve(cfg.out_dir, "last"))
-        optimizer.load_state_dict(saved["optimizer"])
-        state = State(**saved["state"])
+        state = restore(cfg, optimizer)
     model.compute_dtype, model.checkpointing = machine.dtype, cfg.checkpointing
     # how many tokens an expert gets is data: a compiled mixture would be compiled again and again
     compiled = cfg.compile or (cfg.compile is None and machine.device.type == "cuda"
@@ -420,7 +435,8 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
 
 def router_of(cfg: Config, shape: ModelConfig) -> str:
     """What to ask a model's forward of its routers: nothing of a dense one, or without learning."""
-    if not shape.num_experts or not torch.is_grad_enabled():
+    dense = not shape.num_experts or shape.first_k_dense_replace >= shape.n_layer
+    if dense or not torch.is_grad_enabled():
         return ""
     return "sequence" if cfg.router_sequence_wise else "batch"
 
@@ -490,6 +506,7 @@ def inherit(cfg: Config) -> Config:
     if not isinstance(saved, dict):
         raise UserError(f"{path}/trainer.pt is not of a run of train.py: start a new one from its "
                         f"weights with --init_from={path} and another --out_dir")
+    saved = check_values(type(cfg), saved, f"{path}/trainer.pt")
     given = getattr(cfg, "given", frozenset())
     own = {"init_from", "out_dir", "device", "eval_only"} | given
     merged = replace(cfg, **{k: v for k, v in saved.items() if k in asdict(cfg) and k not in own})

@@ -189,7 +189,10 @@ def find(dataset: str) -> Path:
     path = Path(dataset).expanduser()
     # A bare name means data/<name>, even where the working directory has a folder so called,
     # unless that folder is a prepared dataset itself.
-    bare = len(path.parts) == 1 and not (path / "meta.json").is_file()
+    try:
+        bare = len(path.parts) == 1 and not (path / "meta.json").is_file()
+    except OSError as e:                # a name that is too long
+        raise UserError(f"--dataset={dataset} cannot be a folder: {e.strerror}") from None
     return ROOT / "data" / path if bare else path
 
 
