@@ -122,13 +122,14 @@ def coerce(name: str, value: Any, kind: Any, where: str) -> Any:
 # any run has had: they tell a slip of the finger, or a damaged file, from a number.
 RANGES = {
     "[1, 1e7]": "batch_size gradient_accumulation_steps n_layer n_head n_embd keep num_samples "
-                "repeat seeds num_experts_per_tok moe_intermediate_size",
+                "repeat seeds",
     "[0, 1e7]": "n_kv_head head_dim intermediate_size num_experts n_shared_experts lora_rank show "
-                "hidden_layers cache_top_k speculate wrong top_k",
+                "hidden_layers cache_top_k speculate wrong top_k num_experts_per_tok "
+                "moe_intermediate_size",
     "[1, 1e12]": "eval_interval eval_iters log_interval generate_tokens vocab_size shard_tokens",
     "[0, 1e12]": "block_size max_iters lr_decay_iters sample_interval generate limit "
                  "max_new_tokens train val test pref rl warmup_iters",
-    "[1, 2147483647]": "sliding_window",
+    "[0, 2147483647]": "sliding_window",
     "[0, 4294967295]": "seed",                      # what every generator of numbers takes
     "[1, 1e18]": "tokenizer_chars",
     "[1, 3]": "level",
@@ -140,7 +141,7 @@ RANGES = {
     "-1 or [0, 1e3]": "min_lr",
     "[0, 1e6]": "grad_clip beta gamma temperature generate_temperature lora_alpha",
     "(0, 1e6]": "epochs repetition_penalty shard_gb",
-    "(0, 1e18]": "rope_theta",
+    "[0, 1e18]": "rope_theta",
     "[0, 1)": "beta1 beta2 dropout lora_dropout label_smoothing",
     "[0, 1]": "wsd_decay alpha min_p",
     "(0, 1]": "top_p",

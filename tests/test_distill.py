@@ -396,7 +396,7 @@ def test_stopped_or_killed_it_goes_on_to_the_same_weights(go, fork, tmp_path):
             train.time.sleep(0.005)
         os.kill(run.pid, number)
         status, stdout, stderr = run.wait()
-        assert (status, stdout) == (0 if number == signal.SIGTERM else -number, "")
+        assert (status, stdout) == (128 + number if number == signal.SIGTERM else -number, "")
         go_on(out)
         assert_same_files(straight, out)
         if number == signal.SIGTERM:
