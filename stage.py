@@ -30,6 +30,8 @@ from machine import Machine, find_machine
 from model import ModelConfig, Transformer
 from translate import family_of
 
+# what makes the models that the stages' configs start from
+BEFORE = {"out/demo": "train.py config/demo.py", "out/sft": "sft.py config/sft_skills.py"}
 CONTEXT = 1024          # a row is no longer by default, though many a model could read more
 
 
@@ -151,9 +153,9 @@ def start_from(cfg: Config) -> tuple[ModelConfig, Any]:
     try:
         directory = checkpoint.resolve(source, which)
     except UserError as e:
-        if resume or "init_from" in getattr(cfg, "given", ()):
+        before = BEFORE.get(source.rstrip("/"))
+        if resume or not before:
             raise
-        before = "sft.py config/sft_skills.py" if "sft" in source else "train.py config/demo.py"
         raise UserError(f"there is no trained model at {source}, where this stage starts: make one "
                         f"with `python {before}`, or name another with --init_from=DIR") from e
     return checkpoint.read_config(directory), checkpoint.load_tokenizer(directory)

@@ -78,21 +78,19 @@ def lock_handle(handle: int) -> bool:
 
 def try_lock(path: Path) -> Lock | None:
     """Lock an existing folder, or a file that is made if need be; None where another has it."""
-    file = None
+    file, handle = None, -1
     if fcntl:
         flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
         try:
             handle = os.open(path, flags, 0o666)
+            taken = not lock_handle(handle)
         except FileNotFoundError:           # a folder that was removed meanwhile
             return None
-        try:
-            taken = not lock_handle(handle)
-        except OSError as e:
-            os.close(handle)
-            if e.errno not in NO_LOCKS:
-                raise
+        except OSError:                     # a folder that cannot be opened, or locked
+            if handle >= 0:
+                os.close(handle)
             handle = -1
-    if not fcntl or handle < 0:
+    if handle < 0:
         file, handle = path.with_name(f".{path.name}.lock"), -1
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
