@@ -41,7 +41,7 @@ from machine import PEAK_TFLOPS, Machine, find_machine, memory_used, utilisation
 from model import ModelConfig, Transformer
 from optim import Optimizer, clip_grad_norm
 from presets import PRESETS, from_settings
-from training.faults import Stop, check_finite, read_log, together
+from training.faults import Stop, check_finite, read_log, take_folder, together
 
 Batch = dict[str, Tensor]
 Loss = Callable[[Any, Batch], tuple[Tensor, Tensor, dict]]
@@ -515,15 +515,9 @@ def inherit(cfg: Config) -> Config:
 
 def own_out_dir(cfg: Config) -> None:
     """Make out_dir this run's alone for as long as it lasts, and ready to be written to."""
-    taken = (f"another run trains in {cfg.out_dir}: wait for its end, or choose another folder "
-             "with --out_dir")
-    try:
-        atomic.hold(cfg.out_dir, taken)
-        prepare_out_dir(cfg)
-        atomic.hold(cfg.out_dir, taken)         # a new folder of that name, if it was moved aside
-    except OSError as e:
-        raise UserError(f"cannot write to out_dir {cfg.out_dir}: {e.strerror}; choose another "
-                        "with --out_dir") from e
+    take_folder(cfg.out_dir)
+    prepare_out_dir(cfg)
+    take_folder(cfg.out_dir)            # a new folder of that name, if the old one was moved aside
 
 def prepare_out_dir(cfg: Config) -> None:
     """Make out_dir; a finished or broken-off run in it is moved aside, never overwritten."""

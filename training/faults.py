@@ -20,6 +20,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from config import UserError
+from formats import atomic
+
+
+def take_folder(out_dir: str) -> None:
+    """Make `out_dir` this run's alone until atomic.release(), or until the process ends."""
+    try:
+        atomic.hold(out_dir, f"another run trains in {out_dir}: wait for its end, or choose "
+                    "another folder with --out_dir")
+    except OSError as e:
+        raise UserError(f"cannot write to out_dir {out_dir}: {e.strerror}; choose another with "
+                        "--out_dir") from e
 
 
 class Stop:
