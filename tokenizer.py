@@ -299,7 +299,7 @@ class Tokenizer:
         found = settings.get("chat_template") or ""
         if isinstance(found, list):     # several, by name
             found = {t["name"]: t["template"] for t in found}.get("default", "")
-        found = read_text(jinja) if jinja.exists() else str(found)
+        found = read_text(jinja) if jinja.is_file() else str(found)
         self.template = chat.recognise(found)
         self.jinja = "" if self.template else found
 
@@ -478,7 +478,7 @@ def load(path_or_name: str | os.PathLike) -> Tokenizer:
             tokenizer = from_json({"model": {"vocab": vocab, "merges": merges},
                                    "added_tokens": added, "pre_tokenizer": {"type": "ByteLevel"}})
         tokenizer.read_settings(settings, folder / "chat_template.jinja", bool(model and not whole))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(f"{path} is not a tokenizer that this program reads "
                         f"({type(e).__name__}: {e})") from None
     return tokenizer
