@@ -325,7 +325,8 @@ def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
             missing = [s for s in files if not files[s].is_file()]
             together()                              # all have looked before any of them writes
             if mine := missing[rank::world]:
-                teacher = checkpoint.load_model(checkpoint.resolve(cfg.teacher), cfg.device, cfg.dtype)
+                where = checkpoint.resolve(cfg.teacher)
+                teacher = checkpoint.load_model(where, cfg.device, cfg.dtype)
                 sample.pack(teacher)                    # one matmul for what reads the same
                 for s in progress(mine, "the teacher answers, parts"):
                     some = [records[i % len(records)] for i in range(s, min(count, s + ANSWERS))]

@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+import checkpoint
+import stage
 import train
 from config import Stopped, UserError, configure
 from data import loader
@@ -59,7 +61,7 @@ def test_a_stop_at_any_step_is_made_up_for(go, stop_at, data, tmp_path, always):
                     trainer(last(out, "best"))["state"]["best"])
 
 
-def test_an_evaluation_that_was_logged_and_not_saved_is_logged_once(go, stop_at, tmp_path):  # noqa: F811
+def test_what_was_logged_and_not_saved_is_logged_once(go, stop_at, tmp_path):        # noqa: F811
     """Killed between the evaluation that was made up and the checkpoint that says so."""
     flags = ["--max_iters=4", "--eval_interval=2", "--eval_iters=1"]
     straight, out = go("straight", *flags), tmp_path / "killed"
@@ -91,7 +93,7 @@ def test_the_first_ctrl_c_asks_and_the_second_insists():
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(go, fork, tmp_path):   # noqa: F811
+def test_a_second_run_in_the_folder_is_refused(go, fork, tmp_path):                 # noqa: F811
     """Scratch or resume; the folder stays as the first one has it, and is free after its end."""
     out = go("out", "--max_iters=2")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -189,6 +191,40 @@ def test_a_validation_loss_of_nan_is_never_the_best(go, monkeypatch):           
     out = go("out", "--max_iters=8", "--eval_interval=2", "--keep=9")
     assert last(out, "best").name == "step_000006"
     assert trainer(last(out))["state"]["best"] == 4.0
+
+
+def test_a_mixture_without_a_layer_of_experts_trains(go):                            # noqa: F811
+    """GLM-4.5's first layer is dense; with one layer there is no router to balance."""
+    out = go("out", "--family=glm4_moe", "--n_layer=1", "--num_experts=4", "--max_iters=2",
+             "--num_experts_per_tok=2")
+    assert "balance" not in log(out)[0] and math.isfinite(log(out)[0]["loss"])
+
+
+def test_two_writers_of_one_checkpoint_are_told_apart(go, tmp_path):                 # noqa: F811
+    """Two `checkpoint.py convert` to one folder: the second is refused, the first comes through;
+    what a killed one left is removed."""
+    source, target = go("out", "--max_iters=1"), tmp_path / "copy"
+    (tmp_path / ".copy.new").mkdir()
+    (tmp_path / ".copy.new" / "half.safetensors").touch()       # of one that was killed
+    held = atomic.try_lock(tmp_path / ".copy.new")
+    with pytest.raises(UserError, match="another process writes"):
+        checkpoint.convert(str(source), str(target))
+    assert (tmp_path / ".copy.new" / "half.safetensors").exists()
+    held.release()
+    checkpoint.convert(str(source), str(target))
+    assert same(weights(target), weights(last(source)))
+    assert not (target / "half.safetensors").exists() and not (tmp_path / ".copy.new").exists()
+
+
+def test_a_stage_before_the_demo_names_the_command_that_makes_its_base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file, command in (("sft_skills", "train.py config/demo.py"),
+                          ("dpo_skills", "sft.py config/sft_skills.py")):
+        text = (ROOT / "config" / f"{file}.py").read_text(encoding="utf-8")
+        source = re.search('^init_from = "(.*)"', text, re.M)[1]
+        cfg = configure(stage.Config, [f"--init_from={source}"])
+        with pytest.raises(UserError, match=f"make one with `python {command}`"):
+            stage.start_from(cfg)
 
 
 # ---------------------------------------------------------------------------- before run()

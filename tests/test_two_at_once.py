@@ -256,7 +256,7 @@ def test_an_odd_address_is_one_sentence(tmp_path, word):
     b"HTTP/1.1 999 \x1b[2J\r\nContent-Length: 0\r\n\r\n", b"no HTTP at all\r\n\r\n", b"",
     b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\nabc",
     b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\nabc"], ids=range(11))
-def test_an_odd_answer_is_a_file_or_one_sentence(tmp_path, server, monkeypatch, answer):    # noqa: F811
+def test_an_odd_answer_is_one_sentence(tmp_path, server, monkeypatch, answer):       # noqa: F811
     def do_get(self):
         self.wfile.write(answer)
         self.close_connection = True
@@ -282,7 +282,8 @@ def test_a_dataset_of_odd_files_is_one_sentence(tmp_path, bpe):                 
 
     heads = [b"{'descr': '<u2', 'fortran_order': False, 'shape': (%d,), }\n" % n
              for n in (2 ** 62, 2 ** 70, -1)]
-    heads += [b"{'descr': '<u2\n", b"{'descr': '<u2', 'fortran_order': False, 'shape': (True,), }\n",
+    heads += [b"{'descr': '<u2\n",
+              b"{'descr': '<u2', 'fortran_order': False, 'shape': (True,), }\n",
               b"{'descr': '|O', 'fortran_order': False, 'shape': (9,), }\n", b"(" * 9000]
     changes = [*(lambda h=h: shard.write_bytes(header(h)) for h in heads), lambda: shard.mkdir(),
                lambda: shard.symlink_to(shard.name), lambda: os.mkfifo(shard),
