@@ -15,6 +15,7 @@ to stdout, as it stands in RESULTS.md under "The life of a model", in some seven
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,7 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from config import Stopped, UserError, run
 
@@ -109,7 +110,17 @@ class Children:
 CHILDREN = Children()
 
 
-def command(stage: str, line: str, threads: int = 0) -> tuple[float, str]:
+@contextlib.contextmanager
+def noting(stage: str) -> Iterator[None]:
+    """Note it if the stage is stopped, for whoever wants to go on with it."""
+    try:
+        yield
+    except Stopped:
+        CHILDREN.stopped.append(stage)
+        raise
+
+
+def command(line: str, threads: int = 0) -> tuple[float, str]:
     """Run `python LINE`: (seconds, what it wrote to stdout). Its progress goes to our stderr, and
     at its end if another one has the screen. threads: of the CPU; 0: as many as PyTorch takes."""
     print(f"\n$ python {line}", file=sys.stderr, flush=True)
@@ -118,21 +129,17 @@ def command(stage: str, line: str, threads: int = 0) -> tuple[float, str]:
         status, out, err = CHILDREN.run(
             [sys.executable, *line.split()], cwd=ROOT, stderr=None if shown else subprocess.PIPE,
             env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})})
-    except Stopped:
-        CHILDREN.stopped.append(stage)
-        raise
     finally:
         if shown:
             SCREEN.release()
     if not shown:
         print(f"\n$ python {line}\n{err}", file=sys.stderr, flush=True)
     if CHILDREN.asked or status in [128 + n for n in Children.SIGNALS]:
-        CHILDREN.stopped.append(stage)
         raise Stopped(CHILDREN.asked or status - 128)
     if status:
         # it said itself, on stderr, what is wrong
-        raise UserError(f"`python {line}` ended with status {status}: see above, then go on with "
-                        f"--first={stage}")
+        raise UserError(f"`python {line}` ended with status {status}: see above, then go "
+                        "on with --first=STAGE")
     return time.perf_counter() - began, out
 
 
@@ -165,16 +172,16 @@ def parameters(folder: str) -> int:
     return load_model(resolve(ROOT / folder, "last"), "cpu").parameter_count()
 
 
-def model_of(cfg: Config, stage: str, title: str, line: str, threads: int = 0) -> str:
+def model_of(cfg: Config, title: str, line: str, threads: int = 0) -> str:
     """Make one model, ask it the test set, and tell of it: a row of the table."""
     folder = out_dir(line)
     if unfinished(folder):                          # its own settings are saved with it
         print(f"\n{folder} holds a run that was stopped: it goes on (remove the folder to begin it "
               "anew)", file=sys.stderr, flush=True)
         line = f"{line.split()[0]} --init_from=resume --out_dir={folder}"
-    seconds, _ = command(stage, f"{line} --device={cfg.device}", threads)
-    _, said = command(stage, f"eval.py --out_dir={folder} --limit={cfg.limit} "
-                      f"--device={cfg.device}", threads)
+    seconds, _ = command(f"{line} --device={cfg.device}", threads)
+    _, said = command(f"eval.py --out_dir={folder} --limit={cfg.limit} --device={cfg.device}",
+                      threads)
     print(said, file=sys.stderr)
     accuracy = float(re.search(r"^accuracy ([\d.]+)", said, re.M)[1])
     preferred = last(folder, "val_accuracy")
@@ -197,13 +204,16 @@ def run_stages(cfg: Config) -> None:
     """Run the stages in turn, those at the end beside each other, and print the table."""
     if cfg.first not in STAGES:
         raise UserError(f"first={cfg.first!r} does not exist: {', '.join(STAGES)}")
+    if cfg.seeds < 1 or min(cfg.limit, cfg.jobs) < 0:
+        raise UserError("--seeds must be at least 1, --limit and --jobs at least 0")
     from checkpoint import pick_device              # with torch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     began, rows, waiting = time.perf_counter(), [], []
     for name in list(STAGES)[list(STAGES).index(cfg.first):]:
         title, line = STAGES[name]
         if not title:
-            command(name, line)
+            with noting(name):
+                command(line)
         elif name in ("distill", "student"):        # once a seed
             folder = out_dir(line)
             line = line.replace(f"--out_dir={folder}", "")
@@ -212,7 +222,8 @@ def run_stages(cfg: Config) -> None:
         elif name == "lora":
             waiting.append((name, title, line))
         else:
-            rows.append(model_of(cfg, name, title, line))
+            with noting(name):
+                rows.append(model_of(cfg, title, line))
     jobs = min(len(waiting), cfg.jobs or (cores if pick_device(cfg.device).type == "cpu" else 1))
     share, failed = max(cores // jobs, 1) if jobs > 1 else 0, threading.Event()
 
@@ -220,7 +231,8 @@ def run_stages(cfg: Config) -> None:
         if failed.is_set():                         # what went wrong is to be the last word
             return ""
         try:
-            return model_of(cfg, *model, threads=share)
+            with noting(model[0]):
+                return model_of(cfg, *model[1:], threads=share)
         except BaseException:
             failed.set()
             raise

@@ -91,13 +91,13 @@ def test_what_was_stopped_is_resumed_and_the_rest_begins_anew(tmp_path, monkeypa
     (tmp_path / "out" / "sft" / "log.jsonl").write_text('{"step": 1, "val_loss": 2.0}\n')
     asked = []
 
-    def command(stage, line, threads=0):
+    def command(line, threads=0):
         asked.append(line)
         return 1.0, "accuracy 0.5"
     monkeypatch.setattr(lifecycle, "ROOT", tmp_path)
     monkeypatch.setattr(lifecycle, "command", command)
     monkeypatch.setattr(lifecycle, "parameters", lambda folder: 9)
-    lifecycle.model_of(lifecycle.Config(device="cpu"), "sft", "SFT",
-                       "sft.py config/x.py --out_dir=out/sft")
+    line = "sft.py config/x.py --out_dir=out/sft"
+    lifecycle.model_of(lifecycle.Config(device="cpu"), "SFT", line)
     resumed = "sft.py --init_from=resume --out_dir=out/sft --device=cpu"
     assert (asked[0] == resumed) == resumes and "eval.py" in asked[1]
