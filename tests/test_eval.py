@@ -151,7 +151,7 @@ def test_mistakes_get_one_sentence(model, asked, flags, sentence):
         run(model["chatml"], asked, *flags)
     (asked / "test.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
     with pytest.raises(UserError, match="has no conversation that ends with an answer|nowhere|"
-                                        "is missing|below"):
+                                        "is missing|it must be"):
         run(model["chatml"], asked, *flags)
 
 # ---------------------------------------------------------------------------- the whole life
