@@ -2,40 +2,43 @@
 # make lifecycle: text -> model -> chat -> preferences -> student, some seventeen minutes on two cores
 # make test: every test, a process a core, each test file in one of them
 # make bench: the tables of RESULTS.md
+# make stress: kills, signals, damaged files and simultaneous runs, at most twenty minutes
 
-# An active virtual environment is used as it is; otherwise .venv is made and used.
-VENV := $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
-PYTHON := $(VENV)/bin/python
-BASE := $(or $(shell command -v python3),python)
+# An active virtual environment is used as it is; otherwise .venv is made and used. Its path may have
+# spaces: it stands between quotes in commands, and is no name of a target.
+VENV := $(or $(VIRTUAL_ENV),.venv)
+PYTHON := "$(VENV)/bin/python"
+BASE := "$(or $(shell command -v python3),python)"
 
-.PHONY: demo lifecycle test bench clean
+.PHONY: demo lifecycle test bench stress clean packages test-packages
 
-demo: $(VENV)/.handmade-run
+demo: packages
 	$(PYTHON) data/prepare.py
 	$(PYTHON) train.py config/demo.py
 	$(PYTHON) sample.py --out_dir=out/demo --num_samples=3 --max_new_tokens=150
 
-lifecycle: $(VENV)/.handmade-run
+lifecycle: packages
 	$(PYTHON) lifecycle.py
 
-test: $(VENV)/.handmade-test
+test: test-packages
 	$(PYTHON) -m pytest tests -q -n auto --maxprocesses=8 --dist loadfile
 
-bench: $(VENV)/.handmade-test
+bench: test-packages
 	$(PYTHON) bench.py tokenizer
 	$(PYTHON) bench.py train
 
-$(VENV)/bin/python:
-	$(BASE) -m venv $(VENV)
+stress: test-packages
+	$(PYTHON) tests/stress.py
 
-# A stamp each: installing again only when the list changed
-$(VENV)/.handmade-run: requirements.txt | $(VENV)/bin/python
-	$(PYTHON) -m pip install -q -r requirements.txt
-	touch $@
+# A stamp in the environment for each list: installing again only when the list has changed
+packages:
+	@test -x $(PYTHON) || $(BASE) -m venv "$(VENV)"
+	@test "$(VENV)/.handmade-run" -nt requirements.txt || \
+		{ $(PYTHON) -m pip install -q -r requirements.txt && touch "$(VENV)/.handmade-run"; }
 
-$(VENV)/.handmade-test: requirements-test.txt requirements.txt | $(VENV)/bin/python
-	$(PYTHON) -m pip install -q -r requirements-test.txt
-	touch $@
+test-packages: packages
+	@test "$(VENV)/.handmade-test" -nt requirements-test.txt || \
+		{ $(PYTHON) -m pip install -q -r requirements-test.txt && touch "$(VENV)/.handmade-test"; }
 
 clean:
 	rm -rf out .pytest_cache __pycache__ */__pycache__

@@ -15,6 +15,7 @@ installed is left out. The last line of stdout is one JSON object with every num
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import importlib
 import json
 import math

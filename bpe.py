@@ -219,6 +219,8 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def read_json(path: str | os.PathLike) -> Any:
+    if os.path.exists(path) and not os.path.isfile(path):       # a pipe: waited for indefinitely
+        raise UserError(f"{path} is not a plain file: copy it again")
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as e:

@@ -20,6 +20,7 @@ weights.py, how the published architectures spell settings and parameters is fam
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import hashlib
 import json
 import math
@@ -37,6 +38,7 @@ from torch.nn import Parameter
 
 from config import UserError, run
 from families import FAMILIES, HANDMADE, Family, meta_file
+from formats import atomic
 from formats.match import match, count_tensors
 from formats.wrapped import take_text_tensors, unwrap
 from model import ModelConfig, Transformer
@@ -205,16 +207,17 @@ def replace_directory(path: Path, fill: Callable[[Path], None]) -> Path:
     The new one is built under another name on the same disk, synced, and renamed. Two renames are
     not one: killed between them, the old directory is found under its name aside (see resolve).
     """
-    new, old = path.with_name(f".{path.name}.new"), aside(path)
+    new, old, lock = path.with_name(f".{path.name}.new"), aside(path), None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        new.mkdir(parents=True, exist_ok=True)
+        lock = atomic.try_lock(new)                     # it ends with the process
+        if lock is None:
+            raise UserError(f"another process writes {path}: wait, or choose another folder")
         if old.is_dir() and not path.exists():
             os.rename(old, path)                        # an earlier save was killed in between
-        for leftover in (new, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        for leftover in (*new.iterdir(), old):
+            atomic.remove(leftover)
         kept = other_files(path)                        # refuses before anything is written
-        new.mkdir()
         fill(new)
         for file in kept:                               # a README beside the weights, say
             if not (new / file.name).exists():
@@ -229,8 +232,9 @@ def replace_directory(path: Path, fill: Callable[[Path], None]) -> Path:
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException as e:
-        shutil.rmtree(new, ignore_errors=True)          # gives a full disk its space back
-        if old.is_dir() and not path.exists():
+        if lock:
+            shutil.rmtree(new, ignore_errors=True)      # gives a full disk its space back
+        if lock and old.is_dir() and not path.exists():
             os.rename(old, path)
         # torch.save answers a failed write with a RuntimeError of its own, raised over the cause
         cause = e.__context__ if isinstance(e, RuntimeError) else e
@@ -238,6 +242,9 @@ def replace_directory(path: Path, fill: Callable[[Path], None]) -> Path:
             raise UserError(f"cannot save {path}: {cause.strerror}; free some space or choose "
                             "another folder (what was saved before is untouched)") from e
         raise
+    finally:
+        if lock:
+            lock.release()
     return path
 
 

@@ -25,6 +25,8 @@ teacher (--alpha=1, which is sft.py's loss) compare. What to expect: config/dist
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
+import contextlib
 import json
 import os
 import sys
@@ -47,7 +49,7 @@ import train
 import weights
 from config import Idle, UserError, run
 from data import chats, loader
-from formats import run_folder
+from formats import atomic, run_folder
 from inference.generate import Sampling, generate
 from machine import Machine
 from model import ModelConfig, Transformer
@@ -55,6 +57,8 @@ from presets import from_settings
 from quantize import pack
 from training import effects
 from training.hidden_states import Matching, spread, watch
+from training.log import clock
+from training.log import clock
 
 TEACHERS = ("out/dpo", "out/sft")     # the last of the demo's chain that is there
 PROJECTIONS = "projections.safetensors"             # beside a checkpoint's weights, for resuming
@@ -306,13 +310,25 @@ def together() -> None:
     """Wait until every rank is here."""
     dist.barrier() if dist.is_initialized() else None
 
+@contextlib.contextmanager
+def alone(path: Path, done: Path, folder: bool = False) -> Iterator[None]:
+    """Be the one run that makes `path`, which becomes `done`; another one waits, and finds that."""
+    with contextlib.ExitStack() as stack:
+        if ranks()[0] == 0:
+            held = stack.enter_context(atomic.lock(
+                path, f"another run makes {done}: waiting for it", folder=folder, done=done))
+            if held and done.is_file():             # made between our look and our lock
+                atomic.remove(path)
+        together()                                  # the other ranks wait for the first
+        yield
+
 def progress(work: Any, what: str) -> Iterator[Any]:
     """The items of `work`, with a line on stderr, and the time that is left."""
     began, live = time.perf_counter(), sys.stderr.isatty()
     for k, item in enumerate(work, 1):
         yield item
         if ranks()[0] == 0 and (k == len(work) or live):
-            left = train.clock((time.perf_counter() - began) / k * (len(work) - k))
+            left = clock((time.perf_counter() - began) / k * (len(work) - k))
             print(("\r\033[K" if live else "") + f"{what}: {k}/{len(work)} | {left} left",
                   end="\n" if k == len(work) else "", file=sys.stderr, flush=True)
 
@@ -339,26 +355,27 @@ def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
         tokenizer.template or tokenizer.jinja)
     (rank, world), folder = ranks(), Path(cfg.cache_dir, name)
     parts = folder.with_name(f".{name}.parts")
-    if not folder.is_dir():
-        files = {s: parts / f"{s}.jsonl" for s in range(0, count, ANSWERS)}
-        missing = [s for s in files if not files[s].is_file()]
-        together()                                  # all have looked before any of them writes
-        parts.mkdir(parents=True, exist_ok=True)
-        if mine := missing[rank::world]:
-            teacher = checkpoint.load_model(checkpoint.resolve(cfg.teacher), cfg.device, cfg.dtype)
-            pack(teacher)                    # one matmul for what reads the same
-            for s in progress(mine, "the teacher answers, parts"):
-                some = [records[i % len(records)] for i in range(s, min(count, s + ANSWERS))]
-                write_lines(files[s], converse(cfg, teacher, tokenizer, some, s))
-        together()
-        if rank == 0:
-            write_lines(parts / "train.jsonl",
-                        [r for file in files.values() for r in chats.read_chats(file)])
-            write_lines(parts / "val.jsonl", held)
-            os.rename(parts, folder)                # complete, from this moment on
-            for file in files.values():
-                (folder / file.name).unlink()
-        together()
+    with alone(parts, folder / "train.jsonl", folder=True):
+        if not folder.is_dir():
+            files = {s: parts / f"{s}.jsonl" for s in range(0, count, ANSWERS)}
+            missing = [s for s in files if not files[s].is_file()]
+            together()                              # all have looked before any of them writes
+            if mine := missing[rank::world]:
+                where = checkpoint.resolve(cfg.teacher)
+                teacher = checkpoint.load_model(where, cfg.device, cfg.dtype)
+                pack(teacher)                    # one matmul for what reads the same
+                for s in progress(mine, "the teacher answers, parts"):
+                    some = [records[i % len(records)] for i in range(s, min(count, s + ANSWERS))]
+                    write_lines(files[s], converse(cfg, teacher, tokenizer, some, s))
+            together()
+            if rank == 0:
+                write_lines(parts / "train.jsonl",
+                            [r for file in files.values() for r in chats.read_chats(file)])
+                write_lines(parts / "val.jsonl", held)
+                os.rename(parts, folder)                # complete, from this moment on
+                for file in files.values():
+                    (folder / file.name).unlink()
+            together()
     ended = sum(1 for _ in open(folder / "train.jsonl", "rb"))
     notes.append(f"{ended:,} of {count:,} conversations answered to the end, in {folder}")
     if not ended:
@@ -415,10 +432,13 @@ class TopK:
             cfg.origin.split()[0], kind, cut, cfg.temperature,
             machine.dtype, *(array for pair in data.conversations for array in pair))
         self.file, self.cut = Path(cfg.cache_dir, f"{name}.npy"), cut
-        made = self.file.is_file()
-        together()                                  # all have looked before any of them writes
-        if not made:
-            self.make(cfg, data, k, kind, machine)
+        self.new = self.file.with_name(f".{self.file.name}.new")    # until it is complete
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with alone(self.new, self.file):
+            made = self.file.is_file()
+            together()                              # all have looked before any of them writes
+            if not made:
+                self.make(cfg, data, k, kind, machine)
         try:
             self.array = np.load(self.file, mmap_mode="r", allow_pickle=False)
             if (self.array.shape, self.array.dtype) != ((N,), kind):
@@ -430,12 +450,17 @@ class TopK:
     @torch.no_grad()
     def make(self, cfg: Config, data: Numbered, k: int, kind: np.dtype, machine: Machine) -> None:
         """Ask the teacher, every rank its share, and write: whole under its name or not there."""
-        new, N = self.file.with_name(f".{self.file.name}.new"), int(data.first[-1])
+        new, N = self.new, int(data.first[-1])
         if machine.main:
             print(f"the {k:,} likeliest of {self.cut:,} tokens by the teacher, for {N:,} trained "
                   f"tokens: {kind.itemsize * N / 1e6:,.1f} MB in {self.file}", file=sys.stderr)
-            new.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(new, "w+", kind, (N,)).flush()
+            with open(new, "r+b") as f:             # the file that is locked, not another one
+                f.truncate()
+                header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False,
+                          "shape": (N,)}
+                np.lib.format.write_array_header_1_0(f, header)
+                size = f.tell() + N * kind.itemsize
+            atomic.reserve(new, size)               # a full disk is said here, and not by SIGBUS
         together()
         array, teacher = np.load(new, mmap_mode="r+"), load_teacher(cfg, machine)
         starts = range(0, len(data), cfg.batch_size)[machine.rank::machine.world]

@@ -33,6 +33,7 @@ and a resumed run whose file is lost load one, before there are gradients, and f
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import os
 import sys
 import time
@@ -55,6 +56,7 @@ from formats import run_folder
 from machine import Machine
 from model import ModelConfig, Transformer
 from training import router, start
+from training.log import clock
 
 LOSSES = ("sigmoid", "hinge", "ipo", "robust", "simpo", "orpo", "kto")
 ALONE = ("simpo", "orpo")               # have no reference
@@ -373,7 +375,7 @@ def of_conversations(model: Transformer, packed: chats.Packed, batch_size: int, 
         if what and machine.main and spent - told > 5:
             told = spent
             print(f"{what}: {i + 1} of {len(batches)} batches, "
-                  f"{train.clock(spent / (i + 1) * (len(batches) - i - 1))} left", file=sys.stderr)
+                  f"{clock(spent / (i + 1) * (len(batches) - i - 1))} left", file=sys.stderr)
     model.train(was)
     return machine.add(found.to(machine.device, torch.float32)).cpu().numpy()
 

@@ -18,6 +18,7 @@ order, and an answer may change where two tokens are nearly tied.
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import sys
 import time
 from collections import Counter
@@ -33,7 +34,7 @@ from config import UserError, run
 from data import chats, skills
 from inference import classify
 from inference.generate import Sampling, encode, generate
-from train import clock
+from training.log import clock
 
 
 @dataclass

@@ -24,6 +24,7 @@ peft opens ours and theirs open here. What to expect: merged weights answer as t
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import contextlib
 import json
 import math

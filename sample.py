@@ -29,6 +29,7 @@ or `/adapter` for none. They are merged into the weights: tokens cost no more, a
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import contextlib
 import difflib
 import importlib

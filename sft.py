@@ -22,6 +22,7 @@ Accuracy and the confusion matrix of the validation set go to stdout.
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -26,17 +26,21 @@ import lora
 import train
 from config import UserError, refuse_idle, refuse_to_run, show
 from data import chats
+from formats import atomic
 from inference.generate import Sampling, sample_text
 from machine import Machine, find_machine
 from model import ModelConfig, Transformer
 from training import effects
 from training import start as begin
 
+# what makes the models that the stages' configs start from
+BEFORE = {"out/demo": "train.py config/demo.py", "out/sft": "sft.py config/sft_skills.py"}
 CONTEXT = 1024          # a row is no longer by default, though many a model could read more
 
 
 @dataclass
 class Config(train.Config, lora.Settings):
+    ranges = {"warmup_iters": "-1 or [0, 1e12]"}
     # --- data
     dataset: str = "skills"             # a name under data/, a folder, or a file of conversations
     skip_bad: bool = False              # drop bad records, and count them
@@ -153,9 +157,9 @@ def start_from(cfg: Config) -> tuple[ModelConfig, Any]:
     try:
         directory = checkpoint.resolve(source, which)
     except UserError as e:
-        if resume or "init_from" in getattr(cfg, "given", ()):
+        before = BEFORE.get(source.rstrip("/"))
+        if resume or not before:
             raise
-        before = "sft.py config/sft_skills.py" if "sft" in source else "train.py config/demo.py"
         raise UserError(f"there is no trained model at {source}, where this stage starts: make one "
                         f"with `python {before}`, or name another with --init_from=DIR") from e
     if not resume:
@@ -258,6 +262,7 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
                           eval_batches=held, on_sample=sample)
         return Done(state, model, tokenizer, machine, data)
     finally:
+        atomic.release(cfg.out_dir)
         if machine.world > 1:
             dist.destroy_process_group()
 

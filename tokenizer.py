@@ -19,6 +19,7 @@ A tokenizer is saved as Hugging Face's tokenizer.json, which `tokenizers` and `t
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import codecs
 import json
 import os
@@ -444,7 +445,7 @@ def too_blank(text: str) -> bool:
 
 def train(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2",
           special_tokens: Iterable[str] = (EOT,), workers: int | None = None,
-          progress: bool = False) -> Tokenizer:
+          progress: bool = False, fewer: bool = False) -> Tokenizer:
     """Learn a vocabulary of `vocab_size` ids, control tokens (the last ones) included.
 
     pattern: a key of bpe.PATTERNS or a regular expression. workers: processes that split, None
@@ -465,6 +466,8 @@ def train(texts: Iterable[str], vocab_size: int, pattern: str = "gpt2",
     ranks = learn(counts, size, floor, progress) if floor > 1 else {}
     if len(ranks) < size:
         ranks = learn(counts, size, 1, progress)
+    if len(ranks) < size and fewer:
+        size = len(ranks)
     if len(ranks) < size:
         most = len(ranks) + len(special)
         raise UserError(f"vocab_size={vocab_size} is more than this text can give, all its words "
@@ -508,7 +511,7 @@ def load(path_or_name: str | os.PathLike) -> Tokenizer:
         else:
             tokenizer = from_json(tokenizer_files.from_tables(*tables, facts))
         tokenizer.read_settings(facts, bool(model and not whole))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
         raise UserError(f"{path} is not a tokenizer that this program reads "
                         f"({type(e).__name__}: {e})") from None
     return tokenizer

@@ -15,10 +15,10 @@ resumed run is the run that never stopped, bit for bit on a CPU.
 """
 from __future__ import annotations
 
+import config  # noqa: F401  first, so that what fails while importing is a sentence
 import contextlib
 import json
 import math
-import os
 import shutil
 import signal
 import sys
@@ -35,14 +35,17 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import kernels
 import tokenizer as tokenizers
-from config import UserError, refuse_idle, run, show
+from config import Stopped, UserError, check_values, refuse_idle, run, show
 from data import loader
+from formats import atomic
 from inference.generate import Sampling, encode, sample_text
 from machine import PEAK_TFLOPS, Machine, find_machine, memory_used, utilisation
 from model import ModelConfig, Transformer
 from optim import Optimizer, clip_grad_norm
 from presets import from_settings
 from training import effects, router, start
+from training.faults import Stop, check_finite, together
+from training.log import Journal, clock
 from training.loggers import find_loggers
 
 Batch = dict[str, Any]                  # tensors; of a micro-batch, "whole" is what it is part of
@@ -151,55 +154,6 @@ def lr_scale(cfg: Config, step: int) -> float:
     share = 0.5 * (1 + math.cos(math.pi * done)) if cfg.schedule == "cosine" else 1 - done
     return floor + (1 - floor) * share
 
-# ----------------------------------------------------------------------------- what it says
-
-class Journal:
-    """Progress on stderr, one JSON object a line in out_dir/log.jsonl, wandb and tensorboard."""
-
-    def __init__(self, cfg: Config, machine: Machine, step: int):
-        self.on, self.live = machine.main, sys.stderr.isatty()
-        self.file = self.wandb = self.board = None
-        if not self.on or cfg.eval_only:
-            return
-        path = Path(cfg.out_dir) / "log.jsonl"
-        # a resumed run writes the steps after its checkpoint anew: forget what came of them
-        lines = path.read_text().splitlines(keepends=True) if step and path.exists() else []
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(x for x in lines if x.endswith("}\n")
-                                 and json.loads(x)["step"] <= step))
-        os.replace(aside, path)
-        self.file = path.open("a")
-        self.wandb, tensorboard = find_loggers(cfg)
-        if self.wandb:
-            self.wandb.init(project=cfg.wandb_project, name=cfg.wandb_run_name, config=asdict(cfg))
-        if tensorboard:
-            self.board = tensorboard.SummaryWriter(cfg.out_dir)
-
-    def record(self, **row: Any) -> None:
-        if not self.file:
-            return
-        # NaN is not JSON: a value that is not finite is null
-        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v
-               for k, v in row.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        if self.wandb:
-            self.wandb.log(row, step=row["step"])
-        for key, value in row.items() if self.board else ():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(key, value, row["step"])
-
-    def say(self, text: str, passing: bool = False) -> None:
-        """A line on stderr; a passing one is overwritten by the next on a terminal."""
-        if self.on:
-            start = "\r\033[K" if self.live else ""
-            print(start + text, end="" if passing and self.live else "\n", file=sys.stderr,
-                  flush=True)
-
-def clock(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{s:02d}" if minutes >= 60 else f"{minutes}:{s:02d}"
-
 # ----------------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
@@ -234,23 +188,6 @@ def evaluate(model: Transformer, batches: Iterable[Batch], loss: Loss, machine: 
 
 # ------------------------------------------------------------------------------- the loop
 
-class Stop:
-    """SIGTERM and Ctrl-C ask for a stop at the end of the step; a second Ctrl-C insists."""
-    asked = False
-
-    def __enter__(self):
-        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def ask(self, number, frame):
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
 @dataclass
 class State:
     """What a checkpoint remembers besides weights and optimizer."""
@@ -261,23 +198,40 @@ class State:
     scale: float = 1.0              # loss scale, float16 only
     steady: int = 0                 # steps since the scale last changed
     seconds: float = 0.0            # of training so far, over all resumptions
+    due: bool = False               # the evaluation of this step is still to be made
+
+def restore(cfg: Config, optimizer: Optimizer) -> State:
+    """Give the optimizer what the last checkpoint of out_dir has for it; return the state."""
+    path = checkpoint.resolve(cfg.out_dir, "last")
+    saved = checkpoint.load_trainer(path)
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+        state = State(**saved["state"])
+        if not all(type(v) in (int, float, bool) for v in asdict(state).values()):
+            raise TypeError("a value that is no number")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}/trainer.pt is damaged, or of another version of this program "
+                        f"({type(e).__name__}: {e}): resume from another checkpoint, or start a "
+                        f"new run from its weights with --init_from={path} and another --out_dir"
+                        ) from e
+    return state
 
 def save(cfg: Config, model: Transformer, tokenizer, optimizer: Optimizer, state: State,
          better: bool) -> None:
     """A complete checkpoint beside the others, then the note that names it, then the pruning.
 
-    A kill at any moment leaves the previous note and a checkpoint that it names, complete.
+    A kill at any moment leaves the previous note and a checkpoint that it names, complete. The note
+    says as well whether the run is: "complete" is true once max_iters is reached and evaluated.
     """
     out = Path(cfg.out_dir)
     name = f"step_{state.step:06d}"
     checkpoint.save_checkpoint(out / name, model, tokenizer, {
         "optimizer": optimizer.state_dict(), "state": asdict(state), "settings": asdict(cfg)})
     note = out / "checkpoints.json"
-    names = json.loads(note.read_text()) if note.exists() else {}
+    names = checkpoint.read_json(note) if note.exists() else {}
     names.update({"last": name} | ({"best": name} if better else {}))
-    aside = note.with_suffix(".tmp")
-    aside.write_text(json.dumps(names))
-    os.replace(aside, note)
+    names["complete"] = state.step >= cfg.max_iters and not state.due
+    atomic.write_text(note, json.dumps(names), note.with_suffix(".tmp"))
     old = sorted(p for p in out.glob("step_*") if p.is_dir() and p.name not in names.values())
     for path in old[:max(0, len(old) - (cfg.keep - 1))]:
         shutil.rmtree(path, ignore_errors=True)
@@ -360,34 +314,55 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
     scale = 65536.0 / (cfg.batch_size * cfg.block_size) if machine.dtype == torch.float16 else 1.0
     state = State(scale=scale)
     if cfg.init_from == "resume":
-        saved = checkpoint.load_trainer(checkpoint.resolve(cfg.out_dir, "last"))
-        optimizer.load_state_dict(saved["optimizer"])
-        state = State(**saved["state"])
+        state = restore(cfg, optimizer)
     model.compute_dtype, model.checkpointing = machine.dtype, cfg.checkpointing
     # how many tokens an expert gets is data: a compiled mixture would be compiled again and again
     compiled = cfg.compile or (cfg.compile is None and machine.device.type == "cuda"
                                and not model.config.num_experts)
     fast = torch.compile(model) if compiled else model
-    ranks = DistributedDataParallel(fast, gradient_as_bucket_view=True) if (
-        machine.world > 1) else fast
+    with together(cfg, machine):
+        ranks = DistributedDataParallel(fast, gradient_as_bucket_view=True) if (
+            machine.world > 1) else fast
     token_bytes = None if tokenizer is None else torch.as_tensor(tokenizer.byte_lengths(),
                                                                  device=machine.device)
-    journal = Journal(cfg, machine, state.step)
+    journal = Journal(cfg, machine, state)
     if cfg.eval_only:
         result = evaluate(fast, eval_batches, loss, machine, token_bytes)
         if machine.main:
             print(" ".join(f"{k} {v:.4f}" for k, v in result.items()))
         return state
-    if state.step >= cfg.max_iters:
+
+    def score() -> bool:
+        """Evaluate, and tell whether this is the best so far."""
+        if not eval_batches:
+            return False
+        result = evaluate(fast, eval_batches, loss, machine, token_bytes)
+        journal.record(step=state.step, seconds=state.seconds, **result)
+        journal.say(f"step {state.step}: " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()))
+        better = result["val_loss"] < state.best
+        state.best = result["val_loss"] if better else state.best
+        return better
+
+    def keep(better: bool) -> None:
+        """Save, on the first rank; what is not finite is refused on all of them."""
+        check_finite(cfg, model, optimizer, state)
+        if machine.main:
+            save(cfg, model, tokenizer, optimizer, state, better)
+
+    if state.step >= cfg.max_iters and not state.due:
         journal.say(f"{cfg.out_dir} is already at step {state.step}: raise --max_iters to go on")
     model.train()
     steps, timed, tokens, targets = 0, 0.0, 0, 0        # since the last line of the log
     cost = getattr(loss, "count_flops", count_flops)
-    with Stop() as stop:
+    with Stop() as stop, together(cfg, machine):
+        if state.due:                                   # the run was stopped in that very step
+            state.due, better = False, score()
+            if better or cfg.always_save_checkpoint or state.step >= cfg.max_iters:
+                keep(better)
         while state.step < cfg.max_iters:
             began, scale = time.perf_counter(), lr_scale(cfg, state.step)
             batch = batches(state.step)
-            done = take_step(cfg, ranks, batch, loss, machine, optimizer, state, stop.asked)
+            done = take_step(cfg, ranks, batch, loss, machine, optimizer, state, bool(stop.asked))
             finite, leaving = done.pop("finite"), done.pop("asked")
             spent = time.perf_counter() - began
             state.seconds += spent
@@ -412,17 +387,12 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
                     f"tok/s | mfu {share}{odd} | {clock(left)} left", passing=not final)
                 steps, timed, tokens, targets = 0, 0.0, 0, 0
             # ------ evaluate and save
-            due, better = state.step % cfg.eval_interval == 0 or final, False
-            if due and not leaving and eval_batches:
-                result = evaluate(fast, eval_batches, loss, machine, token_bytes)
-                better, state.best = result["val_loss"] < state.best, min(result["val_loss"],
-                                                                          state.best)
-                journal.record(step=state.step, seconds=state.seconds, **result)
-                journal.say(f"step {state.step}: " + " | ".join(
-                    f"{k} {v:.4f}" for k, v in result.items()))
-            if machine.main and (leaving or final or
-                                 due and (better or cfg.always_save_checkpoint)):
-                save(cfg, model, tokenizer, optimizer, state, better)
+            due = state.step % cfg.eval_interval == 0 or final
+            # who asks for a stop may not wait for it: the resumed run makes it up
+            state.due = due and leaving and bool(eval_batches)
+            better = due and not leaving and score()
+            if leaving or final or due and (better or cfg.always_save_checkpoint):
+                keep(better)
             if on_sample and cfg.sample_interval and state.step % cfg.sample_interval == 0 and (
                     machine.main):
                 journal.say(f"--- sample at step {state.step}\n{on_sample()}\n---")
@@ -431,8 +401,10 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
                             f"with: python {Path(sys.argv[0]).name} --init_from=resume "
                             f"--out_dir={cfg.out_dir}")
                 break
-    if machine.world > 1:
-        dist.barrier()
+        if machine.world > 1:
+            dist.barrier()
+    if state.step < cfg.max_iters or state.due:
+        raise Stopped(stop.asked or signal.SIGTERM)     # another rank was asked
     return state
 
 # ------------------------------------------------------------------------------ pretraining
@@ -527,6 +499,7 @@ def inherit(cfg: Config) -> Config:
     if not isinstance(saved, dict):
         raise UserError(f"{path}/trainer.pt is not of a run of train.py: start a new one from its "
                         f"weights with --init_from={path} and another --out_dir")
+    saved = check_values(type(cfg), saved, f"{path}/trainer.pt")
     given = getattr(cfg, "given", frozenset())
     own = {"init_from", "out_dir", "device", "eval_only", "base"} | given
     merged = replace(cfg, **{k: v for k, v in saved.items() if k in asdict(cfg) and k not in own})
@@ -595,6 +568,7 @@ def main(cfg: Config) -> State:
         return fit(cfg, model, batches, next_token_loss(cfg), machine, eval_batches=held_out,
                    tokenizer=tokenizer, on_sample=on_sample)
     finally:
+        atomic.release(cfg.out_dir)
         if machine.world > 1:
             dist.destroy_process_group()
 

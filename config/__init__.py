@@ -21,6 +21,7 @@ import dataclasses
 import difflib
 import errno
 import inspect
+import math
 import os
 import runpy
 import sys
@@ -34,8 +35,29 @@ from typing import Any, Callable, NamedTuple, Sequence
 TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
+LONGEST = 700                           # characters of a sentence; a hostile name may have millions
+
+
+def brief(text: str, most: int = LONGEST) -> str:
+    """The text, its middle left out where it is longer than `most`, without control characters."""
+    if len(text) > most:
+        text = f"{text[:most * 2 // 3]} … {text[-most // 4:]}"
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """A mistake the user can mend: one sentence that says what, where and what to do."""
+
+    def __init__(self, message: Any = ""):
+        super().__init__(brief(str(message)))
+
+
+class Stopped(Exception):
+    """A run that was told to stop by signal `number` and has saved; its status is 128 + number."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by signal {number}")
+        self.status = 128 + number
 
 
 class Idle(NamedTuple):
@@ -126,6 +148,78 @@ def coerce(name: str, value: Any, kind: Any, where: str) -> Any:
         elif k is list and isinstance(value, str):
             return [part for part in value.split(",") if part]
     raise wrong
+
+
+# Interval -> the fields whose numbers must lie in it, in the notation of mathematics: [ and ] take
+# the bound in, ( and ) leave it out; "-1 or" is a word for "as usual". None is never a number. A
+# class overrides a row by an attribute: ranges = {"beta": "[0, 1]"}. The upper ends are beyond what
+# any run has had: they tell a slip of the finger, or a damaged file, from a number.
+RANGES = {
+    "[1, 1e7]": "batch_size gradient_accumulation_steps n_layer n_head n_embd keep num_samples "
+                "repeat seeds",
+    "[0, 1e7]": "n_kv_head head_dim intermediate_size num_experts n_shared_experts lora_rank show "
+                "hidden_layers cache_top_k speculate wrong top_k num_experts_per_tok "
+                "moe_intermediate_size",
+    "[1, 1e12]": "eval_interval eval_iters log_interval generate_tokens vocab_size shard_tokens",
+    "[0, 1e12]": "block_size max_iters lr_decay_iters sample_interval generate limit "
+                 "max_new_tokens train val test pref rl warmup_iters",
+    "[0, 2147483647]": "sliding_window",
+    "[0, 4294967295]": "seed",                      # what every generator of numbers takes
+    "[1, 1e18]": "tokenizer_chars",
+    "[1, 3]": "level",
+    "[1, 103]": "shards",                           # fineweb's
+    "[0, 4096]": "workers jobs",
+    "[0, 1e3]": "learning_rate muon_learning_rate weight_decay init_std z_loss sft_weight hidden "
+                "router_aux_loss_coef router_z_loss_coef router_bias_rate desirable_weight "
+                "undesirable_weight",
+    "-1 or [0, 1e3]": "min_lr",
+    "[0, 1e6]": "grad_clip beta gamma temperature generate_temperature lora_alpha",
+    "(0, 1e6]": "epochs repetition_penalty shard_gb",
+    "[0, 1e18]": "rope_theta",
+    "[0, 1)": "beta1 beta2 dropout lora_dropout label_smoothing",
+    "[0, 1]": "wsd_decay alpha min_p",
+    "(0, 1]": "top_p",
+    "(0, 1)": "val_fraction",
+}
+
+
+def range_of(cls: type, name: str) -> str:
+    """The interval that a field's numbers must lie in, "" where none is declared."""
+    for base in cls.__mro__:
+        if name in vars(base).get("ranges", {}):
+            return vars(base)["ranges"][name]
+    return next((spec for spec, names in RANGES.items() if name in names.split()), "")
+
+
+def check_range(cls: type, name: str, value: Any, where: str) -> None:
+    """UserError for a number that no run can have: nan, infinite, or outside the field's interval.
+
+    >>> check_range(Config, "dropout", 1.5, "--dropout")
+    config.UserError: --dropout: dropout is 1.5: it must be below 1
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    wrong = f"{where}: {name} is {value}: it must be "
+    if not math.isfinite(value):
+        raise UserError(wrong + "a finite number")
+    usual, _, spec = range_of(cls, name).rpartition(" or ")
+    if not spec or usual and value == float(usual):
+        return
+    low, high = (float(x) for x in spec[1:-1].split(","))
+    if value < low or value == low and spec[0] == "(":
+        start = "above" if spec[0] == "(" else "at least"
+        raise UserError(f"{wrong}{usual + ' or ' if usual else ''}{start} {low:g}")
+    if value > high or value == high and spec[-1] == ")":
+        raise UserError(f"{wrong}{'below' if spec[-1] == ')' else 'at most'} {high:.10g}")
+
+
+def check_values(cls: type, values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Settings from a file of unknown origin -> those that `cls` has, typed and within range."""
+    kinds = field_types(cls)
+    typed = {k: coerce(k, v, kinds[k], where) for k, v in values.items() if k in kinds}
+    for name, value in typed.items():
+        check_range(cls, name, value, where)
+    return typed
 
 
 def exact_int(value: float) -> int:
@@ -253,6 +347,9 @@ def configure(cls: type, argv: Sequence[str] | None = None, positional: Sequence
     for path in files:
         from_files.update(read_config_file(path, kinds))
     merged = {**from_files, **settings}
+    for name, value in merged.items():
+        where = "command line" if name in settings else "config file"
+        check_range(cls, name, value, where)
     cfg = cls(**merged)
     cfg.given = frozenset(merged)           # not fields: never saved, never printed
     cfg.typed = frozenset(settings)
@@ -291,6 +388,27 @@ def refuse_to_run() -> None:
     sys.exit(2)
 
 
+PACKAGES = ("torch", "triton", "tiktoken", "numpy", "requests", "jinja2")
+
+
+def explain(kind: type, error: BaseException, trace: Any) -> None:
+    """Say in a sentence what went wrong before run(), while a script was importing: a hook."""
+    missing = getattr(error, "name", None) or ""
+    if kind is KeyboardInterrupt:
+        complain("interrupted")
+    elif kind is ModuleNotFoundError and missing.split(".")[0] in PACKAGES:
+        complain(f"the package {missing.split('.')[0]} is missing: run `{sys.executable} -m pip "
+                 "install -r requirements.txt`, or activate the environment that has it")
+        raise SystemExit(2)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# the only thing that happens on import: scripts import this module before PyTorch, which takes
+# seconds, and before the packages that may not be there
+sys.excepthook = explain
+
+
 def run(main: Callable[[Any], Any], cls: type, positional: Sequence[str] = ()) -> None:
     """configure(), then main(cfg); what the user can mend becomes one sentence and status 2."""
     tolerate_output()
@@ -300,6 +418,8 @@ def run(main: Callable[[Any], Any], cls: type, positional: Sequence[str] = ()) -
     except UserError as e:
         complain(str(e))
         sys.exit(2)
+    except Stopped as e:                    # said by the run; `a && b` must not go on to b
+        sys.exit(e.status)
     except KeyboardInterrupt:
         complain("interrupted")
         sys.exit(130)

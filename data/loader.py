@@ -49,6 +49,16 @@ def kind_of(path: str | Path) -> str:
     return os.path.splitext(str(path).lower().removesuffix(".gz"))[1]
 
 
+def read_text(path: Path, limit: int = LONGEST) -> str:
+    """The UTF-8 text of a settings file; UserError if it is no plain file, or larger than that."""
+    if path.exists() and not path.is_file():            # a pipe would be waited for indefinitely
+        raise UserError(f"{path} is not a plain file: copy it again")
+    if path.stat().st_size > limit:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for such a file: "
+                        "copy it again")
+    return path.read_text(encoding="utf-8")
+
+
 def cut_at(text: str) -> int:
     """Where to cut, near the end of `text`, so that the halves encode as the whole would.
 
@@ -289,7 +299,10 @@ def find(dataset: str) -> Path:
     path = Path(dataset).expanduser()
     # A bare name means data/<name>, even where the working directory has a folder so called,
     # unless that folder is a prepared dataset itself.
-    bare = len(path.parts) == 1 and not (path / "meta.json").is_file()
+    try:
+        bare = len(path.parts) == 1 and not (path / "meta.json").is_file()
+    except OSError as e:                # a name that is too long
+        raise UserError(f"--dataset={dataset} cannot be a folder: {e.strerror}") from None
     return ROOT / "data" / path if bare else path
 
 
@@ -300,10 +313,12 @@ class Dataset:
         self.directory = Path(directory)
         # meta.json is written last of all files, so where it lies the dataset is complete.
         try:
-            self.meta = json.loads((self.directory / "meta.json").read_text(encoding="utf-8"))
+            self.meta = json.loads(read_text(self.directory / "meta.json"))
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{self.directory} is not prepared: run `python data/prepare.py "
                             f"{self.directory.name}`") from None
+        except OSError as e:                # a name that is too long, a link to itself
+            raise UserError(f"cannot read {self.directory / 'meta.json'}: {e.strerror}") from None
         except (ValueError, RecursionError):
             raise self.damaged("meta.json is not JSON") from None
         try:
@@ -319,7 +334,8 @@ class Dataset:
             self.eot = None if self.meta["eot"] is None else int(self.meta["eot"])
             self.shards = {split: [(str(s["file"]), int(s["tokens"])) for s in about["shards"]]
                            for split, about in self.meta["splits"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        # OverflowError: JSON as Python reads it may hold Infinity
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
             raise self.damaged(f"meta.json lacks or garbles {e}") from None
 
     def damaged(self, what: str) -> UserError:
@@ -348,11 +364,15 @@ class Tokens:
         # meta.json may come from anywhere: a name must not lead out of the directory
         if not name or Path(name).name != name:
             raise self.dataset.damaged(f"{name!r} is not the name of a shard")
+        path = self.dataset.directory / name
         try:
-            shard = np.load(self.dataset.directory / name, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise self.dataset.damaged(f"{name} is missing") from None
-        except (ValueError, EOFError, SyntaxError):     # foreign bytes, or fewer than announced
+            if not path.is_file():          # nor a folder, a pipe, or a link that leads nowhere
+                raise self.dataset.damaged(f"{name} is missing")
+            shard = np.load(path, mmap_mode="r", allow_pickle=False)
+        except UserError:
+            raise
+        # foreign bytes, fewer than announced: NumPy's reader of headers raises anything at all
+        except Exception:
             raise self.dataset.damaged(f"{name} is truncated or is no .npy file") from None
         if not isinstance(shard, np.ndarray) or shard.ndim != 1 or shard.dtype.name not in DTYPES:
             raise self.dataset.damaged(f"{name} does not hold one row of 16 or 32 bit ids")

@@ -17,35 +17,28 @@ key `text`), .csv (the column `text`), any other file as one document of UTF-8 t
 """
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import json
-import math
-import multiprocessing
 import os
 import re
-import shutil
-import signal
 import sys
 import sysconfig
-import threading
-import time
-from collections import deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any
 from urllib.parse import urlsplit
-
-import numpy as np
-import requests
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 import tokenizer as tokenizers  # noqa: E402  (ours; found only once the root is on the path)
 from config import UserError, run  # noqa: E402
 from data import loader  # noqa: E402
+from data.corpus import RECORDS, Corpus, convert_bins, encode_corpus  # noqa: E402
+from data.download import Progress, download, note  # noqa: E402
+from formats.atomic import build_directory as building  # noqa: E402
 
 
 @dataclass
@@ -55,7 +48,8 @@ class Config:
     file: str = ""                      # shakespeare, public chats: a copy that you already have
     # --- tokens
     tokenizer: str = ""                 # bpe (trained here), char, a directory, or a name: gpt2
-    vocab_size: int = 16384             # entries of a bpe trained here, <|endoftext|> included
+    vocab_size: int = 16384             # entries of a bpe trained here, <|endoftext|> included;
+                                        # unless it is given, fewer for a text below 1 MB
     pattern: str = "gpt2"               # how a bpe trained here splits text: gpt2 or cl100k
     tokenizer_chars: int = 1_000_000_000  # train the tokenizer on at most so many characters
     shard_tokens: int = 100_000_000     # tokens of a shard file
@@ -103,120 +97,7 @@ NAMES = {
     "fineweb": Named(tuple(FINEWEB.format("train", i + 1) for i in range(FINEWEB_SHARDS)),
                      (FINEWEB.format("val", 0),), tokenizer="gpt2"),
 }
-RECORDS = (".jsonl", ".json", ".csv")   # many documents a file; anything else is one
 TEXT = (".txt", ".md", ".py") + RECORDS     # what is picked up from a folder
-
-
-def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
-
-
-class Progress:
-    """`encoding 42% of 12.1 MB, 8.9 MB/s, 1 s left` on stderr: a live line, or few in a log."""
-
-    def __init__(self, what: str, total: int, unit: str = "MB"):
-        self.what, self.total, self.unit = what, max(total, 1) / 1e6, unit
-        self.live, self.start = sys.stderr.isatty(), time.monotonic()
-        self.next = self.start + (0 if self.live else 5)        # when to print (again)
-
-    def __call__(self, done: int, last: bool = False) -> None:
-        now, done = time.monotonic(), max(done, 1) / 1e6
-        if now < self.next and not last:
-            return
-        self.next, seconds = now + (0.2 if self.live else 10), max(now - self.start, 1e-3)
-        end = f"in {seconds:.1f} s" if last else \
-            f"{max(0.0, self.total / done - 1) * seconds:,.0f} s left"
-        line = f"{self.what} {min(100.0, 100 * done / self.total):.0f}% of {self.total:,.1f} " \
-               f"{self.unit}, {done / seconds:,.1f} {self.unit}/s, {end}"
-        # \r and \x1b[K write the live line over itself
-        print(f"\r{line}\x1b[K" if self.live else line, file=sys.stderr, flush=True,
-              end="\n" if last or not self.live else "")
-
-
-# --- downloads ---------------------------------------------------------------------------------
-PATIENCE = (1, 2, 4)                    # seconds to wait after each failure but the last
-
-
-def download(url: str, folder: Path) -> Path:
-    """Fetch `url` into `folder`, once, going on where an earlier run stopped; return its path.
-
-    The bytes gather in NAME.part, and only a complete file whose hash is right gets its name.
-    UserError: no network, an answer such as 404, another hash than the URL's #sha256=.
-    """
-    url, _, want = url.partition("#sha256=")
-    # The server's name for a file must not choose where it lands: letters, digits, dots, dashes.
-    base = re.sub(r"[^\w.-]+", "_", urlsplit(url).path.rsplit("/", 1)[-1]).lstrip(".") or "text"
-    target = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{base}"
-    if target.is_file():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    for wait in (*PATIENCE, None):
-        try:
-            problem = fetch(url, part)
-        except requests.RequestException as e:
-            problem = f"the connection to {urlsplit(url).hostname} failed ({type(e).__name__})"
-        if not problem:
-            break
-        if wait is None:
-            raise UserError(f"{url} cannot be fetched: {problem}. Is there a network? The same "
-                            "command goes on from what has arrived; --file or --mirror take a copy")
-        note(f"{base}: {problem}; trying again in {wait} s")
-        time.sleep(wait)
-    if want and loader.hash_file(part) != want:
-        part.unlink()
-        raise UserError(f"{url} is not the file it should be: its sha256 is not {want}")
-    os.replace(part, target)
-    part.with_suffix(".json").unlink(missing_ok=True)
-    return target
-
-
-def fetch(url: str, part: Path) -> str:
-    """One attempt to complete `part`; returns what went wrong, or "" when all of it is there.
-
-    A .json beside it holds the file's ETag or date and size: two versions are never joined.
-    """
-    side = part.with_suffix(".json")
-    have = part.stat().st_size if part.is_file() else 0
-    known = {"validator": "", "total": 0}
-    with contextlib.suppress(OSError, ValueError):
-        known.update(json.loads(side.read_text()))
-    if have and have == known["total"]:     # killed between the last byte and the rename
-        return ""
-    # identity: what is counted and resumed must be the file's own bytes, not gzip's
-    headers = {"Accept-Encoding": "identity"}
-    if have and known["total"]:
-        headers["Range"] = f"bytes={have}-"
-        if known["validator"]:              # a file that changed is then sent whole, with a 200
-            headers["If-Range"] = known["validator"]
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
-        if r.status_code == 429 or r.status_code >= 500:
-            return f"the server answers {r.status_code} {r.reason}"
-        size, etag = r.headers.get("Content-Length", ""), r.headers.get("ETag", "W/")
-        # a weak ETag (W/) does not promise the same bytes
-        validator = r.headers.get("Last-Modified", "") if etag.startswith("W/") else etag
-        total = int(size) if size.isdigit() else 0
-        if r.status_code in (206, 416):     # a part, or "you have more than there is"
-            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", r.headers.get("Content-Range", ""))
-            start, total = (int(span[1]), int(span[2])) if span else (-1, 0)
-            other = validator not in ("", known["validator"])
-            if other or (start, total) != (have, known["total"]):
-                part.unlink(missing_ok=True)
-                return "the server holds another version of the file now"
-        elif r.status_code == 200:          # all of it: the first attempt, or Range is ignored
-            have = 0
-        else:
-            raise UserError(f"{url} cannot be fetched: the server answers {r.status_code} "
-                            f"{r.reason}; is the address right?")
-        side.write_text(json.dumps({"validator": validator, "total": total}))
-        show = Progress(f"fetching {part.stem}", total)
-        with open(part, "ab" if have else "wb") as f:
-            for block in r.iter_content(1 << 16):       # a block that breaks off is lost: small
-                f.write(block)
-                have += len(block)
-                show(have)
-        show(have, last=True)
-    return f"{have:,} of {total:,} bytes arrived" if total and have != total else ""
 
 
 # --- which files -------------------------------------------------------------------------------
@@ -229,15 +110,39 @@ def walk(folder: str, skip: tuple[str, ...] = (), suffixes: tuple[str, ...] = TE
     return [path for path in found if os.path.isfile(path)]     # no pipe, no dangling link
 
 
+def check_address(url: str) -> None:
+    """UserError for a URL that names no host, or a port that is no number."""
+    try:
+        if urlsplit(url).hostname and (urlsplit(url).port or 0) >= 0:
+            return
+        problem = "it names no host"
+    except ValueError as e:
+        problem = str(e)
+    raise UserError(f"{url} is not an address that can be fetched ({problem})")
+
+
+def name_skipped(folder: str, taken: list[str]) -> None:
+    """Say what of a folder is not read: so many files, and of which kinds."""
+    skipped = Counter(os.path.splitext(f)[1].lower() or f for here, _, files in os.walk(folder)
+                      for f in files)
+    skipped -= Counter(os.path.splitext(f)[1].lower() for f in taken)
+    if total := sum(skipped.values()):
+        kinds = ", ".join(kind[:20] for kind, _ in skipped.most_common(5))
+        note(f"{folder}: {len(taken):,} files are read, {total:,} are not ({kinds}; hidden ones "
+             "and links to folders neither); name others by a glob, as in '**/*.rst'")
+
+
 def expand(word: str) -> list[str]:
     """A file, folder, glob or URL of the command line -> files (or the URL), sorted."""
     if word.startswith(("http://", "https://")):
+        check_address(word)
         return [word]
     path = os.path.expanduser(word)
     if os.path.isfile(path):
         return [path]
     if os.path.isdir(path):
         if found := walk(path):
+            name_skipped(path, found)
             return found
         raise UserError(f"{word} holds no text: of a folder, {' '.join(TEXT)} and .gz of these are "
                         "read; name other files by a glob, as in '**/*.rst'")
@@ -276,219 +181,7 @@ def dataset_name(word: str) -> str:
     return os.path.basename(os.path.abspath(path)).split(".")[0] or "text"
 
 
-# --- files -> documents ------------------------------------------------------------------------
-class Corpus:
-    """All the text as a stream of pieces, as often as needed, at constant memory.
-
-    A piece is (split, opens, text): a document, or a block of a long text file; `opens` is true
-    for the first of a document. scan() comes before the other passes and decides on the split.
-    """
-
-    def __init__(self, files: list[tuple[Path, str]], cfg: Config):
-        self.files, self.cfg = files, cfg
-        self.books = cfg.source == ["gutenberg"]
-        # A stray byte in somebody's standard library must not stop the very first command.
-        self.reader = loader.Reader(cfg.skip_bad or cfg.source == ["stdlib"])
-        self.size = sum(os.path.getsize(path) for path, _ in files)
-        self.chars = self.documents = 0
-        self.low, self.high, self.cut = 0.0, 1.0, None
-
-    def texts(self, path: Path) -> Iterator[Iterable[str]]:
-        """The documents of a file, each as its blocks of text."""
-        if loader.kind_of(path) in RECORDS:
-            for where, record in self.reader.records(path):
-                text = record.get(self.cfg.key)
-                if isinstance(text, str):
-                    yield [tokenizers.mend(text)]       # "\ud800" is legal JSON, but no text
-                else:
-                    self.reader.fault(f"{where}: no text under {self.cfg.key!r} but "
-                                      f"{', '.join(map(str, record))}; --key=NAME takes another")
-        elif self.books:                # Project Gutenberg wraps a book into its licence
-            yield [re.sub(r"(?s)\A.*?\*\*\* ?START OF[^\n]*\n|\*\*\* ?END OF.*", "",
-                          "".join(self.reader.blocks(path))).strip()]
-        elif self.cfg.separator:
-            rest = ""
-            for block in self.reader.blocks(path):
-                *whole, rest = (rest + block).split(self.cfg.separator)
-                yield from ([text.strip()] for text in whole)
-                if len(rest) > loader.LONGEST:
-                    raise UserError(f"{path}: no {self.cfg.separator!r} in {len(rest):,} "
-                                    "characters, is --separator right?")
-            yield [rest.strip()]
-        else:
-            yield self.reader.blocks(path)
-
-    def pieces(self, what: str, limit: float = math.inf) -> Iterator[tuple[str, bool, str]]:
-        """All pieces in order, or those of the first `limit` characters; `what` names the pass."""
-        show, seen = Progress(what, self.size), 0
-        self.reader.consumed = self.reader.bad = 0
-        for path, fixed in self.files:
-            for document in self.texts(path):
-                split, opens = fixed, True
-                for text in filter(None, document):
-                    split = split or self.side(text)
-                    # One long text: all before the cut trains, the rest validates.
-                    here = len(text)
-                    if self.cut is not None and not fixed:
-                        here = min(max(self.cut - seen, 0), len(text))
-                    if here:
-                        yield split, opens, text[:here]
-                    if here < len(text):
-                        yield "val", opens or 0 <= self.cut - seen, text[here:]
-                    opens, seen = False, seen + len(text)
-                    show(self.reader.consumed)
-                    if seen >= limit:
-                        return
-        show(self.reader.consumed, last=True)
-
-    def mark(self, text: str) -> float:
-        """A number in [0, 1) drawn by the seed and the text that opens a document."""
-        digest = hashlib.blake2b(f"{self.cfg.seed}\n{text}".encode(), digest_size=6).digest()
-        return int.from_bytes(digest, "big") / 2**48
-
-    def side(self, text: str) -> str:
-        """The split of a document: by content, so that its copies are never on both sides.
-
-        The highest mark always trains and the lowest validates, so that neither side is empty.
-        """
-        mark = self.mark(text)
-        low = mark == self.low or mark < self.cfg.val_fraction
-        return "val" if low and mark != self.high and self.cut is None else "train"
-
-    def scan(self) -> None:
-        """The first pass counts, and finds what is broken before hours went into the rest."""
-        low, high = 1.0, 0.0            # side() does not matter yet
-        for _, opens, text in self.pieces("reading"):
-            self.chars += len(text)
-            self.documents += opens
-            if opens:
-                low, high = min(low, self.mark(text)), max(high, self.mark(text))
-        if not self.chars:
-            raise UserError(f"there is no text in {' '.join(self.cfg.source)}")
-        if self.reader.bad:
-            note(f"{self.reader.bad:,} broken places were dropped")
-        self.low, self.high = low, high
-        if low == high:                 # one document, or copies of one
-            self.cut = int(self.chars * (1 - self.cfg.val_fraction))
-            if not 0 < self.cut < self.chars:
-                raise UserError(f"{self.chars} characters are too few to split: give more text")
-
-    def train_tokenizer(self) -> Any:
-        """A tokenizer for this text; a bpe sees the training documents alone."""
-        what = "training the tokenizer"
-        if self.cfg.tokenizer == "char":        # as nanoGPT: of all text, or val has unknown ones
-            return tokenizers.train_chars(text for _, _, text in self.pieces(what))
-        pieces = self.pieces(what, limit=self.cfg.tokenizer_chars)
-        return tokenizers.train((text for split, _, text in pieces if split == "train"),
-                                self.cfg.vocab_size, self.cfg.pattern)
-
-
-# --- documents -> shards -----------------------------------------------------------------------
-TOKENIZER: Any = None                   # of this process, once start_worker() has run
-
-
-def start_worker(folder: Path) -> None:
-    """Make this process ready to encode."""
-    global TOKENIZER
-    TOKENIZER = tokenizers.load(str(folder))
-    if parent := multiprocessing.parent_process():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent to answer
-        # without this, workers would outlive a parent that was killed
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def encode(bundle: list[tuple[str, bool, str]]) -> list[tuple[str, np.ndarray, int, int]]:
-    """Pieces -> (split, ids, documents, bytes); the end-of-text id opens a document."""
-    out, eot = [], TOKENIZER.eot
-    for split, opens, text in bundle:
-        # a text that spells <|endoftext|> gets the letters, never the special token
-        ids = np.asarray(TOKENIZER.encode_fast(text, disallowed_special=()), dtype=np.uint32)
-        if opens and eot is not None:
-            ids = np.concatenate((np.array([eot], np.uint32), ids))
-        out.append((split, ids, int(opens), len(text.encode("utf-8"))))
-    return out
-
-
-def encode_corpus(corpus: Corpus, folder: Path, writers: dict[str, Any], workers: int) -> None:
-    """The last pass: this process reads and writes, others encode, in order and bounded.
-
-    Processes, since tiktoken's threads wait for each other where they make Python objects.
-    """
-    small = corpus.size < 4 * loader.BLOCK      # done before processes have started
-    kind, workers = (ThreadPoolExecutor, 1) if small else (ProcessPoolExecutor, workers)
-    waiting, bundle, weight = deque(), [], 0
-
-    def take() -> None:
-        for split, ids, documents, size in waiting.popleft().result():
-            writers[split].write(ids, documents, size)
-
-    with kind(workers, initializer=start_worker, initargs=(folder,)) as pool:
-        for piece in corpus.pieces("encoding"):
-            bundle.append(piece)
-            weight += len(piece[2])
-            if weight >= loader.BLOCK // 2:     # small documents travel together
-                waiting.append(pool.submit(encode, bundle))
-                bundle, weight = [], 0
-            if len(waiting) > 2 * workers:  # a reader far ahead of its encoders fills memory
-                take()
-        waiting.append(pool.submit(encode, bundle))
-        while waiting:
-            take()
-
-
-def convert_bins(files: list[tuple[Path, str]], tok: Any, writers: dict[str, Any]) -> None:
-    """llm.c's shards: 256 int32 of header (magic, version, count, …), then uint16 ids."""
-    if tok.eot is None:
-        raise UserError("fineweb's tokens are GPT-2's: --tokenizer has to be a copy of gpt2")
-    lengths = np.zeros(2**16, dtype=np.int64)
-    lengths[:tok.vocab_size] = tok.byte_lengths()[:2**16]
-    lengths[tok.eot] = 0                    # it stands for no text
-    for path, split in files:
-        head = np.fromfile(path, dtype="<i4", count=256)
-        if len(head) < 256 or tuple(head[:2]) != (20240520, 1) \
-                or path.stat().st_size != 1024 + 2 * int(head[2]):
-            raise UserError(f"{path} is not a whole GPT-2 shard of llm.c's format: delete it and "
-                            "run this again")
-        ids = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-        show = Progress(f"converting {path.name}", len(ids), "M tokens")
-        for start in range(0, len(ids), loader.BLOCK):
-            part = np.asarray(ids[start:start + loader.BLOCK])
-            writers[split].write(part, (part == tok.eot).sum(), lengths[part].sum())
-            show(start + len(part))
-        show(len(ids), last=True)
-
-
 # --- a dataset, whole or not at all ------------------------------------------------------------
-@contextlib.contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """A hidden folder inside `out` to build in; what it holds is moved up at the end.
-
-    An error removes it, a kill leaves it to the next run, and a finished dataset stays as it is
-    in both cases. What else lies in `out` (nanoGPT's input.txt, say) is not touched.
-    """
-    folder = out / ".building"          # inside: `out` may be a link or a disk of its own
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    except OSError as e:
-        raise UserError(f"cannot write to {out}: {e.strerror}; choose another --out") from None
-    try:
-        yield folder
-        # meta.json says that a dataset is complete: it goes first and comes last
-        (out / "meta.json").unlink(missing_ok=True)
-        new = sorted(path.name for path in folder.iterdir())
-        for old in out.iterdir():                   # shards of a longer predecessor
-            if re.fullmatch(r"(train|val)_\d{5}\.npy", old.name) and old.name not in new:
-                old.unlink()
-        for name in sorted(new, key="meta.json".__eq__):
-            os.replace(folder / name, out / name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):          # only an empty folder goes
-            out.rmdir()
-
-
 def fingerprint(paths: list[str]) -> str:
     """Changes when an input does: names, sizes and times of files; URLs are taken as they are."""
     stats = [(path, None if "://" in path else os.stat(path)) for path in paths]
@@ -539,6 +232,7 @@ def main(cfg: Config) -> None:
         from data import public, skills         # not above: they build on this file
         made = public if cfg.source[0] in public.SETS else skills
         return made.main(made.inherit(cfg))
+    given = getattr(cfg, "given", frozenset())
     cfg = replace(cfg, source=cfg.source or Config().source)
     named = NAMES.get(" ".join(cfg.source))
     usual = named or Named()            # what was not asked for is as usual for this dataset
@@ -546,6 +240,8 @@ def main(cfg: Config) -> None:
     cfg = replace(cfg, tokenizer=cfg.tokenizer or usual.tokenizer, val_fraction=share,
                   separator=cfg.separator or usual.separator)
     check(cfg, named)
+    if "://" in cfg.source[0]:
+        check_address(cfg.source[0])
     name = cfg.source[0] if named else dataset_name(cfg.source[0])
     out = Path(cfg.out or ROOT / "data" / name).expanduser()
     inputs = resolve(cfg, named, out)
@@ -556,11 +252,16 @@ def main(cfg: Config) -> None:
     settings = {key: value for key, value in vars(cfg).items() if key not in free}
     own = [cfg.tokenizer] if os.path.exists(cfg.tokenizer) else []
     settings["inputs"] = fingerprint([path for path, _ in inputs] + own)
-    if not cfg.force and finished(out, settings):
-        note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
-        return report(out)
+    if "vocab_size" in given and cfg.vocab_size == Config.vocab_size:
+        settings["adapt"] = False           # of the default that was asked for by its number
 
-    with building(out) as folder:
+    def complete() -> bool:
+        return not cfg.force and finished(out, settings)
+
+    with building(out, complete) as folder:
+        if folder is None:
+            note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
+            return report(out)
         trained, bins = cfg.tokenizer in ("bpe", "char"), cfg.source == ["fineweb"]
         try:        # before an hour of downloads, since it may fail
             tok = None if trained and not bins else tokenizers.load(cfg.tokenizer)
@@ -573,7 +274,7 @@ def main(cfg: Config) -> None:
         corpus = Corpus(files, cfg)
         if not bins:
             corpus.scan()
-        tok = tok or corpus.train_tokenizer()
+        tok = tok or corpus.train_tokenizer(adapt="vocab_size" not in given)
         if tok.eot is None and corpus.documents > 1:
             note("this tokenizer has no end-of-text id: documents follow each other unmarked")
         tok.save(folder)

@@ -42,6 +42,7 @@ from data.layouts import ADAPTERS  # noqa: E402
 VERSION = 2                             # of what is written: a change builds it again
 LIMIT = 2 << 30                         # bytes that an archive may hold: IMDb's are 0.5 GB
 TEXT_LIMIT = 1 << 24                    # bytes of one of its files
+NAME_LIMIT = 1 << 16                    # bytes of a name in it, or of a header with more of it
 Found = Iterator[tuple[str, dict[str, Any]]]            # ("FILE, line N", record)
 
 
@@ -82,11 +83,24 @@ class Bounded:
         return data
 
 
+class Member(tarfile.TarInfo):
+    """A member of an archive whose name is not read into memory if it is a book long."""
+
+    @classmethod
+    def frombuf(cls, *args: Any) -> "Member":
+        """A header of 512 bytes -> the member; those that only hold a long name have a size."""
+        member = super().frombuf(*args)
+        plain = (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE)
+        if member.type not in plain and member.size > NAME_LIMIT:
+            raise tarfile.ReadError(f"a header in it has {member.size:,} bytes")
+        return member
+
+
 def reviews(path: Path, reader: loader.Reader) -> Found:
     """Stanford's tar.gz: aclImdb/{train,test}/{pos,neg}/NUMBER_STARS.txt, a review each."""
     name = re.compile(r"(?:\./)?aclImdb/(?:train|test)/(pos|neg)/\d+_\d+\.txt")
     with open(path, "rb") as raw, gzip.open(raw) as packed:
-        with tarfile.open(fileobj=Bounded(packed, LIMIT), mode="r|") as archive:
+        with tarfile.open(fileobj=Bounded(packed, LIMIT), mode="r|", tarinfo=Member) as archive:
             for member in archive:
                 reader.consumed = raw.tell()
                 found = name.fullmatch(member.name)
@@ -265,12 +279,12 @@ def main(cfg: prepare.Config) -> None:
         source = loader.hash_file(Path(cfg.file))
     settings = {"version": VERSION, "seed": cfg.seed, "skip_bad": cfg.skip_bad,
                 "val_fraction": share, "input": source}
-    if not cfg.force and skills.finished(out, settings):
-        prepare.note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
-        return skills.report(out, public.script)
-    path, reader = get(cfg, public, source), loader.Reader(cfg.skip_bad)
     labels, prefix = public.kind == "labels", chats.PREFIX.get(public.kind, "")
-    with prepare.building(out) as folder:
+    with prepare.building(out, lambda: not cfg.force and skills.finished(out, settings)) as folder:
+        if folder is None:
+            prepare.note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
+            return skills.report(out, public.script)
+        path, reader = get(cfg, public, source), loader.Reader(cfg.skip_bad)
         show = prepare.Progress(f"reading {path.name}", path.stat().st_size)
 
         def shown(found: Found) -> Found:

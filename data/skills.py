@@ -583,10 +583,10 @@ def main(cfg: Config) -> None:
         paths = [Path(p) for p, _ in prepare.resolve(stdlib, prepare.NAMES["stdlib"], out)]
         settings["python"] = sys.version.split()[0]
         settings["inputs"] = prepare.fingerprint([str(p) for p in paths])   # names, sizes, times
-    if not cfg.force and finished(out, settings):
-        prepare.note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
-        return report(out)
-    with prepare.building(out) as folder:
+    with prepare.building(out, lambda: not cfg.force and finished(out, settings)) as folder:
+        if folder is None:
+            prepare.note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
+            return report(out)
         files = generate(cfg.seed, cfg.level, **counts) if not paths else \
             stdlib_chat(cfg.seed, paths, Path(sysconfig.get_paths()["stdlib"]))
         meta = {"version": VERSION, "kind": "chat", "dataset": out.name, "source": cfg.source,

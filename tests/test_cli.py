@@ -15,9 +15,9 @@ from test_sft import base, fork, forks, go, talk, words       # noqa: F401
 
 
 @pytest.mark.parametrize("flags, says", [
-    ("--lora_rank=-1", "lora_rank -1.*must be at least 0"),
-    ("--lora_rank=2 --lora_alpha=-1", "alpha must be at least 0"),
-    ("--lora_rank=2 --lora_dropout=1", "dropout from 0 up to 1"),
+    ("--lora_rank=-1", "lora_rank is -1.*must be at least 0"),
+    ("--lora_rank=2 --lora_alpha=-1", "lora_alpha is -1.*must be at least 0"),
+    ("--lora_rank=2 --lora_dropout=1", "lora_dropout is 1.*must be below 1"),
     ("--lora_rank=2 --targets=q_porj", "q_porj.*names no linear layer.*q_proj"),
     ("--lora_rank=2 --init_from={tmp}/none", "no checkpoint at .*none"),
     ("--lora_rank=2 --dataset={tmp}/none.jsonl", "none.jsonl is not prepared")])

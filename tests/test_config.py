@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Config:
+    ranges = {"batch_size": "[-1e30, 1e30]", "learning_rate": "[-1, 1]"}    # of this class alone
     dataset: str = "stdlib"             # a name, a path or a URL
     batch_size: int = 12                # rows of a micro-batch; more
                                         # of this comment is on the next line

@@ -401,7 +401,7 @@ def test_stopped_or_killed_it_goes_on_to_the_same_weights(go, fork, tmp_path):
             train.time.sleep(0.005)
         os.kill(run.pid, number)
         status, stdout, stderr = run.wait()
-        assert (status, stdout) == (0 if number == signal.SIGTERM else -number, "")
+        assert (status, stdout) == (128 + number if number == signal.SIGTERM else -number, "")
         go_on(out)
         assert_same_files(straight, out)
         if number == signal.SIGTERM:
@@ -700,7 +700,7 @@ def test_answers_are_drawn_from_the_seed_and_go_on_after_a_kill(go, fork, tmp_pa
 @pytest.mark.parametrize("flags, says", [
     ("--teacher={tmp}/none", "no checkpoint at .*none"),
     ("--init_from={tmp}/none", "no checkpoint at .*none"),
-    ("--alpha=1.5", "alpha is 1.5: it must be 0 to 1"),
+    ("--alpha=1.5", "alpha is 1.5: it must be at most 1"),
     ("--alpha=nan", "alpha is nan"),
     ("--temperature=0", "temperature is 0"),
     ("--temperature=-1", "temperature is -1"),
@@ -719,7 +719,7 @@ def test_answers_are_drawn_from_the_seed_and_go_on_after_a_kill(go, fork, tmp_pa
     ("--block_size=65", "block_size 65 is more than the 64 tokens that the teacher"),
     ("--dataset={tmp}/none", "is not prepared"),
     ("--batch_size=0", "batch_size is 0"),
-    ("--n_layer=0", "n_layer 0 must be at least 1"),
+    ("--n_layer=0", "n_layer is 0: it must be at least 1"),
 ])
 def test_a_mistake_is_one_sentence(go, model, tmp_path, flags, says):
     words = flags.format(tmp=tmp_path, teacher=model()).split()

@@ -673,7 +673,7 @@ def test_asked_to_stop_it_says_how_to_go_on(go, fork, tmp_path):
         out / "log.jsonl").read_text().count("\n") > 2)
     os.kill(asked.pid, signal.SIGTERM)
     status, stdout, stderr = asked.wait()
-    assert status == 0 and stdout == "", stderr
+    assert status == 128 + signal.SIGTERM and stdout == "", stderr
     argv = re.search(r"go on with: python dpo.py (.*)\n\Z", stderr)[1].split()
     dpo.main(configure(dpo.Config, [*argv, "--device=cpu"]))
     assert_same_run(go("straight", *flags), out)

@@ -141,8 +141,8 @@ def test_batches_do_not_change_answers(model, asked):
 
 @pytest.mark.parametrize("flags, sentence", [
     (["--split=val"], "val.jsonl is missing: --split=val is no file of"),
-    (["--batch_size=0"], "--batch_size and --max_new_tokens not below 1"),
-    (["--limit=-1"], "--limit cannot be below 0"),
+    (["--batch_size=0"], "batch_size is 0: it must be at least 1"),
+    (["--limit=-1"], "limit is -1: it must be at least 0"),
     (["--model=nowhere"], "nowhere"),
 ])
 def test_mistakes_get_one_sentence(model, asked, flags, sentence):
@@ -150,7 +150,7 @@ def test_mistakes_get_one_sentence(model, asked, flags, sentence):
         run(model["chatml"], asked, *flags)
     (asked / "test.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
     with pytest.raises(UserError, match="has no conversation that ends with an answer|nowhere|"
-                                        "is missing|below"):
+                                        "is missing|it must be"):
         run(model["chatml"], asked, *flags)
 
 # ---------------------------------------------------------------------------- the whole life

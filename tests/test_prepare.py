@@ -22,7 +22,7 @@ import pytest
 
 import tokenizer as tokenizers
 from config import UserError, configure, run
-from data import loader, prepare
+from data import corpus, download, loader, prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "data" / "prepare.py")
@@ -424,7 +424,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(tmp_path, docs, bpe, monk
 
 def test_an_encoder_that_dies_is_one_sentence(tmp_path, docs, bpe, monkeypatch):
     """What the system's out-of-memory killer does to one of the processes."""
-    monkeypatch.setattr(prepare, "encode", die)
+    monkeypatch.setattr(corpus, "encode", die)
     monkeypatch.setattr(loader, "BLOCK", 1000)
     with pytest.raises(UserError, match="process died.*--workers"):
         prep(*write(tmp_path / "in", "jsonl", docs), f"--out={tmp_path / 'out'}",
@@ -646,7 +646,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(prepare, "PATIENCE", (0, 0, 0))
+    monkeypatch.setattr(download, "PATIENCE", (0, 0, 0))
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     with Server() as s:

@@ -1,5 +1,6 @@
 """data/public.py: public sets by name from a server on this machine, whole, split and checked."""
 import dataclasses
+import gzip
 import io
 import json
 import tarfile
@@ -9,7 +10,7 @@ from collections import Counter
 import pytest
 
 from config import UserError, configure
-from data import chats, prepare, public
+from data import chats, loader, prepare, public
 from test_prepare import server, state      # noqa: F401  (server is a fixture)
 
 
@@ -277,6 +278,17 @@ def test_a_hostile_archive_writes_nowhere_else(site, prep, tmp_path, monkeypatch
     monkeypatch.setattr(public, "TEXT_LIMIT", 1000)
     with pytest.raises(UserError, match="larger than 1,000 bytes"):
         prep("sms_spam", "--force=1")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XGLTYPE])
+def test_an_archive_whose_names_are_books_is_refused(tmp_path, kind):
+    """The header says how long a name is; it is not read into memory to see."""
+    member = tarfile.TarInfo("aclImdb/train/pos/0_9.txt")
+    member.type, member.size = kind, 1 << 29
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(gzip.compress(member.tobuf() + bytes(1 << 16)))
+    with pytest.raises(tarfile.ReadError, match="536,870,912 bytes"):
+        list(public.reviews(path, loader.Reader()))
 
 
 @pytest.mark.parametrize("name, data, line, bad", [

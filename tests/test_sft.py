@@ -279,7 +279,7 @@ def test_asked_to_stop_it_says_how_to_go_on(go, fork, tmp_path):
         train.time.sleep(0.005)
     os.kill(asked.pid, signal.SIGTERM)
     status, stdout, stderr = asked.wait()
-    assert status == 0 and stdout == "", stderr
+    assert status == 128 + signal.SIGTERM and stdout == "", stderr
     words = re.search(r"go on with: python sft.py (.*)\n\Z", stderr)[1].split()
     sft.main(configure(sft.Config, [*words, "--device=cpu"]))
     assert_same_run(go("straight", *flags), out)

@@ -306,16 +306,18 @@ def wait_for_steps(out, count):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(go, fork, tmp_path, number):
-    """Status 0, a checkpoint of the very step, and a command that, typed in, ends the run."""
+    """A status of its own, a checkpoint of the very step, a mark that the run is not complete, and
+    a command that, typed in, ends it."""
     flags = ["--max_iters=150", "--dropout=0.1", "--eval_interval=150"]
     out = tmp_path / "out"
     asked = fork(*flags, f"--out_dir={out}")
     wait_for_steps(out, 5)
     os.kill(asked.pid, number)
     status, stdout, stderr = asked.wait()
-    assert status == 0 and stdout == "" and "Traceback" not in stderr
+    assert status == 128 + number and stdout == "" and "Traceback" not in stderr
+    assert json.loads((out / "checkpoints.json").read_text())["complete"] is False
     said = re.search(r"stopped after step (\d+) and saved to .*; go on with: "
                      r"python train.py (.*)\n\Z", stderr)
     assert 5 <= int(said[1]) < 150
@@ -330,7 +332,7 @@ def test_a_signal_to_one_rank_stops_them_all(fork, tmp_path):
     wait_for_steps(out, 3)
     os.kill(started[1].pid, signal.SIGTERM)
     outcomes = [r.wait() for r in started]
-    assert [o[0] for o in outcomes] == [0, 0], outcomes
+    assert [o[0] for o in outcomes] == [128 + signal.SIGTERM] * 2, outcomes
     assert "go on with" in outcomes[0][2] and "go on with" not in outcomes[1][2]
     assert checkpoint.load_trainer(last(out))["state"]["step"] == len(curve(out))
 

@@ -153,7 +153,7 @@ def test_a_logger_that_is_there_is_used(tmp_path, monkeypatch):
                                   log=lambda row, step: rows.append((step, row["loss"])))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     cfg = train.Config(wandb_log=True, wandb_run_name="x", out_dir=str(tmp_path))
-    journal = train.Journal(cfg, Machine(torch.device("cpu"), torch.float32), 0)
+    journal = train.Journal(cfg, Machine(torch.device("cpu"), torch.float32), train.State())
     journal.record(step=3, loss=0.5)
     assert rows == [(3, 0.5)] and started[0]["name"] == "x" and started[0]["config"]["n_layer"] == 12
 

@@ -22,6 +22,7 @@ from formats import run_folder
 from machine import Machine
 from model import ModelConfig
 from presets import FAMILIES, PRESETS
+from training import faults
 from translate import family_of
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -143,6 +144,9 @@ def prepare_out_dir(cfg: Any, machine: Machine) -> None:
     out = Path(cfg.out_dir)
     if cfg.eval_only:
         return
+    if machine.main:
+        faults.take_folder(cfg.out_dir)
+    machine.wait()
     if cfg.init_from != "resume" and (out / "checkpoints.json").exists():
         to = run_folder.choose_aside(out)
         for name in ("init_from", "reference", "teacher"):
@@ -151,6 +155,7 @@ def prepare_out_dir(cfg: Any, machine: Machine) -> None:
         machine.wait()                  # all ranks have looked, and none reads from it any more
         if machine.main:
             run_folder.move_aside(out, to)
+            faults.take_folder(cfg.out_dir)     # a new folder, if the old one got another name
             print(f"{out} held an earlier run: its files were moved to {to}", file=sys.stderr)
     if machine.main:
         try:
