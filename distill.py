@@ -26,18 +26,14 @@ teacher (--alpha=1, which is sft.py's loss) compare. What to expect: config/dist
 from __future__ import annotations
 
 import config  # noqa: F401  first, so that what fails while importing is a sentence
-import contextlib
-import json
 import os
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import checkpoint
@@ -57,8 +53,7 @@ from presets import from_settings
 from quantize import pack
 from training import effects
 from training.hidden_states import Matching, spread, watch
-from training.log import clock
-from training.log import clock
+from training.cooperate import alone, get_ranks, progress, together, write_lines
 
 TEACHERS = ("out/dpo", "out/sft")     # the last of the demo's chain that is there
 PROJECTIONS = "projections.safetensors"             # beside a checkpoint's weights, for resuming
@@ -302,42 +297,6 @@ class Numbered(chats.Packed):
 
 # --------------------------------------------------------------- what the teacher says, once
 
-def ranks() -> tuple[int, int]:
-    """(rank, world), which is 0 of 1 without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-def together() -> None:
-    """Wait until every rank is here."""
-    dist.barrier() if dist.is_initialized() else None
-
-@contextlib.contextmanager
-def alone(path: Path, done: Path, folder: bool = False) -> Iterator[None]:
-    """Be the one run that makes `path`, which becomes `done`; another one waits, and finds that."""
-    with contextlib.ExitStack() as stack:
-        if ranks()[0] == 0:
-            held = stack.enter_context(atomic.lock(
-                path, f"another run makes {done}: waiting for it", folder=folder, done=done))
-            if held and done.is_file():             # made between our look and our lock
-                atomic.remove(path)
-        together()                                  # the other ranks wait for the first
-        yield
-
-def progress(work: Any, what: str) -> Iterator[Any]:
-    """The items of `work`, with a line on stderr, and the time that is left."""
-    began, live = time.perf_counter(), sys.stderr.isatty()
-    for k, item in enumerate(work, 1):
-        yield item
-        if ranks()[0] == 0 and (k == len(work) or live):
-            left = clock((time.perf_counter() - began) / k * (len(work) - k))
-            print(("\r\033[K" if live else "") + f"{what}: {k}/{len(work)} | {left} left",
-                  end="\n" if k == len(work) else "", file=sys.stderr, flush=True)
-
-def write_lines(path: Path, records: list[dict]) -> None:
-    """A .jsonl file, complete under its name or not there."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text("".join(json.dumps(record) + "\n" for record in records))
-    os.replace(aside, path)
-
 def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
     """A folder of conversations in which the teacher says what the assistant said: sequence-level
     distillation. The validation file stays what it was.
@@ -353,7 +312,8 @@ def answers(cfg: Config, tokenizer: Any, notes: list[str]) -> Path:
         cfg.origin.split()[0], records, held, count,
         cfg.generate_temperature, cfg.generate_tokens, cfg.block_size, cfg.seed,
         tokenizer.template or tokenizer.jinja)
-    (rank, world), folder = ranks(), Path(cfg.cache_dir, name)
+    rank, world = get_ranks()
+    folder = Path(cfg.cache_dir, name)
     parts = folder.with_name(f".{name}.parts")
     with alone(parts, folder / "train.jsonl", folder=True):
         if not folder.is_dir():

@@ -12,9 +12,8 @@ Each operation is one function with up to five implementations of the same formu
     y = kernels.rms_norm(x, weight, eps=1e-6)      # the form that is fastest on x's device
     kernels.use("reference")                       # or --backend=reference on any script
 
-Shapes: B batch, T tokens, C width, H heads, D head_dim, V vocabulary. Sums and statistics are
-taken in float32 whatever the type of the input. tests/test_kernels.py holds every form against
-float64 autograd: relative L2 at most 1e-5 in float32 and 1e-2 in bfloat16.
+Shapes: B batch, T tokens, C width, H heads, D head_dim, V vocabulary. Sums are taken in float32.
+tests/test_kernels.py: relative L2 against float64 at most 1e-5 in float32 and 1e-2 in bfloat16.
 """
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ from torch.autograd import Function
 from config import UserError, refuse_to_run
 
 BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
-# the files that register a form, read when the first tensor asks for it: Triton takes a second,
-# and is not there on every machine
+# the files that register a form, read when a tensor first asks for it: not every machine has Triton
 FILES = {"cpu": ("cpu_kernels",), "cuda": ("cuda_twins",),
          "triton": ("triton_rows", "triton_step", "triton_attention", "triton_tiles")}
 LESSONS = ("linear",)       # operations whose Triton form is there to be read: cuBLAS is as fast
@@ -70,8 +68,8 @@ def use(backend: str) -> str:
         raise UserError(f"--backend={backend} does not exist: choose {', '.join(BACKENDS)}")
     if backend in ("triton", "cuda"):
         # Triton's interpreter runs kernels on a CPU, a thousand times slower: for tests
-        if not torch.cuda.is_available() and not (
-                backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        if not torch.cuda.is_available() and not interpreted:
             raise UserError(f"--backend={backend} needs a GPU, and PyTorch sees none: use auto")
         if not ready(backend):
             raise UserError(f"--backend={backend}: triton is not installed; pip install triton")
@@ -156,8 +154,7 @@ def _(x, weight, eps=1e-6, offset=0.0):
     return F.rms_norm(x, (C,), weight.to(x.dtype), eps)
 
 @operation
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None,
-               eps: float = 1e-5) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """y = (x - mean) / sqrt(var + eps) * w + b, over the last dimension (Ba 2016). x (..., C)."""
     wide = widen(x)
     centred = wide - wide.mean(-1, keepdim=True)

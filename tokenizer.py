@@ -6,8 +6,7 @@
     python tokenizer.py show --file=README.md --tokenizer=data/mine       # tokens, in colour
 
 The same command on any machine: all of it runs on the CPU, and training counts chunks on every
-core. To expect: 16,384 entries from the 12 MB of Python's standard library take no more time than
-the `tokenizers` library needs, a few seconds (`python bench.py tokenizer` prints both).
+core, in a few seconds for 16,384 entries from 12 MB (`python bench.py tokenizer`).
 
 bpe.py holds the algorithm: `ranks` says which token bytes merge first. Here tokens get their ids,
 which are the ranks in our own files and in GPT-2's, and something else in many a published one.
@@ -21,7 +20,6 @@ from __future__ import annotations
 
 import config  # noqa: F401  first, so that what fails while importing is a sentence
 import codecs
-import json
 import os
 import re
 import sys
@@ -38,7 +36,7 @@ import tiktoken
 import chat
 import spm as sentencepiece
 from bpe import (PATTERNS, PieceCache, any_of, chunks, count_chunks, file_texts, learn, mend,
-                 read_json, read_text, total, unprintable)
+                 read_json, total, unprintable)
 from config import UserError, run
 from text import files, tokenizer_files, tokenizer_json
 from text.added_tokens import Names, flags_of
@@ -62,10 +60,9 @@ class Tokenizer:
     forms: Unicode forms that text is brought to first: ("NFC",) composes an é of two characters
     (Qwen). post: Hugging Face's post_processor, which adds a first token in transformers: `prefix`
     here. encode() never does. splits: a sequence of cuts; then pattern is its text as JSON.
-    whole: tokens that a chunk of its own becomes, and no merge. other: tokens of the vocabulary
-    that no text becomes. document: what else a tokenizer.json said, for saving. spm: the rules of
-    a SentencePiece vocabulary; then ranks and pattern are empty, and the keys of ids are tokens as
-    its file spells them.
+    whole: tokens that only a whole chunk becomes. other: tokens that no text becomes. document:
+    what else a tokenizer.json said, for saving. spm: the rules of a SentencePiece vocabulary; then
+    ranks and pattern are empty, and the keys of ids are tokens as its file spells them.
 
     What the files beside a vocabulary say (text/tokenizer_files.py): settings, the whole of
     tokenizer_config.json; bos_token, eos_token, pad_token, the tokens with these roles, or None;
@@ -112,8 +109,8 @@ class Tokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         # what cannot be sent to a worker process, or is cheaper to build there, stays here
-        return {k: v for k, v in self.__dict__.items() if k not in ("tiktoken", "_cache")} | {
-            "names": {}}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("tiktoken", "_cache")}
+        return {**kept, "names": {}}
 
     # -- what the files beside the vocabulary say of it
 

@@ -39,7 +39,7 @@ from config import Stopped, UserError, check_values, refuse_idle, run, show
 from data import loader
 from formats import atomic
 from inference.generate import Sampling, encode, sample_text
-from machine import PEAK_TFLOPS, Machine, find_machine, memory_used, utilisation
+from machine import Machine, find_machine, memory_used, utilisation
 from model import ModelConfig, Transformer
 from optim import Optimizer, clip_grad_norm
 from presets import from_settings

@@ -23,7 +23,7 @@ import requests
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 from config import UserError  # noqa: E402  (ours; found only once the root is on the path)
-from data import loader  # noqa: E402
+from data import shards  # noqa: E402
 from formats import atomic  # noqa: E402
 
 PATIENCE = (1, 2, 4)                    # seconds to wait after each failure but the last
@@ -85,7 +85,7 @@ def download(url: str, folder: Path) -> Path:
         try:
             if not target.is_file():
                 complete(url, part, host, trusted=bool(want))
-                if want and loader.hash_file(part) != want:
+                if want and shards.hash_file(part) != want:
                     remove_part(part)
                     raise UserError(f"{url} is not the file it should be: its sha256 is not {want}")
                 with open(part, "r+b") as f:

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 import tokenizer as tokenizers  # noqa: E402  (ours; found only once the root is on the path)
 from config import UserError, run  # noqa: E402
-from data import loader  # noqa: E402
+from data import loader, shards  # noqa: E402
 from data.corpus import RECORDS, Corpus, convert_bins, encode_corpus  # noqa: E402
 from data.download import Progress, download, note  # noqa: E402
 from formats.atomic import build_directory as building  # noqa: E402
@@ -269,7 +269,7 @@ def main(cfg: Config) -> None:
             raise UserError(f"{e}; here, --tokenizer=DIR uses one and --tokenizer=bpe trains one")
         cache = Path(cfg.cache or ROOT / "data" / ".cache").expanduser()
         files = [(download(p, cache) if "://" in p else Path(p), split) for p, split in inputs]
-        if usual.train == (SHAKESPEARE,) and loader.hash_file(files[0][0]) != SHAKESPEARE[-64:]:
+        if usual.train == (SHAKESPEARE,) and shards.hash_file(files[0][0]) != SHAKESPEARE[-64:]:
             note(f"{files[0][0]} is not the Tiny Shakespeare of 1,115,394 characters")
         corpus = Corpus(files, cfg)
         if not bins:
@@ -278,7 +278,7 @@ def main(cfg: Config) -> None:
         if tok.eot is None and corpus.documents > 1:
             note("this tokenizer has no end-of-text id: documents follow each other unmarked")
         tok.save(folder)
-        writers = {split: loader.Shards(folder, split, tok.vocab_size, cfg.shard_tokens)
+        writers = {split: shards.Shards(folder, split, tok.vocab_size, cfg.shard_tokens)
                    for split in ("train", "val")}
         if bins:                        # these are tokens already
             convert_bins(files, tok, writers)

@@ -36,7 +36,7 @@ from typing import Any, BinaryIO, Callable, Iterable, Iterator
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 from config import UserError, refuse_to_run  # noqa: E402  (found once the root is on the path)
-from data import chats, loader, prepare, skills  # noqa: E402
+from data import chats, loader, prepare, shards, skills  # noqa: E402
 from data.layouts import ADAPTERS  # noqa: E402
 
 VERSION = 2                             # of what is written: a change builds it again
@@ -234,7 +234,7 @@ def write(folder: Path, names: Iterable[str], rows: Iterable[tuple[str, dict]], 
             raise UserError(f"there is nothing for {name}: {sum(counts.values())} records are too "
                             "few, is this the whole file?")
         about[prefix + name] = {"file": path.name, "records": count,
-                                "bytes": path.stat().st_size, "sha256": loader.hash_file(path)}
+                                "bytes": path.stat().st_size, "sha256": shards.hash_file(path)}
     return about
 
 
@@ -276,7 +276,7 @@ def main(cfg: prepare.Config) -> None:
     # what is read, by its hash: the same whether it was fetched or copied
     source = public.url.partition("#sha256=")[2] or public.url
     if cfg.file and Path(cfg.file).is_file():
-        source = loader.hash_file(Path(cfg.file))
+        source = shards.hash_file(Path(cfg.file))
     settings = {"version": VERSION, "seed": cfg.seed, "skip_bad": cfg.skip_bad,
                 "val_fraction": share, "input": source}
     labels, prefix = public.kind == "labels", chats.PREFIX.get(public.kind, "")

@@ -39,7 +39,7 @@ from typing import Any, Callable, Iterator
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 from config import UserError, run  # noqa: E402  (ours; found only once the root is on the path)
-from data import loader, prepare  # noqa: E402
+from data import prepare, shards  # noqa: E402
 
 VERSION = 2                             # of what is generated: a change builds it again
 CHATS, SPLITS = ("skills", "stdlib_chat"), ("train", "val", "test")  # corpora; files of each
@@ -534,7 +534,7 @@ def write(folder: Path, name: str, records: list[dict[str, Any]]) -> dict[str, A
     with open(path, "w", encoding="utf-8", newline="\n") as f:
         f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     return {"file": path.name, "records": len(records), "bytes": path.stat().st_size,
-            "sha256": loader.hash_file(path)}
+            "sha256": shards.hash_file(path)}
 
 
 def finished(out: Path, settings: dict[str, Any]) -> bool:
@@ -542,7 +542,7 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
     try:
         meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
         return meta["settings"] == settings and all(
-            loader.hash_file(out / f"{name}.jsonl") == about["sha256"]
+            shards.hash_file(out / f"{name}.jsonl") == about["sha256"]
             for name, about in meta["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False

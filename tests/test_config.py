@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import config
+from machine import PEAK_TFLOPS
 from config import UserError, configure, show
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -559,7 +560,7 @@ def test_the_cost_at_the_head_of_a_config_is_what_it_costs(path):
         model.parameter_count(), tokens, round(tera)]
     if "H100" in head:
         one, eight = re.search(r"that is ([\d,]+) minutes on one, ([\d,]+) on eight", head).groups()
-        minutes = tera / (0.4 * train.PEAK_TFLOPS["H100"]) / 60
+        minutes = tera / (0.4 * PEAK_TFLOPS["H100"]) / 60
         assert int(one.replace(",", "")) == round(minutes)
         assert int(eight.replace(",", "")) == round(minutes / 8)
 

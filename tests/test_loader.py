@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from config import UserError
-from data import loader
+from data import loader, shards
 
 
 def dataset(folder, train, val=(1, 2, 3), vocab_size=None, eot=None, shard_tokens=10**9):
@@ -21,7 +21,7 @@ def dataset(folder, train, val=(1, 2, 3), vocab_size=None, eot=None, shard_token
     vocab_size = vocab_size or int(max(s.max() for s in splits.values())) + 1
     about = {}
     for name, ids in splits.items():
-        writer = loader.Shards(folder, name, vocab_size, shard_tokens)
+        writer = shards.Shards(folder, name, vocab_size, shard_tokens)
         writer.write(ids, 1, len(ids))
         about[name] = writer.close()
     meta = {"version": loader.VERSION, "vocab_size": vocab_size, "eot": eot, "splits": about}
@@ -71,7 +71,7 @@ def test_shards_are_mapped_not_loaded(tmp_path):
 
 def test_a_writer_refuses_ids_that_would_wrap_around(tmp_path):
     with pytest.raises(UserError, match="70000"):
-        loader.Shards(tmp_path, "train", 300, 100).write(np.array([1, 70000]), 1, 2)
+        shards.Shards(tmp_path, "train", 300, 100).write(np.array([1, 70000]), 1, 2)
 
 
 # --- batches -----------------------------------------------------------------------------------

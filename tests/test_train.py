@@ -19,7 +19,7 @@ import torch.nn.functional as F
 import checkpoint
 import train
 from config import configure, run
-from data import loader, prepare
+from data import loader, prepare, shards
 from model import ModelConfig
 from optim import Optimizer
 from runs import (Grads, assert_same_run, close, complaint, curve, forks_of, last, log,
@@ -775,7 +775,7 @@ def dataset(folder, train_ids, val_ids, vocab_size, like):
     about = {}
     for split, ids in (("train", train_ids), ("val", val_ids)):
         (folder / f"{split}_00000.npy").unlink()
-        writer = loader.Shards(folder, split, vocab_size, 10 ** 9)
+        writer = shards.Shards(folder, split, vocab_size, 10 ** 9)
         writer.write(np.array(ids), 1, len(ids))
         about[split] = writer.close()
     meta = json.loads((folder / "meta.json").read_text())

@@ -83,7 +83,7 @@ def together(cfg: Any, machine: Any) -> Iterator[None]:
             raise
         there = (Path(cfg.out_dir) / "checkpoints.json").is_file() and not cfg.eval_only
         script = f"torchrun --nproc_per_node={machine.world} {Path(sys.argv[0]).name}"
-        raise UserError(f"another rank ended or cannot be reached, so this one cannot go on: see "
+        raise UserError("another rank ended or cannot be reached, so this one cannot go on: see "
                         "what it said, then " + (
                             f"go on from the last checkpoint with: {script} --init_from=resume "
                             f"--out_dir={cfg.out_dir}" if there else
