@@ -437,8 +437,8 @@ def begin(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False,
 @dataclass
 class Merge:
     words: list[str] = field(default_factory=list)      # merge ADAPTER OUT; ADAPTER: or a run
-    which: str = "best"         # of a run's checkpoints: best or last
     base: str = ""              # the frozen model; empty: the adapter says where it was
+    which: str = "best"         # of a run's checkpoints: best or last
     dtype: str = "auto"         # float32, bfloat16, float16; auto: the base's
 
 def merge_files(cfg: Merge) -> None:

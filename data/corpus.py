@@ -28,7 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 import tokenizer as tokenizers  # noqa: E402  (ours; found only once the root is on the path)
-from config import UserError  # noqa: E402
+from config import UserError, refuse_to_run  # noqa: E402
 from data import loader  # noqa: E402
 from data.download import Progress, note  # noqa: E402
 
@@ -228,3 +228,7 @@ def convert_bins(files: list[tuple[Path, str]], tok: Any, writers: dict[str, Any
             writers[split].write(part, (part == tok.eot).sum(), lengths[part].sum())
             show(start + len(part))
         show(len(ids), last=True)
+
+
+if __name__ == "__main__":
+    refuse_to_run()

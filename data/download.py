@@ -22,7 +22,7 @@ import requests
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError  # noqa: E402  (ours; found only once the root is on the path)
+from config import UserError, refuse_to_run  # noqa: E402  (only now the root is on the path)
 from data import shards  # noqa: E402
 from formats import atomic  # noqa: E402
 
@@ -192,3 +192,7 @@ def fetch(url: str, part: Path, trusted: bool = False) -> str:
                     break
         show(have, last=True)
     return f"{have:,} of {total:,} bytes arrived" if total and have != total else ""
+
+
+if __name__ == "__main__":
+    refuse_to_run()

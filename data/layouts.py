@@ -18,7 +18,7 @@ from typing import Any, Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError  # noqa: E402  (found only once the root is on the path)
+from config import UserError, refuse_to_run  # noqa: E402  (only now the root is on the path)
 from data.messages import (Keys, Messages, Notes, is_empty, read_tools,  # noqa: E402
                            read_turns, text_of)
 
@@ -338,3 +338,7 @@ def labelled(record: dict[str, Any], notes: Notes | None = None, text_key: str =
 
 
 ADAPTERS: dict[str, Callable] = dict(zip(KINDS, (conversation, preference, prompt, labelled)))
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -25,7 +25,7 @@ from typing import Any, Callable, Iterable
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 import chat as templates  # noqa: E402  (found only once the root is on the path)
-from config import UserError  # noqa: E402
+from config import UserError, refuse_to_run  # noqa: E402
 
 # Roles as other projects call them (ShareGPT, Gemma, OpenAI, Llama 3), and as chat.py does
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",
@@ -289,3 +289,7 @@ def read_turns(value: Any, what: str, notes: Notes | None = None) -> Messages:
                         "be a list of messages")
     return [read_turn(message, f"message {k} of {what}", notes or Notes())
             for k, message in enumerate(value, 1)]
+
+
+if __name__ == "__main__":
+    refuse_to_run()

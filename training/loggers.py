@@ -19,7 +19,8 @@ def find_logger(flag: str, module: str, name: str, package: str) -> Any:
         return found
     except (ImportError, AttributeError) as e:
         raise UserError(f"--{flag} needs the package {package}, which is not installed here "
-                        f"({type(e).__name__}): pip install {package}, or leave out --{flag}") from e
+                        f"({type(e).__name__}): pip install {package}, or leave "
+                        f"out --{flag}") from e
 
 
 def find_loggers(cfg: Any) -> tuple[Any, Any]:

@@ -64,6 +64,8 @@ class GlobalBatch:
             seed_micro_batch(seed, i)
             _, routes = model(micro["ids"], doc=micro.get("doc"), router=True,
                               head=lambda hidden, weight: hidden[:, :0])
+            if not routes:                      # first_k_dense_replace may leave no layer
+                return
             valid = loader.valid_tokens(micro)
             self.ahead = self.ahead + torch.stack([sum_tokens(seen, valid)[0].sum(0)
                                                    for seen in routes])

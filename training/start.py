@@ -72,8 +72,8 @@ def find_pretrained(name: str, hub_dir: str = "") -> str:
     if found is None:
         raise UserError(f"--init_from={name} means OpenAI's weights, and there are none in {hub}: "
                         f"download them with `hf download openai-community/{name}`, name the "
-                        f"folder that has {name}/ with --hub_dir=DIR, or say --preset={name} for random "
-                        "weights of that shape")
+                        f"folder that has {name}/ with --hub_dir=DIR, or say --preset={name} for "
+                        "random weights of that shape")
     return str(found)
 
 
