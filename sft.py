@@ -138,9 +138,6 @@ def check(cfg: Config) -> None:
     for name, choices in (("task", ("chat", "classify")), ("unfreeze", ("all", "last"))):
         if getattr(cfg, name) not in choices:
             raise UserError(f"{name}={getattr(cfg, name)!r} does not exist: {', '.join(choices)}")
-    if cfg.task == "chat" and (cfg.text_key, cfg.label_key) != chats.COLUMNS:
-        raise UserError("--text_key and --label_key name the columns of --task=classify: leave "
-                        "them out")
     if cfg.unfreeze == "last" and cfg.lora_rank:
         raise UserError("--unfreeze=last and --lora_rank both say what trains: leave one out")
 

@@ -242,6 +242,11 @@ def test_think_reaches_the_template(talker, monkeypatch, think, capsys):        
         return real(self, messages, *args, **options)
     monkeypatch.setattr(type(tokenizer), "render", watched)
     record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    evaluation.answers(model, tokenizer, [record], max_new_tokens=1, think=think)
-    run_main(capsys, talker, chat=True, prompt="a", think=think, max_new_tokens=1)
+    evaluation.answers(model, tokenizer, [record], max_new_tokens=1, think=think,
+                       template="qwen3")
+    run_main(capsys, talker, chat=True, prompt="a", think=think, max_new_tokens=1,
+             template="qwen3")
     assert asked == [think] * len(asked) and len(asked) >= 2
+    if think is not None:               # a template that has no such switch would ignore it
+        with pytest.raises(UserError, match="no place for enable_thinking"):
+            evaluation.answers(model, tokenizer, [record], max_new_tokens=1, think=think)

@@ -126,7 +126,7 @@ def test_eval_computes_what_sft_computes(go, letters, capsys):                  
         batch = {"ids": torch.tensor(row[None, :-1]).long(), "doc": None,
                  "targets": torch.where(torch.tensor(mask[1:]), torch.tensor(row[1:]), -100)[None]}
         with torch.no_grad():
-            loss = float(sft.class_loss(ids)(model, batch)[0])
+            loss = float(sft.class_loss(sft.Config(), ids)(model, batch)[0])
         truth = ["ham", "spam"].index(record["label"])
         assert loss == pytest.approx(-float(p[truth].log()), abs=1e-5)
 

@@ -563,7 +563,7 @@ def test_a_table_of_its_own_columns(go, tmp_path, capfd):
              "--label_key=category")
     assert same(weights(last(one)), weights(last(two)))
     assert capfd.readouterr().err.count("2 labels: ham, spam") == 2
-    with pytest.raises(UserError, match="--text_key and --label_key name the columns"):
+    with pytest.raises(UserError, match="--text_key=message has no effect without --task=classify"):
         go("three", "--text_key=message")
 
 
