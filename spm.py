@@ -30,7 +30,7 @@ from typing import Any, Iterable, Iterator, Mapping
 
 from bpe import PATTERNS, PieceCache, any_of, bpe, mend
 from chat import surround
-from config import refuse_to_run
+from config import UserError, refuse_to_run
 from text.added_tokens import cut, flags_of, number
 from text.tokenizer_json import list_added
 
@@ -369,7 +369,9 @@ class Charsmap:
             return None
         end = self.strings.find(b"\0", found[1])
         if end < 0:
-            raise ValueError("the table of characters points outside itself")
+            # found while a text is encoded: a look at every rule would cost more than the loading
+            raise UserError("the tokenizer's table of characters points outside itself: copy its "
+                            "file again")
         return found[0], self.strings[found[1]:end]
 
     def apply(self, text: str, symbols: Iterable[str] = ()) -> str:

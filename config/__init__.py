@@ -160,8 +160,8 @@ RANGES = {
     "[0, 1e7]": "n_kv_head head_dim intermediate_size num_experts n_shared_experts lora_rank show "
                 "hidden_layers cache_top_k speculate wrong top_k num_experts_per_tok "
                 "moe_intermediate_size",
-    "[1, 1e12]": "eval_interval eval_iters log_interval generate_tokens vocab_size shard_tokens",
-    "[0, 1e12]": "block_size max_iters lr_decay_iters sample_interval generate limit "
+    "[1, 1e12]": "eval_interval log_interval generate_tokens vocab_size shard_tokens",
+    "[0, 1e12]": "block_size max_iters lr_decay_iters sample_interval eval_iters generate limit "
                  "max_new_tokens train val test pref rl warmup_iters",
     "[0, 2147483647]": "sliding_window",
     "[0, 4294967295]": "seed",                      # what every generator of numbers takes

@@ -477,9 +477,9 @@ def test_long_texts_are_not_quadratic(trained, text):
 def test_many_added_tokens_are_found_fast():
     names = frozenset(f"<unused{k}>" for k in range(6000)) | {"<unused", "a<", "a"}
     text = "x < <unused12> <unused7 a<b" * 3000
-    start = time.perf_counter()
+    start = time.process_time()
     found = spm.any_of(names).findall(text)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 10         # one alternative after the other takes minutes
     assert found[:3] == ["<unused12>", "<unused", "a<"] and spm.any_of(frozenset()) is None
     rng = random.Random(1)      # the longest of several wins, as in a plain alternation
     for _ in range(200):
