@@ -332,6 +332,9 @@ def render_examples(tokenizer: Tokenizer, messages: list[dict[str, Any]],
     whole = render(tokenizer, messages, template, **given)
     out, reasons = [(whole.ids, whole.mask)], []
     for k, reason in whole.lost.items():
+        if reason == chat_template.UNASKED:
+            reasons.append(reason)
+            continue
         before = [{**m, "train": False} for m in messages[:k]]
         one = render(tokenizer, [*before, messages[k]], template, **given) \
             if k < len(messages) - 1 else whole
