@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import chat
+import eval as evaluation
 import tokenizer as T
 from config import UserError
 from data import chats
@@ -447,9 +448,30 @@ def test_what_no_template_would_read_is_refused_in_data(world):
                  {"documents": [{"title": "a", "text": "b"}]}):
         with pytest.raises(UserError, match="conversation 1: .*no place for"):
             chats.render_all(tok, [{"messages": TALK, **more}], None, 99)
+        with pytest.raises(UserError, match="pair 1: .*no place for"):
+            chats.render_pairs(tok, [{"chosen": TALK, "rejected": TALK[:2], **more}], None, 99)
+        with pytest.raises(UserError, match="no place for"):
+            evaluation.answers(None, tok, [{"messages": TALK, **more}])
     give(tok, PUBLISHED["qwen3"])
     done = chats.render_all(tok, [{"messages": TALK, "tools": TOOLS}], None, 999)
     assert "Look up the weather" in text_of(tok, done[0][0].tolist())
+
+
+def test_a_pair_with_half_an_answer_is_skipped_and_told(world):
+    """Qwen3-2507 drops thoughts, which may be all that makes an answer the better one."""
+    worse = [*THOUGHT[:3], answer("12", reasoning_content="six")]
+    for name, kept in (("qwen3", 2), ("qwen3_instruct_2507", 0)):
+        tok = give(world[0], PUBLISHED[name])
+        pairs = chats.render_pairs(tok, [{"chosen": THOUGHT, "rejected": worse}], None, 999)
+        assert len(pairs) == kept and pairs.skipped == (kept == 0)
+        assert pairs.untold.total() == 2 - kept
+        assert all("six" in text_of(tok, ids.tolist(), mask) for ids, mask in pairs)
+    # a greeting of the assistant's is context of both, as any answer that they share
+    greeted = [{k: [answer("Welcome"), *v] for k, v in
+                (("chosen", TALK[:2]), ("rejected", [TALK[0], answer("Go")]))}]
+    pairs = chats.render_pairs(tok, greeted, None, 999)
+    assert [text_of(tok, ids.tolist(), mask) for ids, mask in pairs] == [
+        "Hello!<|im_end|>", "Go<|im_end|>"] and not pairs.untold
 
 # ----------------------------------------------------------------------------------------- bounds
 
