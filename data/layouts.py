@@ -337,6 +337,10 @@ def labelled(record: dict[str, Any], notes: Notes | None = None, text_key: str =
         found.append(keys.take(names[0]) if len(names) == 1 else None)
     text, label = found
     label = label.strip() if isinstance(label, str) else label
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{text_key} is a {type(text).__name__} where a text should be")
+    if label is not None and not isinstance(label, (str, int)):
+        raise UserError(f"{label_key} is {label!r:.40}, expected a word or a whole number")
     if not isinstance(text, str) or not isinstance(label, (str, int)) or label == "":
         raise UserError(f"a record to classify needs a {text_key} and a {label_key}; its keys are "
                         f"{', '.join(map(repr, record)) or 'none'} (--text_key and --label_key "
