@@ -235,6 +235,8 @@ def test_the_stop_token_is_learnt_by_templates_without_one(world):
         assert chat.find_turn_ends(give(tok, PUBLISHED[name])) == [end]
         assert trained(tok, TALK[:2])[0].endswith(end)
     assert chat.find_turn_ends(give(tok, PUBLISHED["lfm2_training"])) == ["<|im_end|>"]
+    # an answer in the middle of a conversation ends at the first of these, the last one at both
+    assert chat.find_turn_ends(give(tok, PUBLISHED["phi3_training"])) == ["<|end|>", "</s>"]
     assert chat.find_turn_ends(give(tok, "{% if %}")) == []      # text can be sampled all the same
 
 

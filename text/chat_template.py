@@ -472,5 +472,9 @@ def find_turn_ends(tokenizer: Any, source: str) -> list[str]:
         except UserError:
             out = Rendered([], [], {})
         names = {token["id"]: n for n, token in tokenizer.added.items() if not MARKS.search(n)}
-        cache[key] = [names[i] for i, m in zip(out.ids, out.mask) if m and i in names][-1:]
+        said = [names[i] for i, m in zip(out.ids, out.mask) if m and i in names]
+        # Phi-3's training template writes the end of text behind the end of the last turn; render()
+        # has found the controls
+        usual = find_controls(tokenizer, source, lambda: ("", "")).end if said else ""
+        cache[key] = [n for n in dict.fromkeys([usual, *said[-1:]]) if n in said]
     return cache[key]
