@@ -542,6 +542,10 @@ def test_a_template_that_takes_too_long_is_stopped(monkeypatch):
     monkeypatch.setattr(sandbox, "SECONDS", 0.05)
     with pytest.raises(UserError, match="seconds"):
         compile_template(HOSTILE["loops"]).run({"messages": TALK})
+    monkeypatch.setattr(sandbox, "SECONDS", 1e9)        # on a machine however slow
+    monkeypatch.setattr(sandbox, "STEPS", 1000)
+    with pytest.raises(UserError, match="steps"):
+        compile_template("{% for a in range(99999) %}{% endfor %}").run({"messages": TALK})
 
 
 @pytest.mark.parametrize("source, words", [
