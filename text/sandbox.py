@@ -9,6 +9,11 @@ doubles a text sixty times, is one sentence instead of a machine that hangs. Cou
 work is made: every iteration, call, filter and output, and every text or list that is created,
 before it is where it could be huge. No threads, no signals; the clock is only read.
 
+Jinja has hooks for calls, filters, output and the operators + * ** %: Environment charges there.
+Loops, literals, slices, ~ and {% set %} blocks become plain Python instead: Metered rewrites them
+as filters of our own while the template is compiled. What is charged is steps (time) and weight
+(memory: characters and entries, each printed or copied time anew), by one Meter a rendering.
+
 The environment is that of transformers 5.24 (utils/chat_template_utils.py): trim_blocks,
 lstrip_blocks, break and continue, {% generation %}, tojson that escapes nothing, raise_exception,
 strftime_now. Left out are filters that no chat template needs and that are slow or random.
@@ -111,6 +116,7 @@ class Meter:
             return self.known.get(id(value)) or self._weights(value)[id(value)]
         return 1
 
+    # every value that an expression makes passes here once, and those that came in are free
     def take(self, value: Any) -> Any:
         """Charge for a value and return it; a generator is charged while it is read."""
         if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > BITS:
@@ -176,6 +182,7 @@ def check_format(form: str, sign: str, *args: Any) -> None:
     wide = r"%[^a-zA-Z%]*?(?:\d{4}|\*)" if sign == "%" else r"\{[^{}]*(?:\d{4}|\{)"
     if re.search(wide, bare):
         raise Exceeded(f"it formats with {form[:40]!r}")
+    # each argument may be printed at every sign, as {0}{0}{0} does
     METER.get().room(len(form) + bare.count(sign) * sum(map(METER.get().weight, args)))
 
 
@@ -203,6 +210,7 @@ def guard_method(owner: Any, name: str, args: tuple) -> None:
         meter.room(meter.weight(args[0]) + len(owner) * len(args[0]))
     elif name == "translate":
         raise Exceeded("it translates characters")
+    # all others give at most what they were called on
     meter.room(len(owner) if isinstance(owner, (str, bytes)) else 0)
 
 
@@ -349,6 +357,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
         """Compile a template to Python, with the meter put in."""
+        # the visitor's new nodes know no environment, which the compiler asks them for
         tree = Metered().visit(source)
         tree.set_environment(self)
         return super()._generate(tree, *args, **kwargs)
