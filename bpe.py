@@ -208,19 +208,25 @@ def mend(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def read_text(path: str | os.PathLike) -> str:
-    """A whole file of a tokenizer's, which is UTF-8 without a byte order mark."""
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Read a whole file of a tokenizer's."""
+    if os.path.exists(path) and not os.path.isfile(path):       # a pipe: waited for indefinitely
+        raise UserError(f"{path} is not a plain file: copy it again")
     try:
-        return Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path} is not UTF-8 text ({e.reason}): convert it first") from None
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"there is no file {path}") from None
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """A whole file of a tokenizer's, which is UTF-8 without a byte order mark."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text ({e.reason}): convert it first") from None
+
+
 def read_json(path: str | os.PathLike) -> Any:
-    if os.path.exists(path) and not os.path.isfile(path):       # a pipe: waited for indefinitely
-        raise UserError(f"{path} is not a plain file: copy it again")
     try:
         return json.loads(read_text(path))
     except json.JSONDecodeError as e:

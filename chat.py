@@ -66,6 +66,7 @@ class Template:
         return [t for t in self.control(eot) if t in text]
 
     def default_system(self, eot: str) -> str:
+        """Return the system turn of a conversation that has none."""
         return self.header["system"] + self.system + self.after("system", eot)
 
 
@@ -227,7 +228,7 @@ def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking:
         if role == "system" and row.fold:
             folded = row.fold.format(content)
             continue
-        if role == "system" and tools and k == 1:
+        if role == "system" and tools and k == 1:       # it stands before the tools, above
             continue
         # GLM-4 has no end token: the header that follows tells the model's turn is over
         yield row.header[role], int(bool(row.closing) and last == "assistant"), True, k - 1
@@ -277,6 +278,7 @@ def render_row(tokenizer: Tokenizer, row: Template, messages: list[dict], prompt
             # Of what follows an answer, the control token is trained on and what leads to it, not
             # chatml's newline after.
             end = found.end()
+        # neighbours with the same fate are one span, so that text is cut nowhere between them
         if speaks and end:
             trained = messages[k - 1].get("train") is not False and k - 1 not in lost
             if spans and spans[-1][1:] == (at, trained):
@@ -332,6 +334,9 @@ def render_examples(tokenizer: Tokenizer, messages: list[dict[str, Any]],
     whole = render(tokenizer, messages, template, **given)
     out, reasons = [(whole.ids, whole.mask)], []
     for k, reason in whole.lost.items():
+        if reason == chat_template.UNASKED:     # alone it could not be rendered either
+            reasons.append(reason)
+            continue
         before = [{**m, "train": False} for m in messages[:k]]
         one = render(tokenizer, [*before, messages[k]], template, **given) \
             if k < len(messages) - 1 else whole
@@ -390,6 +395,7 @@ def answer_jinja(row: Template, content: str) -> list[str]:
     block = "'<think>\\n' ~ ns.thought ~ '\\n</think>\\n\\n'"
     out = ["{% set ns.thought = m['reasoning_content'] or '' %}"
            "{% set ns.answer = " + content.replace("m['content']", "(m['content'] or '')") + " %}"]
+    # thoughts in the content count where none stand beside it: split_thoughts()
     if row.think:
         out.append("{% if not ns.thought %}{% set p = ns.answer.rpartition('</think>') %}"
                    "{% set ns.thought = p[0].rpartition('<think>')[2] %}"
@@ -406,6 +412,7 @@ def answer_jinja(row: Template, content: str) -> list[str]:
                    + json.dumps(CALL[2]) + " %}{% endfor %}")
     if not row.think:
         return [*out, "{{ ns.answer }}"]
+    # thoughts behind the last question are kept, and an answer without any says that it has none
     return [*out, "{% if loop.index0 > ns.asked and ns.thought %}"
             "{{ " + block + " ~ ns.answer.lstrip('\\n') }}"
             "{% elif loop.index0 > ns.asked and loop.last %}{{ " + json.dumps(NO_THOUGHTS) +
@@ -415,6 +422,7 @@ def answer_jinja(row: Template, content: str) -> list[str]:
 def jinja(row: Template, eot: str) -> str:
     """Return the row as a Jinja template, signed with its name in a comment."""
     def say(text: str) -> str:
+        # as an expression, since white space beside {% … %} is trimmed
         return "{{ " + json.dumps(text) + " }}" if text else ""
 
     content = "(m['content'] | trim)" if row.trim else "m['content']"
@@ -425,6 +433,7 @@ def jinja(row: Template, eot: str) -> str:
                 json.dumps(row.system or "") + " %}{{ s ~ '\\n\\n' if s else '' }}", say(TOOLS[0]),
                 "{% for t in tools %}{{ '\\n' ~ (t | tojson) }}{% endfor %}",
                 say(TOOLS[1] + row.after("system", eot)), "{% endif %}"]
+    # with tools, the row's default is part of the turn above
     if row.system is not None:
         out += ["{% if messages[0]['role'] != 'system'" + " and not tools" * row.tools + " %}",
                 say(row.default_system(eot)), "{% endif %}"]
@@ -436,6 +445,7 @@ def jinja(row: Template, eot: str) -> str:
     out.append("{% for m in messages %}")
     for role in ROLES:
         out.append("{% if m['role'] == '" + role + "' %}")
+        # kept for the next user's turn
         if role == "system" and row.fold:
             before, after = map(json.dumps, row.fold.split("{}"))
             out.append("{% set ns.folded = " + f"{before} ~ {content} ~ {after}" + " %}")
@@ -463,6 +473,7 @@ def jinja(row: Template, eot: str) -> str:
 
 def surround(first: dict[str, int], last: dict[str, int] = {}) -> dict | None:
     """Return a post_processor that puts these tokens before and after a text; None for none."""
+    # type_id tells the two texts of a pair apart (BERT's); no decoder looks at it
     def token(name: str, which: int) -> dict:
         return {"SpecialToken": {"id": name, "type_id": which}}
 
@@ -480,7 +491,7 @@ def affixes(post: dict | None) -> tuple[list[int], list[int]]:
     kind = (post or {}).get("type")
     before: list[int] = []
     after: list[int] = []
-    if kind == "Sequence":
+    if kind == "Sequence":              # the last step is the outermost
         for step in post["processors"]:
             first, last = affixes(step)
             before, after = first + before, after + last

@@ -348,7 +348,7 @@ def read(cfg: Config, shape: ModelConfig, tokenizer: Any, rows: int, notes: list
         notes.append(f"{good:,} desirable and {len(batches.conversations) - good:,} undesirable "
                      "answers, each an example of its own")
     return stage.Data(batches, held_out, [
-        {"messages": r["messages" if any(single) else "chosen"]} for r in held or records])
+        {**r, "messages": r["messages" if any(single) else "chosen"]} for r in held or records])
 
 # -------------------------------------------------------------------- the reference, once
 

@@ -114,7 +114,8 @@ def answers(model: Any, tokenizer: Any, records: list[dict[str, Any]], template:
     template = template or tokenizer.template
     chat, stops = bool(template or tokenizer.jinja), set(tokenizer.stop_ids)
     thinking = {} if think is None else {"enable_thinking": think}
-    refuse_unread(tokenizer, template, **thinking)
+    for options in ({}, *(chats.render_options(r) for r in records if chat)):
+        refuse_unread(tokenizer, template, **{**options, **thinking})
     prompts = [tokenizer.render(r["messages"][:-1], template or None, True,
                                 **{**chats.render_options(r), **thinking})[0] if chat else
                encode(tokenizer, "".join(m["content"] + "\n" for m in r["messages"][:-1]))

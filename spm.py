@@ -205,7 +205,8 @@ class SentencePiece:
                     normal[name] = token
                 elif token.get("normalized") and not self.strict:
                     # it is looked for as it looks once normalized: "▁<s>" in old Llama files
-                    normal[self.normalize(name)] = token
+                    if looks := self.normalize(name):       # spaces that are trimmed never occur
+                        normal[looks] = token
                 else:
                     raw[name] = token
             self.names[key] = (any_of(frozenset(raw)), raw), (any_of(frozenset(normal)), normal)

@@ -179,10 +179,13 @@ def check(cfg: Config) -> None:
                         "it out")
 
 
-def answer(model: Transformer, tokenizer: Any, messages: list[dict], seed: int) -> str:
+def answer(model: Transformer, tokenizer: Any, record: dict[str, Any], seed: int) -> str:
     """The first question of a conversation and what the model says to it, with control tokens."""
-    first = next((k for k, m in enumerate(messages) if m["role"] == "assistant"), None)
-    ids = tokenizer.render(messages[:first], None, True)[0]
+    messages = record["messages"]
+    roles = [m["role"] for m in messages]
+    asked = roles.index("user")             # some begin with a greeting of the assistant
+    first = roles.index("assistant", asked) if "assistant" in roles[asked:] else None
+    ids = tokenizer.render(messages[:first], None, True, **chats.render_options(record))[0]
     return sample_text(model, tokenizer, ids, Sampling(temperature=0), seed)
 
 
@@ -256,8 +259,9 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
         # ------ train it
         loss = losses(cfg, model, data, tokenizer, machine)
         held = data.held_out.fixed(cfg.batch_size, train.eval_rows(cfg)) if data.held_out else ()
-        sample = (lambda: answer(model, tokenizer, data.records[0]["messages"], cfg.seed)) if (
-            chat and data.records) else None
+        asked = next((r for r in data.records if chat and any(
+            m["role"] == "user" for m in r["messages"])), None)
+        sample = asked and (lambda: answer(model, tokenizer, asked, cfg.seed))
         state = train.fit(cfg, model, data.batches, loss, machine, tokenizer=tokenizer,
                           eval_batches=held, on_sample=sample)
         return Done(state, model, tokenizer, machine, data)

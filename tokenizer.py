@@ -36,7 +36,7 @@ import tiktoken
 import chat
 import spm as sentencepiece
 from bpe import (PATTERNS, PieceCache, any_of, chunks, count_chunks, file_texts, learn, mend,
-                 read_json, total, unprintable)
+                 read_bytes, read_json, total, unprintable)
 from config import UserError, run
 from text import files, tokenizer_files, tokenizer_json
 from text.added_tokens import Names, flags_of
@@ -503,7 +503,7 @@ def load(path_or_name: str | os.PathLike) -> Tokenizer:
             tokenizer = from_json(read_json(whole))
         elif model:
             family = f"{facts.settings.get('tokenizer_class')} {facts.model_type}"
-            tokenizer = Tokenizer(**sentencepiece.from_model(model.read_bytes(), family,
+            tokenizer = Tokenizer(**sentencepiece.from_model(read_bytes(model), family,
                                                              dict(facts.added_tokens())))
         else:
             tokenizer = from_json(tokenizer_files.from_tables(*tables, facts))

@@ -184,13 +184,14 @@ def render_all(tokenizer: Any, records: Iterable[dict[str, Any]], template: str 
 
 
 def completion(tokenizer: Any, messages: Messages, before: Messages, template: str | None,
-               **options: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, mask) of a conversation, the mask true on what assistants say after `before` alone."""
+               **options: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """(ids, mask) of a conversation, the mask true on what assistants say after `before` alone;
+    and why answers after it are masked all the same."""
     messages = as_context(messages[:len(before)]) + messages[len(before):]
-    ids, mask = tokenizer.render(messages, template, **options)
+    ids, mask, lost = templates.render(tokenizer, messages, template, **options)
     live = np.array(mask, dtype=bool)
     live[:1] = False
-    return np.array(ids, dtype=np.int32), live
+    return np.array(ids, dtype=np.int32), live, list(lost.values())
 
 
 def render_pairs(tokenizer: Any, records: Iterable[dict[str, Any]], template: str | None,
@@ -199,19 +200,27 @@ def render_pairs(tokenizer: Any, records: Iterable[dict[str, Any]], template: st
     max_length tokens: each has half of them, and what the other leaves.
 
     The mask is true on what the assistants say after the turns that both have in common. A pair is
-    skipped whose cut leaves a side without any of that, or both sides the same.
+    skipped whose cut leaves a side without any of that, or both sides the same; and one of whose
+    answers the template drops a part: half an answer is not the one that was preferred.
     """
     out = Rendered()
-    for record in records:
+    for number, record in enumerate(records):
         a, b = record["chosen"], record["rejected"]
         common = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-        sides = [completion(tokenizer, messages, a[:common], template, **render_options(record))
-                 for messages in (a, b)]
-        sizes, half = [len(ids) for ids, _ in sides], max_length // 2
+        options = render_options(record)
+        try:
+            templates.refuse_unread(tokenizer, template, **options)
+            *sides, reasons = zip(*(completion(tokenizer, messages, a[:common], template, **options)
+                                    for messages in (a, b)))
+        except UserError as e:
+            raise UserError(f"pair {number + 1}: {e}") from None
+        out.untold.update(reasons[0] + reasons[1])
+        sizes, half = [len(ids) for ids in sides[0]], max_length // 2
         room = [min(size, max(half, max_length - other))
                 for size, other in zip(sizes, reversed(sizes))]
-        cut = [(ids[:n], mask[:n]) for (ids, mask), n in zip(sides, room)]
-        if not all(mask.any() for _, mask in cut) or np.array_equal(cut[0][0], cut[1][0]):
+        cut = [(ids[:n], mask[:n]) for ids, mask, n in zip(*sides, room)]
+        if any(reasons) or not all(mask.any() for _, mask in cut) or np.array_equal(
+                cut[0][0], cut[1][0]):
             out.skipped += 1
             continue
         out.cut += room != sizes

@@ -23,8 +23,9 @@ from data.messages import (Keys, Messages, Notes, is_empty, read_tools,  # noqa:
                            read_turns, text_of)
 
 CONVERSATION = ("messages", "conversations", "conversation")    # keys of a list of turns
-QUESTION = ("instruction", "prompt", "question")                # keys of what is asked, a text
-ANSWER = ("output", "completion", "response", "answer")         # and of what is answered
+# keys of what is asked, a text, and of what is answered (query: MetaMath; problem: NuminaMath)
+QUESTION = ("instruction", "prompt", "question", "query", "problem")
+ANSWER = ("output", "completion", "response", "solution", "answer")
 # passed on as texts, for eval.py to check an answer by; `answer` is trained on where nothing else
 # in ANSWER is there
 KEPT = ("task", "answer")
@@ -126,15 +127,22 @@ def as_context(messages: Messages) -> Messages:
     return [{**m, "train": False} if m["role"] == "assistant" else m for m in messages]
 
 
+def take_kept(keys: Keys) -> None:
+    """Take what is passed on to eval.py; where no task says so, that it is not learnt is told."""
+    kept = {name: keys.take(name) for name in KEPT}
+    if not is_empty(kept["answer"]) and is_empty(kept["task"]):
+        keys.notes.metadata["answer"] += 1
+
+
 # --- a record ----------------------------------------------------------------------------------
 def read_question(keys: Keys) -> Messages:
     """Take what is asked in a record that spells it in keys of its own: Alpaca's, or a prompt."""
     name = keys.first(QUESTION)
     alpaca = name == "instruction" or name is None and "input" in keys
     if name is None and not alpaca:
-        raise UserError(f"its keys are {', '.join(map(repr, keys.values)) or 'none'}; a "
-                        f"conversation has {' or '.join(CONVERSATION[:2])}, or one of "
-                        f"{', '.join(QUESTION)} and one of {', '.join(ANSWER)}")
+        raise UserError(f"its keys are {keys.names()}; a conversation has "
+                        f"{' or '.join(CONVERSATION[:2])}, or one of {', '.join(QUESTION)} and one "
+                        f"of {', '.join(ANSWER)}: rename them")
     value = keys.take(name) if name else ""
     if isinstance(value, list):
         return read_turns(value, name, keys.notes)
@@ -180,7 +188,8 @@ def join_prompt(before: Messages, text: bool, answers: Messages, what: str) -> M
     """
     if answers[0]["role"] == "assistant":
         if not before:
-            raise UserError(f"{what} is an answer, and its prompt is not there")
+            raise UserError(f"{what} is an answer, and its prompt is not there: give that under "
+                            f"prompt, or make {what} a list of messages that begins with it")
         if before[-1]["role"] == "assistant":
             raise UserError(f"the prompt before {what} ends with an answer already")
         return before + answers
@@ -212,7 +221,7 @@ def read_conversation(keys: Keys) -> Messages:
         if messages is answers:                     # which hold the prompt themselves
             messages = as_context(answers[:-1]) + answers[-1:]
     messages = with_system(take_system(keys), messages)
-    keys.take("answer")                             # passed on, for eval.py
+    take_kept(keys)
     take_restated(keys, messages)
     return messages
 
@@ -223,7 +232,6 @@ def conversation(record: dict[str, Any], notes: Notes | None = None) -> dict[str
     keys = Keys(record, "", notes)
     if "chosen" in keys and "rejected" in keys:
         raise UserError("it is a preference record (chosen, rejected), not a conversation")
-    keys.take("task")
     messages = read_conversation(keys)
     more = take_extras(keys, messages)
     keys.done()
@@ -239,9 +247,10 @@ def preference(record: dict[str, Any], notes: Notes | None = None) -> dict[str, 
     if not ("chosen" in keys or "rejected" in keys) and ("label" in keys or "kto_tag" in keys):
         return unpaired(keys)
     if missing := [k for k in ("chosen", "rejected") if is_empty(keys.values.get(k))]:
-        raise UserError(f"a preference needs chosen and rejected; {missing[0]} is not there")
+        raise UserError(f"its keys are {keys.names()}; a preference has chosen and rejected, each "
+                        f"an answer or a whole conversation, and {missing[0]} is not there: rename "
+                        "them")
     both = {name: read_answer(keys, name) for name in ("chosen", "rejected")}
-    keys.take("task")
     before: Messages = []
     text = False
     if name := keys.first(CONVERSATION):
@@ -260,7 +269,7 @@ def preference(record: dict[str, Any], notes: Notes | None = None) -> dict[str, 
         if last["role"] != "assistant" or not last["content"].strip() and not last.get(
                 "tool_calls"):
             raise UserError(f"{name} does not end with an answer of the assistant")
-    keys.take("answer")
+    take_kept(keys)
     take_restated(keys, out["chosen"])
     out |= take_extras(keys, out["chosen"], out["rejected"])
     keys.done()
@@ -280,7 +289,6 @@ def unpaired(keys: Keys) -> dict[str, Any]:
         return word in ("1", "true")
 
     label = keys.take_one(("label", "kto_tag"), read)
-    keys.take("task")
     turned = any(isinstance(keys.values.get(name), list) for name in ANSWER)
     messages = read_conversation(keys)
     more = take_extras(keys, messages)
@@ -329,6 +337,10 @@ def labelled(record: dict[str, Any], notes: Notes | None = None, text_key: str =
         found.append(keys.take(names[0]) if len(names) == 1 else None)
     text, label = found
     label = label.strip() if isinstance(label, str) else label
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{text_key} is a {type(text).__name__} where a text should be")
+    if label is not None and not isinstance(label, (str, int)):
+        raise UserError(f"{label_key} is {label!r:.40}, expected a word or a whole number")
     if not isinstance(text, str) or not isinstance(label, (str, int)) or label == "":
         raise UserError(f"a record to classify needs a {text_key} and a {label_key}; its keys are "
                         f"{', '.join(map(repr, record)) or 'none'} (--text_key and --label_key "

@@ -98,6 +98,10 @@ class Keys:
     def __contains__(self, name: str) -> bool:
         return name in self.values
 
+    def names(self) -> str:
+        """Return the keys that nobody took yet, for a complaint."""
+        return ", ".join(map(repr, list(self.values)[:12])) or "none"
+
     def first(self, names: Iterable[str]) -> str | None:
         """Return the first of the names that holds something, or else that is there."""
         there = [name for name in names if name in self.values]

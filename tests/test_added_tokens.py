@@ -112,6 +112,29 @@ def test_added_tokens_of_sentencepiece_are_the_librarys(form):
             assert ours.encode(text, "all") == want == again.encode(text).ids, (seed, text)
 
 
+def test_an_added_token_that_normalizing_removes_is_never_there():
+    """SentencePiece's trimming leaves nothing of a run of spaces, which is then nowhere, too."""
+    words = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), *"▁abcdefox12"]
+    theirs = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True,
+                                  unk_token="<unk>", fuse_unk=True))
+    theirs.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\A +"), ""),
+                                              normalizers.Replace(" ", "▁")])
+    theirs.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                        decoders.Fuse()])
+    theirs.add_tokens([AddedToken("  ", normalized=True), AddedToken("fox", normalized=False)])
+    ours = T.from_json(json.loads(theirs.to_str()))
+    compared = 0
+    for text in ("abc", "a fox 12", "a  b", "foxfox"):
+        try:
+            want = theirs.encode(text).ids
+        except BaseException as e:
+            assert "bad split" in str(e)
+            continue
+        compared += 1
+        assert ours.encode(text) == want
+    assert compared >= 2
+
+
 def test_control_tokens_in_a_text_are_letters_and_the_others_are_not(base):
     theirs = Tokenizer.from_str(base)
     theirs.add_tokens([AddedToken("<think>"), AddedToken("<|im_end|>", special=True),

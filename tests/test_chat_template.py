@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import chat
+import eval as evaluation
 import tokenizer as T
 from config import UserError
 from data import chats
@@ -186,15 +187,40 @@ def test_each_answer_with_thoughts_is_trained_on_with_them(world):
     assert not rendered and rendered.skipped == 1 and sum(rendered.untold.values()) == 2
 
 
-def test_messages_that_are_context_alone(world):
-    for name in ("qwen2_5", "qwen2_5_training", "glm4moe", "glm4moe_training"):
-        tok = give(world[0], PUBLISHED[name])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_messages_that_are_context_alone(name, world):
+    """Each answer is masked by itself, where a template has several blocks for one, too (Phi-3)."""
+    tok = give(world[0], PUBLISHED[name])
+    try:
         whole = chat.render(tok, TALK)
-        first = chat.render(tok, [TALK[0], {**TALK[1], "train": False}, *TALK[2:]])
-        last = chat.render(tok, [*TALK[:3], {**TALK[3], "train": False}])
-        assert whole.ids == first.ids and "Hello" not in text_of(tok, first.ids, first.mask)
-        assert "See you" not in text_of(tok, last.ids, last.mask)
-        assert [a + b for a, b in zip(first.mask, last.mask)] == whole.mask[:len(last.mask)]
+    except UserError:
+        assert name.startswith("llava")
+        return
+    first = chat.render(tok, [TALK[0], {**TALK[1], "train": False}, *TALK[2:]])
+    last = chat.render(tok, [*TALK[:3], {**TALK[3], "train": False}])
+    assert whole.ids[:len(last.ids)] == first.ids[:len(last.ids)] == last.ids
+    assert "Hello" not in text_of(tok, first.ids, first.mask)
+    assert "See you" not in text_of(tok, last.ids, last.mask)
+    assert [max(a, b) for a, b in zip(first.mask, [*last.mask, *whole.mask[len(last.mask):]])] \
+        == whole.mask
+    if not whole.lost:
+        assert "Hello" in text_of(tok, last.ids, last.mask)
+        assert "See you" in text_of(tok, first.ids, first.mask)
+
+
+def test_an_answer_before_any_question_is_context(world):
+    """ShareGPT has such: a template that cannot ask for it does not stop the run."""
+    for name in ("qwen3", "llama3_1", "qwen3_5_think"):
+        tok = give(world[0], PUBLISHED[name])
+        talk = [SYSTEM, answer("Welcome"), *TALK] if name.endswith("think") else [
+            answer("Welcome"), *TALK]
+        ids = chat.render(tok, talk).ids
+        assert ids == world[1].apply_chat_template(talk, chat_template=PUBLISHED[name],
+                                                   return_dict=True)["input_ids"]
+        examples, reasons = chat.render_examples(tok, talk)
+        assert reasons == ["the template asks for no answer before a question"]
+        said = "".join(text_of(tok, *example) for example in examples)
+        assert "Hello!" in said and "See you" in said and "Welcome" not in said
 
 
 def test_the_stop_token_is_learnt_by_templates_without_one(world):
@@ -209,6 +235,8 @@ def test_the_stop_token_is_learnt_by_templates_without_one(world):
         assert chat.find_turn_ends(give(tok, PUBLISHED[name])) == [end]
         assert trained(tok, TALK[:2])[0].endswith(end)
     assert chat.find_turn_ends(give(tok, PUBLISHED["lfm2_training"])) == ["<|im_end|>"]
+    # an answer in the middle of a conversation ends at the first of these, the last one at both
+    assert chat.find_turn_ends(give(tok, PUBLISHED["phi3_training"])) == ["<|end|>", "</s>"]
     assert chat.find_turn_ends(give(tok, "{% if %}")) == []      # text can be sampled all the same
 
 
@@ -422,9 +450,30 @@ def test_what_no_template_would_read_is_refused_in_data(world):
                  {"documents": [{"title": "a", "text": "b"}]}):
         with pytest.raises(UserError, match="conversation 1: .*no place for"):
             chats.render_all(tok, [{"messages": TALK, **more}], None, 99)
+        with pytest.raises(UserError, match="pair 1: .*no place for"):
+            chats.render_pairs(tok, [{"chosen": TALK, "rejected": TALK[:2], **more}], None, 99)
+        with pytest.raises(UserError, match="no place for"):
+            evaluation.answers(None, tok, [{"messages": TALK, **more}])
     give(tok, PUBLISHED["qwen3"])
     done = chats.render_all(tok, [{"messages": TALK, "tools": TOOLS}], None, 999)
     assert "Look up the weather" in text_of(tok, done[0][0].tolist())
+
+
+def test_a_pair_with_half_an_answer_is_skipped_and_told(world):
+    """Qwen3-2507 drops thoughts, which may be all that makes an answer the better one."""
+    worse = [*THOUGHT[:3], answer("12", reasoning_content="six")]
+    for name, kept in (("qwen3", 2), ("qwen3_instruct_2507", 0)):
+        tok = give(world[0], PUBLISHED[name])
+        pairs = chats.render_pairs(tok, [{"chosen": THOUGHT, "rejected": worse}], None, 999)
+        assert len(pairs) == kept and pairs.skipped == (kept == 0)
+        assert pairs.untold.total() == 2 - kept
+        assert all("six" in text_of(tok, ids.tolist(), mask) for ids, mask in pairs)
+    # a greeting of the assistant's is context of both, as any answer that they share
+    greeted = [{k: [answer("Welcome"), *v] for k, v in
+                (("chosen", TALK[:2]), ("rejected", [TALK[0], answer("Go")]))}]
+    pairs = chats.render_pairs(tok, greeted, None, 999)
+    assert [text_of(tok, ids.tolist(), mask) for ids, mask in pairs] == [
+        "Hello!<|im_end|>", "Go<|im_end|>"] and not pairs.untold
 
 # ----------------------------------------------------------------------------------------- bounds
 
@@ -493,6 +542,10 @@ def test_a_template_that_takes_too_long_is_stopped(monkeypatch):
     monkeypatch.setattr(sandbox, "SECONDS", 0.05)
     with pytest.raises(UserError, match="seconds"):
         compile_template(HOSTILE["loops"]).run({"messages": TALK})
+    monkeypatch.setattr(sandbox, "SECONDS", 1e9)        # on a machine however slow
+    monkeypatch.setattr(sandbox, "STEPS", 1000)
+    with pytest.raises(UserError, match="steps"):
+        compile_template("{% for a in range(99999) %}{% endfor %}").run({"messages": TALK})
 
 
 @pytest.mark.parametrize("source, words", [

@@ -158,8 +158,11 @@ def test_files_of_every_form(tmp_path):
     ("preference", '{"chosen": "a", "rejected": "b"}', "its prompt is not there"),
     ("preference", '{"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}', "end with"),
     ("prompts", '{"messages": [{"role": "assistant", "content": "a"}]}', "no turn before"),
+    ("labels", '{"text": "a", "label": 0.5}', "label is 0.5, expected a word or a whole number"),
+    ("labels", '{"text": "a", "label": ["b"]}', "label is .'b'., expected a word"),
+    ("labels", '{"text": ["a"], "label": 1}', "text is a list where a text should be"),
     ("labels", '{"text": "a"}', "needs a text and a label; its keys are 'text'"),
-    ("labels", '{"text": 5, "label": "a"}', "needs a text and a label"),
+    ("labels", '{"text": 5, "label": "a"}', "text is a int where a text should be"),
     ("labels", '{"text": "a", "label": null}', "needs a text and a label"),
 ])
 def test_a_bad_line_is_named_or_counted(tmp_path, kind, line, reason):

@@ -68,6 +68,13 @@ SFT = {
     "trl, the prompt once more": ({"prompt": "Hi", "completion": said(U, "a", A, "Hey") + PAIR},
                                   {"messages": said(U, "a") + [CONTEXT] + PAIR}),
     "ultrachat": ({"prompt": "Hi", "prompt_id": "f0", "messages": PAIR}, {"messages": PAIR}),
+    "metamath": ({"query": "Hi", "response": "Hello", "type": "GSM_SV"}, {"messages": PAIR}),
+    "ms-swift": ({"system": "x", "history": [["a", "b"]], "query": "Hi", "response": "Hello"},
+                 {"messages": said(S, "x", U, "a", A, "b") + PAIR}),
+    "numina": ({"source": "amc", "problem": "Hi", "solution": "Hello", "messages": PAIR},
+               {"messages": PAIR}),
+    "openr1": ({"problem": "Hi", "solution": "Hello", "answer": "H", "uuid": "7"},
+               {"messages": PAIR}),
     "reasoning_content": ({"messages": thinking(reasoning_content="so")},
                           {"messages": thinking(reasoning_content="so")}),
     "thinking": ({"messages": thinking(thinking="so", reasoning=None)},
@@ -250,6 +257,12 @@ def test_what_a_record_says_twice_has_to_agree(record, says):
 
 @pytest.mark.parametrize("record, says", [
     ({**BOTH, "prompt": "Something else"}, "no part of the conversation"),
+    # layouts of other projects: OpenAI's, ms-swift's, Anthropic's HH-RLHF
+    ({"input": {"messages": PAIR[:1]}, "preferred_output": PAIR[1:], "non_preferred_output":
+      GO[1:]}, "'preferred_output', 'non_preferred_output'; .* chosen is not there: rename"),
+    ({"messages": PAIR, "rejected_response": "Go"}, "'rejected_response'; .*: rename them"),
+    ({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello", "rejected": "\n\nHuman: Hi\n\nAssistant: "
+      "Go"}, "prompt is not there: give that under prompt, or make chosen a list of messages"),
     ({**BOTH, "prompt": said(U, "Something else")}, "no part of the conversation"),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b", "output": "c"}, "unknown key 'output'"),
     ({"messages": PAIR, "chosen": "a", "rejected": "b"}, "ends with an answer already"),
@@ -466,3 +479,14 @@ def test_a_folder_of_parquet_files_is_named(tmp_path):
     (tmp_path / "data" / "train-00000.parquet").write_bytes(b"PAR1")
     with pytest.raises(UserError, match=r"train-00000\.parquet is a Parquet file"):
         chats.find(str(tmp_path))
+
+
+def test_an_answer_that_is_not_learnt_is_told():
+    """It is passed on for a checker to use; of records with a task that is what it is for."""
+    for record, told in (({"prompt": "Hi", "response": "Hello", "answer": "H"}, 1),
+                         ({"prompt": "Hi", "response": "Hello", "answer": 4}, 1),
+                         ({"messages": PAIR, "answer": "H", "task": "copy"}, 0),
+                         ({"prompt": "Hi", "answer": "Hello"}, 0), ({"messages": PAIR}, 0)):
+        notes = Notes()
+        assert layouts.conversation(record, notes) == {"messages": PAIR}
+        assert notes.metadata["answer"] == told

@@ -413,3 +413,16 @@ def test_wrong_types_anywhere_are_one_sentence(tmp_path):
             refused += 1
             assert "\n" not in str(e) and len(str(e)) < 400, e
     assert 20 < refused < 140
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="needs device files")
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
+                                  "tokenizer_config.json", "chat_template.jinja"])
+def test_a_device_among_the_files_is_one_sentence(name, tmp_path):
+    """So is a named pipe, of which the same is asked: reading it would wait indefinitely."""
+    put(tmp_path, vocab={"a": 0})
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("/dev/null")
+    with pytest.raises(UserError, match=f"{name} is not a plain file"):
+        T.load(tmp_path)

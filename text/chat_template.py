@@ -38,6 +38,7 @@ _MARK = r"(?:<[^<>\s]*(?:think|thought|channel)[^<>\s]*>(?:thought)?)"
 OPENED = re.compile(rf"{_MARK}(?:\s|{_MARK})*\Z")
 THOUGHTS = re.compile(rf"(?:\s|{_MARK})*")
 EMPTY = re.compile(rf"\s*{_MARK}")
+UNASKED = "the template asks for no answer before a question"
 REASONING = ("reasoning_content", "thinking", "reasoning")      # transformers' names, in its order
 
 
@@ -183,21 +184,21 @@ class Drawing:
 def find_marked_answers(drawing: Drawing) -> Iterator[tuple[int, list[tuple[int, int]]]]:
     """Yield (number of a message, its spans) by the template's own generation blocks."""
     answers = [k for k, m in enumerate(drawing.messages) if m["role"] == "assistant"]
-    spans = drawing.draw(len(drawing.messages))[1]
+    text, spans = drawing.draw(len(drawing.messages))
     if len(spans) == len(answers):
         yield from ((k, [span]) for k, span in zip(answers, spans))
         return
     if len(answers) == 1:
         yield answers[0], spans
         return
-    begin = 0                           # several blocks an answer, or none: count them in prefixes
-    for k in answers:
-        end = len(drawing.draw(k + 1)[1])
-        yield k, spans[begin:end]
-        begin = end
-    if begin != len(spans):
+    # Several blocks an answer, or none (Phi-3's last has one more, for the end of text): a block
+    # belongs to the newest answer that begins before it, where the turns before that end.
+    begins = [len(commonprefix([drawing.draw(k)[0], text])) if k else 0 for k in answers]
+    if spans and spans[0][0] < begins[0]:
         raise UserError("the model's chat template has generation blocks that belong to no "
                         "answer: what is trained on cannot be told")
+    for k, begin, end in zip(answers, begins, [*begins[1:], len(text) + 1]):
+        yield k, [span for span in spans if begin <= span[0] < end]
 
 
 class Answer(NamedTuple):
@@ -209,7 +210,13 @@ class Answer(NamedTuple):
 
 def find_answer(drawing: Drawing, k: int, text: str, controls: Controls) -> Answer:
     """Find answer k in the text of the whole conversation, by what it adds to its prompt."""
-    prompt, own = drawing.draw(k, True)[0], drawing.draw(k + 1)[0]
+    try:
+        prompt, own = drawing.draw(k, True)[0], drawing.draw(k + 1)[0]
+    except UserError:
+        if any(m["role"] == "user" for m in drawing.messages[:k]):
+            raise
+        # ShareGPT's that begin with an answer: there is no prompt that it could be cut from
+        return Answer([], reason=UNASKED)
     start = find_answer_start(prompt, own, controls.pattern)
     if start is None:
         return Answer([], reason="the template asks for an answer in other words than it writes it")
@@ -465,5 +472,9 @@ def find_turn_ends(tokenizer: Any, source: str) -> list[str]:
         except UserError:
             out = Rendered([], [], {})
         names = {token["id"]: n for n, token in tokenizer.added.items() if not MARKS.search(n)}
-        cache[key] = [names[i] for i, m in zip(out.ids, out.mask) if m and i in names][-1:]
+        said = [names[i] for i, m in zip(out.ids, out.mask) if m and i in names]
+        # Phi-3's training template writes the end of text behind the end of the last turn; render()
+        # has found the controls
+        usual = find_controls(tokenizer, source, lambda: ("", "")).end if said else ""
+        cache[key] = [n for n in dict.fromkeys([usual, *said[-1:]]) if n in said]
     return cache[key]

@@ -9,6 +9,11 @@ doubles a text sixty times, is one sentence instead of a machine that hangs. Cou
 work is made: every iteration, call, filter and output, and every text or list that is created,
 before it is where it could be huge. No threads, no signals; the clock is only read.
 
+Jinja has hooks for calls, filters, output and the operators + * ** %: Environment charges there.
+Loops, literals, slices, ~ and {% set %} blocks become plain Python instead: Metered rewrites them
+as filters of our own while the template is compiled. What is charged is steps (time) and weight
+(memory: characters and entries, each printed or copied time anew), by one Meter a rendering.
+
 The environment is that of transformers 5.24 (utils/chat_template_utils.py): trim_blocks,
 lstrip_blocks, break and continue, {% generation %}, tojson that escapes nothing, raise_exception,
 strftime_now. Left out are filters that no chat template needs and that are slow or random.
@@ -70,6 +75,7 @@ class Meter:
         self.spans: list[tuple[int, int, str]] = []
 
     def step(self, count: int = 1) -> None:
+        """Charge for `count` turns of a loop, calls or filters, and look at the clock."""
         self.steps -= count
         if self.steps < 0:
             raise Exceeded("it takes more than a million steps")
@@ -103,12 +109,14 @@ class Meter:
         return weights
 
     def weight(self, value: Any) -> int:
+        """Return the characters and entries of a value, as printing it would write them."""
         if isinstance(value, (str, bytes)):
             return len(value)
         if isinstance(value, (list, tuple, dict)):
             return self.known.get(id(value)) or self._weights(value)[id(value)]
         return 1
 
+    # every value that an expression makes passes here once, and those that came in are free
     def take(self, value: Any) -> Any:
         """Charge for a value and return it; a generator is charged while it is read."""
         if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > BITS:
@@ -131,13 +139,16 @@ class Meter:
 
 
 def add(left: Any, right: Any) -> Any:
+    """Return left + right: texts, lists or numbers."""
     if isinstance(left, (str, bytes, list, tuple)):
         METER.get().room(len(left))
     return METER.get().take(left + right)
 
 
 def multiply(left: Any, right: Any) -> Any:
+    """Return left * right; 'ab' * 10 ** 9 is refused before it is made."""
     meter = METER.get()
+    # either side may be the number
     for sequence, times in ((left, right), (right, left)):
         if isinstance(sequence, (str, bytes, list, tuple)) and isinstance(times, int):
             meter.room(meter.weight(sequence) * max(0, times))
@@ -148,12 +159,14 @@ def multiply(left: Any, right: Any) -> Any:
 
 
 def power(left: Any, right: Any) -> Any:
+    """Return left ** right; 9 ** 9 ** 9 is refused before it is computed."""
     if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > BITS:
         raise Exceeded(f"it makes a number of more than {BITS} bits")
     return left ** right
 
 
 def format_percent(left: Any, right: Any) -> Any:
+    """Return left % right, the remainder of numbers or the formatting of a text."""
     if isinstance(left, (str, bytes)):
         form = left if isinstance(left, str) else left.decode("latin-1")
         check_format(form, "%", right)
@@ -169,6 +182,7 @@ def check_format(form: str, sign: str, *args: Any) -> None:
     wide = r"%[^a-zA-Z%]*?(?:\d{4}|\*)" if sign == "%" else r"\{[^{}]*(?:\d{4}|\{)"
     if re.search(wide, bare):
         raise Exceeded(f"it formats with {form[:40]!r}")
+    # each argument may be printed at every sign, as {0}{0}{0} does
     METER.get().room(len(form) + bare.count(sign) * sum(map(METER.get().weight, args)))
 
 
@@ -192,9 +206,11 @@ def guard_method(owner: Any, name: str, args: tuple) -> None:
     elif name == "replace" and len(args) > 1 and all(isinstance(a, str) for a in args[:2]):
         check_replace(owner, *args)
     elif name == "join" and len(args) == 1:
+        # the separator once an item, however short the items are
         meter.room(meter.weight(args[0]) + len(owner) * len(args[0]))
     elif name == "translate":
         raise Exceeded("it translates characters")
+    # all others give at most what they were called on
     meter.room(len(owner) if isinstance(owner, (str, bytes)) else 0)
 
 
@@ -229,10 +245,12 @@ class Metered(NodeTransformer):
 
     @staticmethod
     def through(name: str, node: nodes.Node | None, *args: nodes.Expr) -> nodes.Filter:
+        """Return the node as the input of one of our own filters: ~each, ~take, ~concat."""
         line = getattr(node, "lineno", 1)
         return nodes.Filter(node, name, list(args), [], None, None, lineno=line)
 
     def visit_For(self, node: nodes.For) -> nodes.For:
+        """Count the turns of a loop, and the constant text that each of them writes."""
         size = sum(len(data.data) for part in node.body
                    for data in part.find_all(nodes.TemplateData))
         self.generic_visit(node)
@@ -240,19 +258,23 @@ class Metered(NodeTransformer):
         return node
 
     def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.AssignBlock:
+        """Charge for {% set x %}…{% endset %}: a text that is not printed yet."""
         self.generic_visit(node)
         node.filter = self.through("~take", node.filter)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
+        """Charge for a ~ b, which Jinja compiles to a join that no hook sees."""
         self.generic_visit(node)
         return self.through("~concat", nodes.List(node.nodes, lineno=node.lineno))
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        """Charge for a slice, which is a copy."""
         self.generic_visit(node)
         return self.through("~take", node) if isinstance(node.arg, nodes.Slice) else node
 
     def literal(self, node: Any) -> nodes.Expr:
+        """Charge for [x, x] and its kin, by which a value doubles; constants are free."""
         self.generic_visit(node)
         items = node.items
         if getattr(node, "ctx", "load") != "load" or all(
@@ -268,11 +290,13 @@ class Generation(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
+        """Parse the block into a call of mark() with its body."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
     def mark(self, caller: Callable) -> str:
+        """Note where the block stands in what is written so far, and return its text."""
         text, meter = caller(), METER.get()
         meter.spans.append((meter.written, meter.written + len(text), text))
         return text
@@ -297,6 +321,7 @@ class Namespace(jinja2.utils.Namespace):
 
 
 def check_name(name: Any) -> None:
+    """Refuse names of Python's own attributes."""
     if isinstance(name, str) and name.startswith("_"):
         raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name[:40]!r}")
 
@@ -308,6 +333,7 @@ class TemplateDict:
         return dict(*args, **kwargs)
 
     def fromkeys(self, *args: Any) -> dict:
+        """Return dict.fromkeys(), which removes duplicates from a list."""
         return dict.fromkeys(*args)
 
 
@@ -330,22 +356,27 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.filters.update({"~each": each, "~take": take, "~concat": concat})
 
     def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
+        """Compile a template to Python, with the meter put in."""
+        # the visitor's new nodes know no environment, which the compiler asks them for
         tree = Metered().visit(source)
         tree.set_environment(self)
         return super()._generate(tree, *args, **kwargs)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        """Call a macro, a method or a global: Jinja's hook for every call of a template."""
         meter = METER.get()
         meter.step(20)          # a macro takes as long as some turns of a loop
         if isinstance(__obj, types.BuiltinMethodType):
             owner = __obj.__self__
             if isinstance(owner, (str, bytes, int)):
+                # a generator is read once: it is weighed as the list that it gives
                 if __obj.__name__ == "join" and args and not isinstance(args[0], (list, tuple)):
                     args = (list(meter.each(args[0])), *args[1:])
                 guard_method(owner, __obj.__name__, (*args, *kwargs.values()))
         return meter.take(super().call(__context, __obj, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Callable | None:
+        """Return Jinja's guarded str.format() with a check of its width, None for others."""
         wrapper = super().wrap_str_format(value)
         if wrapper is None:
             return None
@@ -358,16 +389,19 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 @jinja2.pass_context
 def each(context: Any, value: Any, size: int) -> Iterator:
+    """Iterate over the value of a {% for %}, counted."""
     return METER.get().each(value, size)
 
 
 @jinja2.pass_context
 def take(context: Any, value: Any) -> Any:
+    """Charge for a value that an expression has made."""
     return METER.get().take(value)
 
 
 @jinja2.pass_context
 def concat(context: Any, parts: list) -> str:
+    """Join what stands between the ~ of an expression, after room was made for it."""
     METER.get().room(METER.get().weight(parts))
     return "".join(map(str, parts))
 
@@ -403,10 +437,12 @@ def tojson(x: Any, ensure_ascii: bool = False, indent: int | None = None,
 
 
 def raise_exception(message: Any) -> None:
+    """Refuse a conversation in the template's own words."""
     raise Raised(str(message))
 
 
 def strftime_now(form: str) -> str:
+    """Return the date: transformers' global, which Llama 3.1 asks for today's."""
     if len(form) > 200 or re.search(r"%[^a-zA-Z%]*\d{2}", form):
         raise Exceeded(f"it formats a date with {form[:40]!r}")
     return datetime.now().strftime(form)
@@ -425,6 +461,7 @@ class Template:
         if len(source) > SOURCE:
             raise UserError(f"expected a chat template of at most {SOURCE:,} characters, got "
                             f"{len(source):,}: give another with --template=")
+        # CVE-2025-27516: before it, |attr reached str.format()
         if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
             raise UserError(f"the model's chat template needs jinja2 3.1.6 or newer, whose sandbox "
                             f"holds; this is {jinja2.__version__}: pip install -U jinja2")
@@ -471,6 +508,7 @@ class Template:
             raise UserError(f"the model's chat template fails on this conversation "
                             f"({type(e).__name__}: {shorten(e)})") from None
         text = "".join(pieces)
+        # a block within {% set %}, a filter or a macro is not where it was noted
         if any(text[start:end] != said for start, end, said in meter.spans):
             raise UserError("the model's chat template has a generation block whose output it "
                             "changes afterwards: what is trained on cannot be told")

@@ -196,7 +196,7 @@ def ids_of(values: dict, key: str) -> list[int]:
 def read_templates(folder: Path, settings: dict) -> tuple[dict[str, str], bool]:
     """Return the chat templates by name, and whether they are files; files win, as there."""
     main, more = folder / "chat_template.jinja", folder / "additional_chat_templates"
-    found = {"default": read_text(main)} if main.is_file() else {}
+    found = {"default": read_text(main)} if main.exists() else {}
     if more.is_dir():
         found.update((file.stem, read_text(file)) for file in sorted(more.glob("*.jinja")))
     if found:
