@@ -1,7 +1,7 @@
 """The CUDA twins: kernels.cu as autograd functions, so that a reader can hold the languages side
 by side and a GPU can run either.
 
-    python bench.py kernels --backend=cuda          # beside Triton, on a GPU
+    python bench.py kernels                         # beside Triton, on a GPU
     kernels.use("cuda")                             # GELU, SwiGLU, RMSNorm, softmax; the rest torch
 
 NVRTC, the compiler inside every CUDA build of PyTorch, turns the source into machine code at the

@@ -69,7 +69,7 @@ def read_split(cfg: Config, kind: str) -> tuple[Path, list[dict[str, Any]]]:
     notes, columns = chats.Notes(cfg.ignore_keys), (cfg.text_key, cfg.label_key)
     if path.is_file() and "split" in getattr(cfg, "given", ()):
         parts = dict(zip(("train", "val"), chats.splits(
-            cfg.dataset, kind, notes=notes, columns=columns)))
+            cfg.dataset, kind, None, notes, columns)))
         if cfg.split not in parts:
             raise UserError(f"{path} is one file, without a split {cfg.split!r}: choose val or "
                             "train, or leave out --split to read all of it")
@@ -82,7 +82,7 @@ def read_split(cfg: Config, kind: str) -> tuple[Path, list[dict[str, Any]]]:
         path = train.with_name(f"{cfg.split}.{ending}")
     if not path.is_file():
         raise UserError(f"{path} is missing: --split={cfg.split} is no file of {cfg.dataset}")
-    records = list(chats.read_chats(path, kind, notes=notes, columns=columns))
+    records = list(chats.read_chats(path, kind, None, notes=notes, columns=columns))
     print(*notes.lines(), sep="\n", end="\n" * bool(notes.lines()), file=sys.stderr)
     return path, records
 
@@ -160,6 +160,9 @@ def label_texts(cfg: Config, model: Any, tokenizer: Any, labels: dict[str, int])
     """Print the accuracy and the confusion matrix of a classifier; returns the accuracy."""
     if idle := {"template", "think", "max_new_tokens"} & set(getattr(cfg, "given", ())):
         raise UserError(f"--{min(idle)} has no effect on a classifier: leave it out")
+    if "dataset" not in getattr(cfg, "given", ("dataset",)):
+        raise UserError("this is a classifier: name its labelled texts, as in --dataset=sms_spam or "
+                        "--dataset=FILE.csv")
     path, records = read_split(cfg, "labels")
     names, records = list(labels), records[:cfg.limit or None]
     if not records:

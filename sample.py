@@ -333,7 +333,7 @@ def label(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: An
         raise UserError(f"--{min(idle)} has no effect on a classifier, as {directory} is: leave it "
                         "out")
     # the newline at the end of a file or a pipe is none of the text
-    texts = [t for t in text.splitlines() if t] if cfg.lines else [text.rstrip("\r\n")]
+    texts = files.split_lines(text) if cfg.lines else [text.rstrip("\r\n")]
     if not "".join(texts).strip():
         raise UserError("there is no text to label: give it with --prompt, --file or a pipe")
     served = Served(cfg, directory, adapters)
@@ -361,7 +361,7 @@ def main(cfg: Config) -> None:
         return label(cfg, directory, adapters, tokenizer, text)
     if cfg.chat:
         return chat(cfg, directory, adapters, tokenizer)
-    texts = [line for line in text.splitlines() if line] if cfg.lines else [text]
+    texts = files.split_lines(text) if cfg.lines else [text]
     if not texts:
         raise UserError("--lines: the prompt has no line with text")
     texts = [t for t in texts for _ in range(cfg.num_samples)]

@@ -476,7 +476,7 @@ def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> tuple[ModelConfi
     tokenizer: of the data. A checkpoint's own is kept, which may know more tokens and a chat
     template; UserError unless all ids of the data are the same tokens there.
     """
-    cfg.init_from = start.find_pretrained(cfg.init_from, cfg.hub_dir)
+    name, cfg.init_from = cfg.init_from, start.find_pretrained(cfg.init_from, cfg.hub_dir)
     if cfg.init_from == "scratch":
         return from_settings(cfg, vocab_size), tokenizer
     resume = cfg.init_from == "resume"
@@ -486,6 +486,8 @@ def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> tuple[ModelConfi
         own = checkpoint.load_tokenizer(directory)
         start.check_tokens(cfg.dataset, tokenizer, directory, own)
         tokenizer = own
+    elif name in start.OPENAI:
+        start.check_gpt2_tokens(cfg.dataset, tokenizer, name)
     else:
         checkpoint.note(f"{directory} has no tokenizer to compare with that of {cfg.dataset}")
     if not resume:

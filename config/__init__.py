@@ -23,6 +23,7 @@ import errno
 import inspect
 import math
 import os
+import re
 import runpy
 import sys
 import tokenize
@@ -309,6 +310,11 @@ def configure(cls: type, argv: Sequence[str] | None = None, positional: Sequence
     unknown name, a wrong type, a missing file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if odd := [word for word in argv if re.search("[\ud800-\udfff]", word)]:
+        # Python hands on bytes that its encoding lacks as surrogates, which no vocabulary has
+        raise UserError(f"command line: {ascii(brief(odd[0], 60))} is not text in this terminal's "
+                        f"encoding, {sys.getfilesystemencoding()}: set PYTHONUTF8=1, or give the "
+                        "text in a file")
     kinds = field_types(cls)
     if "-h" in argv or "--help" in argv:
         print(help_text(cls, positional))
@@ -376,6 +382,10 @@ def tolerate_output() -> None:
     The encoding stays the terminal's own or PYTHONIOENCODING's (cp1252 is common on Windows, ascii
     in bare containers); error handling that PYTHONIOENCODING names, as in cp1252:strict, stays too.
     """
+    # a program without a console (pythonw), or a shell's `>&-`: then there is nowhere to print to
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     named = os.environ.get("PYTHONIOENCODING", "").partition(":")[2]
     if not named and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")

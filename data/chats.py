@@ -43,7 +43,7 @@ HELD_OUT = 20           # of a file without a validation file every 20th record 
 COLUMNS = ("text", "label")             # of records to classify
 
 # --- files -> records --------------------------------------------------------------------------
-def read_chats(path: str | Path, kind: str = "sft", skip_bad: bool = False,
+def read_chats(path: str | Path, kind: str = "sft", skip_bad: bool | None = False,
                reader: loader.Reader | None = None, notes: Notes | None = None,
                columns: tuple[str, str] = COLUMNS) -> Iterator[dict[str, Any]]:
     """The records of a .jsonl, .json, .csv or .tsv file (.gz or not) in one layout a kind.
@@ -118,7 +118,7 @@ def check_labels(path: Path, records: list[dict]) -> None:
                         "and --label_key")
 
 
-def splits(dataset: str, kind: str = "sft", skip_bad: bool = False, notes: Notes | None = None,
+def splits(dataset: str, kind: str = "sft", skip_bad: bool | None = False, notes: Notes | None = None,
            columns: tuple[str, str] = COLUMNS) -> tuple[list[dict], list[dict], int]:
     """(training records, validation records, bad ones that were skipped) of a dataset."""
     train, val = find(dataset, kind)

@@ -345,6 +345,8 @@ def labelled(record: dict[str, Any], notes: Notes | None = None, text_key: str =
         raise UserError(f"a record to classify needs a {text_key} and a {label_key}; its keys are "
                         f"{', '.join(map(repr, record)) or 'none'} (--text_key and --label_key "
                         "name others)")
+    if not str(label).isprintable():        # answers are printed one per line, between tabs
+        raise UserError(f"{label_key} is {str(label)[:40]!r}: a label is one line, without tabs")
     keys.done()
     return {"text": text, "label": str(label)}
 

@@ -75,15 +75,17 @@ class Reader:
     """Text, JSON, CSV and .gz of them as streams; what is broken is named by file and line.
 
     `consumed` counts the bytes taken from the disk so far, for a progress line. With skip_bad,
-    broken bytes and records are dropped and counted in `bad`; without it they are a UserError.
+    broken bytes and records are dropped and counted in `bad`; without it they are a UserError,
+    which names that setting where the caller has one (None: it has not).
     """
 
-    def __init__(self, skip_bad: bool = False):
+    def __init__(self, skip_bad: bool | None = False):
         self.skip_bad, self.bad, self.consumed = skip_bad, 0, 0
 
     def fault(self, what: str) -> None:
         if not self.skip_bad:
-            raise UserError(f"{what} (--skip_bad=1 drops and counts what is broken)")
+            raise UserError(what if self.skip_bad is None else
+                            f"{what} (--skip_bad=1 drops and counts what is broken)")
         self.bad += 1
 
     def blocks(self, path: Path) -> Iterator[str]:

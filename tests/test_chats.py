@@ -164,6 +164,8 @@ def test_files_of_every_form(tmp_path):
     ("labels", '{"text": "a"}', "needs a text and a label; its keys are 'text'"),
     ("labels", '{"text": 5, "label": "a"}', "text is a int where a text should be"),
     ("labels", '{"text": "a", "label": null}', "needs a text and a label"),
+    ("labels", '{"text": "a", "label": "one\\ttwo"}', "a label is one line, without tabs"),
+    ("labels", '{"text": "a", "label": "one\\ntwo"}', "a label is one line, without tabs"),
 ])
 def test_a_bad_line_is_named_or_counted(tmp_path, kind, line, reason):
     """File, line number and reason; with skip_bad the good lines around it stay."""

@@ -86,6 +86,33 @@ def test_labels_and_probabilities_are_those_of_transformers(classifier, tmp_path
     same(said(), [expected[1]])
 
 
+def test_lines_end_where_a_text_files_lines_end(classifier, tmp_path, capsys):
+    """As Python's own open() reads them: U+2028, form feeds and the like stand within a text."""
+    texts = ["one\x0btwo", "a\u2028b\x85c", "x\x0cy", "\x1c 3"]
+    file = tmp_path / "texts.txt"
+    file.write_bytes("\r\n".join(texts).encode())
+    with open(file, encoding="utf-8") as lines:
+        expected = [line.rstrip("\n") for line in lines]
+    assert expected == texts
+    out = []
+    for text in expected:
+        label(classifier, f"--prompt={text}")
+        out.append(capsys.readouterr().out)
+    label(classifier, f"--file={file}", "--lines")
+    assert capsys.readouterr().out == "".join(out)
+
+
+def test_what_eval_says_of_data_that_is_none(classifier, tmp_path):
+    with pytest.raises(UserError, match="this is a classifier: name its labelled texts"):
+        run(evaluation.Config, evaluation.main, f"--model={classifier}")
+    (tmp_path / "a.csv").write_text("text,kind\na,b\n")
+    for flags in ([], ["--split=val"]):
+        with pytest.raises(UserError, match="needs a text and a label") as e:
+            run(evaluation.Config, evaluation.main, f"--model={classifier}",
+                f"--dataset={tmp_path / 'a.csv'}", *flags)
+        assert "skip_bad" not in str(e.value), "a flag that eval.py has not"
+
+
 @pytest.fixture(scope="module")
 def letters(tmp_path_factory):
     """train, val and test tables; long texts whose ends differ."""

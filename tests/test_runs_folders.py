@@ -6,6 +6,7 @@ adapter was trained on. Weights are random, which changes nothing here.
 import json
 import os
 import shutil
+import types
 from pathlib import Path
 
 import numpy as np
@@ -432,6 +433,20 @@ def test_training_goes_on_from_gpt2_in_a_hub_folder(go, place, words, tmp_path):
         go("train", "no", "--init_from=qwen3-0.6b")
     with pytest.raises(UserError, match="--hub_dir=.* has no effect"):
         go("train", "no", f"--init_from={place / 'base'}", f"--hub_dir={tmp_path}")
+
+
+
+def test_gpt2_without_its_tokenizer_wants_data_of_gpt2s(go, words, tmp_path):
+    """Its weights alone, as transformers' save_pretrained leaves them, say nothing of the tokens."""
+    folder = checkpoint.save_model(tmp_path / "gpt2", made(words, "gpt2", block_size=32), words)
+    for name in start.VOCABULARIES:
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="another tokenizer than gpt2: .*--tokenizer=gpt2"):
+        go("train", "out", "--init_from=gpt2", f"--hub_dir={tmp_path}")
+    # the ids of "Hello world" and others, as OpenAI's published examples have them
+    made_up = types.SimpleNamespace(tokens={15496: b"Hello", 995: b" world", 262: b" the", 0: b"!",
+                                            220: b" ", 50256: b"<|endoftext|>"})
+    start.check_gpt2_tokens("x", made_up, "gpt2")
 
 # ---------------------------------------------------------------- settings without effect
 

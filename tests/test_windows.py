@@ -207,3 +207,22 @@ def test_a_stream_that_is_no_file_is_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     config.run(lambda cfg: print(ODD, end=""), Nothing)
     assert sys.stdout.getvalue() == ODD
+
+
+@pytest.mark.parametrize("closed", [["stdout"], ["stderr"], ["stdout", "stderr"]], ids="+".join)
+def test_a_program_without_a_console_runs(monkeypatch, closed):
+    """pythonw has no stdout, nor has a shell's `>&-`: Python's stream is then None."""
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    for name in closed:
+        monkeypatch.setattr(sys, name, None)
+    done = []
+    config.run(lambda cfg: (print("x"), print("x", file=sys.stderr), done.append(1)), Nothing)
+    assert done == [1]
+
+
+@pytest.mark.parametrize("word", [b"--prompt=caf\xe9", b"\xff.txt", b"--model=\xf0\x9f\x90"])
+def test_bytes_that_are_no_text_are_refused(word, capfd):
+    """A Latin-1 shell's é, half of a 🐈: os.fsdecode is what Python makes of an argument."""
+    import os
+    with pytest.raises(config.UserError, match="is not text in this terminal's encoding"):
+        config.configure(train.Config, [os.fsdecode(word)])

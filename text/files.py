@@ -163,3 +163,12 @@ def lines(file: BinaryIO | None = None) -> Iterator[str]:
         yield from whole
     if rest:
         yield rest
+
+
+def split_lines(text: str) -> list[str]:
+    """Return the lines of a text without their ends, those with nothing in them left out.
+
+    Only \\n and \\r\\n end a line: str.splitlines() also cuts at U+2028, form feeds and others,
+    which stand within a line wherever text is kept one record per line.
+    """
+    return [line for line in text.replace("\r\n", "\n").split("\n") if line]

@@ -27,6 +27,9 @@ from translate import family_of
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
+# Some tokens of their vocabulary: what tells it from others where a folder brings no tokenizer
+GPT2_TOKENS = {0: b"!", 220: b" ", 262: b" the", 995: b" world", 15496: b"Hello",
+               50256: b"<|endoftext|>"}
 # A directory with one of these brings a tokenizer
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "encoder.json")
 # The flags of a family that no setting of a run changes
@@ -133,6 +136,13 @@ def check_tokens(dataset: str, tokenizer: Any, source: Any, other: Any) -> None:
                         f"{i} is {mine[:40]!r} in the data and "
                         f"{'nothing' if theirs is None else repr(theirs[:40])} there; prepare the "
                         f"data with --tokenizer={source}")
+
+
+def check_gpt2_tokens(dataset: str, tokenizer: Any, name: str) -> None:
+    """UserError unless the data's tokenizer is GPT-2's, which a folder of weights may not bring."""
+    if any(tokenizer.tokens.get(i) != token for i, token in GPT2_TOKENS.items()):
+        raise UserError(f"dataset {dataset} has another tokenizer than {name}: prepare the data "
+                        "with --tokenizer=gpt2")
 
 
 def prepare_out_dir(cfg: Any, machine: Machine) -> None:
