@@ -12,7 +12,7 @@ import torch
 import transformers as T
 from transformers.initialization import no_init_weights
 
-from checkpoint import load_model
+from checkpoint import convert, load_model
 from config import UserError
 from families import FAMILIES, ROWS
 from translate import KINDS, effective, model_config_from_hf
@@ -311,3 +311,20 @@ def test_what_published_files_say_beside_the_model_changes_nothing(kind, tmp_pat
     read, base = (effective(model_config_from_hf(x)) for x in (hf, family.hf))
     assert {name for name in base if read[name] != base[name]} <= {"init_std"}
     assert not differ(family.theirs(hf), family.logits)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_convert_keeps_what_it_does_not_write(kind, tmp_path):
+    """transformers' own reading of the file before and after: the same but for where it lies. Only
+    what a copy cannot say is left out: code that is not copied, the type of other weights."""
+    hf = {**Family(kind, tmp_path / "m").hf, **BESIDE, "_note": "mine", "language": "en",
+          "attention_dropout": 0.25, "resid_pdrop": 0.25}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(hf))
+    convert(tmp_path / "m", tmp_path / "new", "bfloat16")
+    new = json.loads((tmp_path / "new" / "config.json").read_text())
+    known = {"gpt2": {"n_inner"}, "mixtral": {"head_dim"}, "glm4_moe": {"num_nextn_predict_layers"}}
+    silent = {"auto_map", "torch_dtype", *known.get(kind, ())}      # null there, the number here
+    assert {k for k in hf if k not in new or new[k] != hf[k]} - {"dtype"} <= silent
+    assert new["dtype"] == "bfloat16" and new["attention_dropout"] == 0.25
+    before, after = (T.AutoConfig.from_pretrained(tmp_path / x).to_dict() for x in ("m", "new"))
+    assert {k for k in before if before[k] != after.get(k)} - {"dtype", "_name_or_path"} <= silent

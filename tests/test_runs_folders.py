@@ -343,7 +343,6 @@ def test_an_embedding_that_peft_saved_beside_an_adapter_is_compared(words, tmp_p
 def test_an_adapter_of_an_moe_model_with_a_router_bias_opens_right_in_peft(go, words, tmp_path):
     """The correction bias has no place in an adapter: it stays, so base + adapter is the
     checkpoint beside it."""
-    pytest.importorskip("training.router")      # freezes it
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     base = checkpoint.save_model(tmp_path / "base", made(words, "glm4_moe", n_layer=2), words)
