@@ -226,7 +226,8 @@ def save(cfg: Config, model: Transformer, tokenizer, optimizer: Optimizer, state
     out = Path(cfg.out_dir)
     name = f"step_{state.step:06d}"
     checkpoint.save_checkpoint(out / name, model, tokenizer, {
-        "optimizer": optimizer.state_dict(), "state": asdict(state), "settings": asdict(cfg)})
+        "optimizer": optimizer.state_dict(), "state": asdict(state), "settings": asdict(cfg),
+        "data": getattr(cfg, "data", "")})
     note = out / "checkpoints.json"
     names = checkpoint.read_json(note) if note.exists() else {}
     names.update({"last": name} | ({"best": name} if better else {}))
@@ -495,7 +496,8 @@ def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> tuple[ModelConfi
 def inherit(cfg: Config) -> Config:
     """On resume every setting that the command line leaves open is the saved run's."""
     path = checkpoint.resolve(cfg.out_dir, "last")
-    saved = checkpoint.load_trainer(path).get("settings")
+    trainer = checkpoint.load_trainer(path)
+    saved = trainer.get("settings")
     if not isinstance(saved, dict):
         raise UserError(f"{path}/trainer.pt is not of a run of train.py: start a new one from its "
                         f"weights with --init_from={path} and another --out_dir")
@@ -505,6 +507,7 @@ def inherit(cfg: Config) -> Config:
     merged = replace(cfg, **{k: v for k, v in saved.items() if k in asdict(cfg) and k not in own})
     merged.given, merged.typed = given, getattr(cfg, "typed", frozenset())
     merged.saved = saved                # what a setting has to equal that cannot change any more
+    merged.saved_data = trainer.get("data") or ""
     return merged
 
 def check(cfg: Config) -> None:
@@ -540,6 +543,7 @@ def main(cfg: Config) -> State:
     dataset = loader.Dataset(loader.find(cfg.dataset))
     tokenizer = tokenizers.load(loader.find(cfg.dataset))
     shape, tokenizer = start_from(cfg, tokenizer, dataset.vocab_size)
+    start.check_data(cfg, dataset.directory)
     refuse_idle(cfg, shape, start.get_in_force(cfg, shape, effects.is_pretrained(cfg)))
     if effects.is_pretrained(cfg):
         start.take_shape(cfg, shape)

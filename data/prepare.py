@@ -48,7 +48,8 @@ def is_fetched(cfg: Any, inputs: list[tuple[str, str]]) -> bool:
 
 def has_kind(inputs: list[tuple[str, str]], records: bool) -> bool:
     """Whether any input holds records, or any is one text."""
-    return any((loader.kind_of(path) in RECORDS) == records for path, _ in inputs)
+    names = [urlsplit(path).path if "://" in path else path for path, _ in inputs]
+    return any((loader.kind_of(name) in RECORDS) == records for name in names)
 
 
 @dataclass

@@ -311,7 +311,7 @@ def test_bad_records_are_named_by_line_and_skipped_only_on_request(site, prep, t
 
 @pytest.mark.parametrize("argv, says", [
     (["alpaca", "--vocab_size=9"], "--vocab_size has no meaning"), (["imdb", "--key=x"], "--key"),
-    (["imdb", "--val_fraction=0.3"], "--val_fraction"), (["alpaca", "--val_fraction=2"], "between"),
+    (["imdb", "--val_fraction=0.3"], "--val_fraction"), (["alpaca", "--val_fraction=2"], "below 1"),
     (["alpaca", "imdb", "--out=x"], "prepare it alone"), (["alpaka"], "minimind_sft")], ids=str)
 def test_wrong_settings_are_one_sentence(argv, says):
     with pytest.raises(UserError, match=says):

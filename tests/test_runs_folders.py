@@ -381,6 +381,44 @@ def test_data_of_another_tokenizer_is_refused_and_equal_vocabularies_pass(go, pl
         resume(train, out, "--max_iters=3")
 
 
+@pytest.mark.parametrize("stage", ["train", "sft", "dpo", "distill"])
+def test_a_resumed_run_notices_that_its_data_changed(go, place, tmp_path, stage):
+    """The same tokenizer, one more record: refused, unless the data is named once more. A copy of
+    the data under another name is the same."""
+    name = {"train": "ready"}.get(stage, f"{DATA.get(stage)}.jsonl")
+    source, data = place / name, tmp_path / name
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, data)
+    flags = [f"--dataset={data}"]
+    flags += {"train": ["--n_layer=1", "--n_head=2", "--n_embd=16"],
+              "distill": [f"--teacher={place / 'base'}", "--init_from=scratch", "--n_layer=1",
+                          "--n_head=2", "--n_embd=16"]}.get(stage, [])
+    out = go(stage, "out", *flags)
+    resume(SCRIPTS[stage], out, "--max_iters=3")
+    if stage == "train":
+        shard = np.load(data / "train_00000.npy")
+        np.save(data / "train_00000.npy", shard[::-1].copy())       # of the same length
+    else:
+        line = data.read_text().splitlines()[0]
+        data.write_text(data.read_text() + line + "\n")
+    before = files(out)
+    with pytest.raises(UserError, match=f"dataset {data} has changed .*--dataset={data}"):
+        resume(SCRIPTS[stage], out, "--max_iters=4")
+    assert files(out) == before
+    resume(SCRIPTS[stage], out, "--max_iters=4", f"--dataset={data}")
+    resume(SCRIPTS[stage], out, "--max_iters=5")            # which is what the run has now
+
+
+def test_of_large_data_its_length_and_pages_count(tmp_path):
+    data = bytearray(b"abcdefgh" * (1 << 22))               # 32 MB: a page every half
+    file, seen = tmp_path / "a.jsonl", set()
+    for change in (lambda: None, lambda: data.insert(5 << 20, 65), lambda: data.pop(),
+                   lambda: data.append(66)):
+        change()
+        file.write_bytes(data)
+        seen.add(run_folder.fingerprint_data(file))
+    assert len(seen) == 4
+
+
 def test_gpt2s_vocabulary_is_one_in_any_file(words):
     """Token by token: what another file calls the same is the same."""
     again = tokenizers.from_json(words._json())
