@@ -295,6 +295,9 @@ def resolve(path: str | Path, which: str = "best") -> Path:
                         f"the folders in {path}")
     if path.name and is_checkpoint(aside(path)) and not path.exists():
         return aside(path)                              # a save was killed between its renames
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"{path} is an adapter, not a model: name its base, or merge both with "
+                        f"`python lora.py merge {path} OUT` and name that")
     state = "has no config.json" if path.is_dir() else "does not exist"
     raise UserError(f"no checkpoint at {path}, which {state}: give the directory of a model or "
                     "the out_dir of a training run")

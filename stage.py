@@ -28,6 +28,7 @@ import train
 from config import UserError, refuse_idle, refuse_to_run, show
 from data import chats, loader
 from formats import atomic
+from inference.classify import label_ids
 from inference.generate import Sampling, sample_text
 from machine import Machine, find_machine
 from model import ModelConfig, Transformer
@@ -214,6 +215,10 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
             cfg.max_iters = 0
     kernels.use(cfg.backend)
     shape, tokenizer = start(cfg)
+    if chat and label_ids(tokenizer):
+        raise UserError(f"{cfg.init_from} is a classifier, and what is made of it would be taken "
+                        "for one: start from the model that it was trained from, or say "
+                        "--task=classify to sft.py")
     refuse_idle(cfg, shape, begin.get_in_force(cfg, shape, effects.is_pretrained(cfg)
                                            or getattr(cfg, "layers_from_teacher", False)))
     known = tokenizer.vocab_size

@@ -129,6 +129,7 @@ class Config:
     backend: str = "auto"               # form of the operations: auto, reference, torch, triton
     seed: int = 1337
     IDLE = effects.TRAIN                # which of these have no effect, and when
+    SCRIPT = "train.py"                 # what a run of these settings is resumed with; no field
 
 # --------------------------------------------------------------------------- the schedule
 
@@ -227,7 +228,7 @@ def save(cfg: Config, model: Transformer, tokenizer, optimizer: Optimizer, state
     name = f"step_{state.step:06d}"
     checkpoint.save_checkpoint(out / name, model, tokenizer, {
         "optimizer": optimizer.state_dict(), "state": asdict(state), "settings": asdict(cfg),
-        "data": getattr(cfg, "data", "")})
+        "data": getattr(cfg, "data", ""), "script": cfg.SCRIPT})
     note = out / "checkpoints.json"
     names = checkpoint.read_json(note) if note.exists() else {}
     names.update({"last": name} | ({"best": name} if better else {}))
@@ -501,6 +502,9 @@ def inherit(cfg: Config) -> Config:
     if not isinstance(saved, dict):
         raise UserError(f"{path}/trainer.pt is not of a run of train.py: start a new one from its "
                         f"weights with --init_from={path} and another --out_dir")
+    if trainer.get("script", cfg.SCRIPT) != cfg.SCRIPT:
+        raise UserError(f"the run in {cfg.out_dir} is one of {trainer['script']}, which trains on "
+                        f"another loss than {cfg.SCRIPT}: resume it with that")
     saved = check_values(type(cfg), saved, f"{path}/trainer.pt")
     given = getattr(cfg, "given", frozenset())
     own = {"init_from", "out_dir", "device", "eval_only", "base"} | given

@@ -250,6 +250,18 @@ def test_a_model_of_our_own_says_all_of_itself_in_its_own_section():
         model_config_from_hf({**own, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_windows_that_are_switched_off_and_listed_are_refused(kind, tmp_path):
+    """transformers ends in a TypeError, which is no logits."""
+    family = Family(kind, tmp_path / "m")
+    hf = {**family.hf, "use_sliding_window": False, "layer_types": ["sliding_attention"] * 2}
+    with pytest.raises(UserError, match="layer_types with windows"):
+        family.ours(hf)
+    assert family.theirs(hf) is None
+    plain = {**hf, "layer_types": ["full_attention"] * 2}
+    assert not differ(family.theirs(plain), family.ours(plain))
+
+
 def test_two_names_of_one_setting_may_not_disagree():
     for kind, first, second in [("gpt2", "n_layer", "num_hidden_layers"),
                                 ("qwen3_moe", "num_experts", "num_local_experts"),

@@ -335,6 +335,8 @@ def test_an_embedding_that_peft_saved_beside_an_adapter_is_compared(words, tmp_p
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base),
                             LoraConfig(target_modules=["q_proj"], r=4))
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    with pytest.raises(UserError, match="is an adapter, not a model.*lora.py merge"):
+        checkpoint.resolve(tmp_path / "adapter")
     lora.load_adapter(tmp_path / "adapter", checkpoint.load_model(base, "cpu"))
     with pytest.raises(UserError, match="(embed_tokens|lm_head) has other weights"):
         lora.load_adapter(tmp_path / "adapter", made(words, seed=9))
@@ -379,6 +381,31 @@ def test_data_of_another_tokenizer_is_refused_and_equal_vocabularies_pass(go, pl
     other.save(data)
     with pytest.raises(UserError, match="another tokenizer than the model of"):
         resume(train, out, "--max_iters=3")
+
+
+def test_a_run_is_resumed_by_the_script_that_made_it(go, place):
+    """Data of one kind would do for both: a student would go on without its teacher."""
+    student = ["--n_layer=1", "--n_head=2", "--n_embd=16"]
+    made = {"sft": go("sft", "sft"), "distill": go("distill", "distill", *student),
+            "train": go("train", "train", *student)}
+    for name, other in (("distill", sft), ("sft", distill), ("sft", train), ("train", sft)):
+        before = files(made[name])
+        with pytest.raises(UserError, match=f"is one of {name}.py, .*resume it with that"):
+            resume(other, made[name], "--max_iters=3")
+        assert files(made[name]) == before
+    text = go("distill", "text", *student, f"--dataset={place / 'ready'}", "--block_size=16")
+    with pytest.raises(UserError, match="is one of distill.py"):
+        resume(train, text, "--max_iters=3")
+
+
+def test_a_classifier_is_no_base_of_a_chat_model(go, place):
+    """Its label tokens would stay, by which sample.py and eval.py know one."""
+    mail = ["--task=classify", f"--dataset={place / 'mail.jsonl'}"]
+    out = go("sft", "out", *mail)
+    for stage in ("sft", "dpo"):
+        with pytest.raises(UserError, match="is a classifier, .*start from the model"):
+            go(stage, "no", f"--init_from={out}")
+    assert curve(go("sft", "again", *mail, f"--init_from={out}"))
 
 
 @pytest.mark.parametrize("stage", ["train", "sft", "dpo", "distill"])
@@ -491,6 +518,7 @@ IDLE = [
     ("train", "--sample_prompt=hello"),
     ("sft", "--task=classify --template=chatml"), ("sft", "--task=classify --sample_interval=2"),
     ("dpo", "--gamma=1"), ("dpo", "--desirable_weight=2"), ("dpo", "--undesirable_weight=2"),
+    ("dpo", "--loss=simpo --reference_free=1"), ("dpo", "--loss=orpo --reference_free=1"),
     ("dpo", "--loss=simpo --desirable_weight=2"), ("dpo", "--loss=kto --gamma=1"),
     ("dpo", "--origin=x"), ("distill", "--origin=x"), ("distill", "--beta=0.2"),
     ("distill", "--alpha=1 --temperature=3"), ("distill", "--alpha=1 --divergence=reverse"),
