@@ -329,6 +329,9 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
                                                                  device=machine.device)
     journal = Journal(cfg, machine, state)
     if cfg.eval_only:
+        if not eval_batches:
+            raise UserError(f"dataset {cfg.dataset} holds nothing out to validate on, so there is "
+                            "nothing to evaluate: give a folder that has a val file as well")
         result = evaluate(fast, eval_batches, loss, machine, token_bytes)
         if machine.main:
             print(" ".join(f"{k} {v:.4f}" for k, v in result.items()))

@@ -398,6 +398,23 @@ def test_a_run_is_resumed_by_the_script_that_made_it(go, place):
         resume(train, text, "--max_iters=3")
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo", "distill"])
+def test_to_evaluate_on_nothing_is_refused_and_no_loss_of_zero(go, place, tmp_path, stage, capsys):
+    """A file of few records holds none out; a folder with a file to validate on does."""
+    flags = ["--eval_only=1"]
+    flags += {"dpo": [f"--reference={place / 'other'}"],
+              "distill": ["--n_layer=1", "--n_head=2", "--n_embd=16"]}.get(stage, [])
+    with pytest.raises(UserError, match="holds nothing out .*nothing to evaluate"):
+        go(stage, "out", *flags)
+    assert not capsys.readouterr().out
+    for name in ("train", "val"):
+        (tmp_path / "both").mkdir(exist_ok=True)
+        shutil.copy(place / f"{DATA[stage]}.jsonl", tmp_path / "both" / f"{name}.jsonl")
+    go(stage, "out", *flags, f"--dataset={tmp_path / 'both'}")
+    value = float(capsys.readouterr().out.split("val_loss ")[1].split()[0])
+    assert value > 0.01
+
+
 def test_a_classifier_is_no_base_of_a_chat_model(go, place):
     """Its label tokens would stay, by which sample.py and eval.py know one."""
     mail = ["--task=classify", f"--dataset={place / 'mail.jsonl'}"]
