@@ -340,3 +340,15 @@ def test_convert_keeps_what_it_does_not_write(kind, tmp_path):
     assert new["dtype"] == "bfloat16" and new["attention_dropout"] == 0.25
     before, after = (T.AutoConfig.from_pretrained(tmp_path / x).to_dict() for x in ("m", "new"))
     assert {k for k in before if before[k] != after.get(k)} - {"dtype", "_name_or_path"} <= silent
+
+
+@pytest.mark.parametrize("local", [None, 50.0, 2e4])
+def test_the_base_of_gemma3s_windows_in_the_words_of_transformers_4(local, tmp_path):
+    """As the published files say it: rope_theta and rope_local_base_freq, no rope_parameters."""
+    family = Family("gemma3_text", tmp_path / "m")
+    hf = {k: v for k, v in family.hf.items() if k != "rope_parameters"}
+    hf |= {"rope_theta": 300.0, **({"rope_local_base_freq": local} if local else {})}
+    hf["layer_types"] = ["sliding_attention", "full_attention"]
+    theirs = family.theirs(hf)
+    assert theirs is not None and not differ(theirs, family.ours(hf))
+    assert model_config_from_hf(hf).rope_local_theta == (local or 1e4)

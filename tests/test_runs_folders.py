@@ -327,6 +327,15 @@ def test_pefts_adapters_on_the_output_matrix_open_here(words, tmp_path, tied, ta
     assert other.config.tie_word_embeddings == tied and not lora.layers(other)
 
 
+def test_a_base_is_not_replaced_by_the_model_that_is_merged_from_it(go, place, tmp_path):
+    base = shutil.copytree(place / "base", tmp_path / "base")
+    out, before = go("lora", "out", f"--init_from={base}"), files(base)
+    with pytest.raises(UserError, match="is the base of .*choose another folder"):
+        lora.merge_files(lora.Merge(["merge", str(out), f"{tmp_path}/x/../base"]))
+    assert files(base) == before
+    lora.merge_files(lora.Merge(["merge", str(out), str(tmp_path / "new")]))
+
+
 def test_an_embedding_that_peft_saved_beside_an_adapter_is_compared(words, tmp_path):
     """save_embedding_layers=True, which peft chooses itself after the vocabulary was resized."""
     from peft import LoraConfig, get_peft_model
