@@ -36,15 +36,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from config import UserError, run
+from config import Idle, UserError, refuse_idle, run
 from families import FAMILIES, HANDMADE, Family, meta_file
 from formats import atomic
 from formats.match import match, count_tensors
 from formats.wrapped import take_text_tensors, unwrap
 from model import ModelConfig, Transformer
 from text import tokenizer_files
-from translate import (Slot, differences, disk_form, family_named, family_of, hf_config,
-                       layout, model_config_from_hf, readable_family, to_family)
+from translate import (Slot, differences, disk_form, family_named, family_of, find_other_keys,
+                       hf_config, layout, model_config_from_hf, readable_family, to_family)
 from weights import (DTYPE_NAMES, DTYPES, Stored, is_equal, note, read, read_header, read_json,
                      shorten, weight_index, write_safetensors)
 
@@ -111,12 +111,12 @@ def save_checkpoint(path: str | Path, model: Any, tokenizer: Any, trainer: dict 
 
 def write_model(directory: Path, config: ModelConfig, dtypes: dict[str, torch.dtype],
                 get: Callable[[str, int | None], Tensor], tokenizer: Any, shard_bytes: int,
-                family: Family | None = None, given: dict[str, Any] | None = None) -> None:
+                family: Family | None = None, source: dict[str, Any] | None = None) -> None:
     """Write everything but the trainer's state into an empty directory.
 
     dtypes: of every parameter by its name here; get(name, expert) makes one of them, or the share
-    of one expert. given: what config.json says of control tokens, where it is known already; then
-    generation_config.json is known as well.
+    of one expert. source: of what is converted the config.json, whose numbers of control tokens
+    and further keys are kept; then generation_config.json is known as well.
     """
     family, said = (family, "") if family else readable_family(config, tokenizer)
     if said:
@@ -166,8 +166,11 @@ def write_model(directory: Path, config: ModelConfig, dtypes: dict[str, torch.dt
         write_json(directory / "model.safetensors.index.json",
                    {"metadata": {"total_size": sum(sizes)}, "weight_map": places})
     # transformers 5 loads in the type that is named here, not in float32
-    settings = {**hf_config(config, tokenizer, family), **(given or {})}
+    given = {key: source[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+             if isinstance(source.get(key), (int, list))} if source else {}
+    settings = {**hf_config(config, tokenizer, family), **given}
     settings["dtype"] = str(main).removeprefix("torch.")
+    settings.update(find_other_keys(source or {}, settings))
     write_json(directory / "config.json", settings)
     # generate() of transformers looks for the end token in this file first
     write_json(directory / "generation_config.json", tokenizer_files.build_generation_config(
@@ -292,6 +295,9 @@ def resolve(path: str | Path, which: str = "best") -> Path:
                         f"the folders in {path}")
     if path.name and is_checkpoint(aside(path)) and not path.exists():
         return aside(path)                              # a save was killed between its renames
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"{path} is an adapter, not a model: name its base, or merge both with "
+                        f"`python lora.py merge {path} OUT` and name that")
     state = "has no config.json" if path.is_dir() else "does not exist"
     raise UserError(f"no checkpoint at {path}, which {state}: give the directory of a model or "
                     "the out_dir of a training run")
@@ -468,13 +474,13 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
 
 
 def convert(source: str, target: str, dtype: str = "auto", form: str = "hf",
-            shard_gb: float = 5.0) -> Path:
+            shard_gb: float = 5.0, which: str = "best") -> Path:
     """Write the checkpoint `source` as `target`, one tensor in memory at a time.
 
     dtype auto keeps the type of every tensor. form: hf, or the files as their authors published
     them, meta for a Llama and chatglm for a GLM (one .pth file: all tensors in memory at once).
     """
-    opened, wanted = open_checkpoint(source), type_of(dtype)
+    opened, wanted = open_checkpoint(source, which), type_of(dtype)
     config, family = opened.config, None
     if form not in ("hf", "meta", "chatglm"):
         raise UserError(f"--layout={form} does not exist: choose hf, meta, chatglm")
@@ -497,8 +503,6 @@ def convert(source: str, target: str, dtype: str = "auto", form: str = "hf",
         slot, s, k = places[part, expert]
         return slot.from_disk(read(s))[k]
 
-    given = {key: opened.hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-            if isinstance(opened.hf.get(key), (int, list))}
     tokenizer, copied = None, tokenizer_files.list_files(opened.directory)
     try:
         if copied or any(tokenizer_files.find(opened.directory)):
@@ -513,7 +517,7 @@ def convert(source: str, target: str, dtype: str = "auto", form: str = "hf",
 
     def fill(directory: Path) -> None:
         write_model(directory, config, dtypes, get, tokenizer, int(shard_gb * 1e9), family,
-                    given)
+                    opened.hf)
         tokenizer_files.copy_files(copied, directory)
     return replace_directory(Path(os.path.realpath(target)), fill)
 
@@ -529,13 +533,24 @@ class Config:
     dtype: str = "auto"         # float32, bfloat16, float16; auto: as it is
     layout: str = "hf"          # hf (Hugging Face), meta (Llama's own), chatglm (its own)
     shard_gb: float = 5.0       # a file of weights is no larger
+    IDLE = (                    # which of these have no effect, and when
+        Idle("model", "", lambda c, m: c.words, "beside the folder that is named"),
+        Idle("dtype layout shard_gb", "", lambda c, m: not converts(c), "without convert"),
+        Idle("shard_gb", "layout", lambda c, m: c.layout == "meta",
+             "with --layout=meta, which is one file"))
+
+
+def converts(cfg: Config) -> bool:
+    """Whether the first word asks to convert: it is no checkpoint of that name."""
+    return cfg.words[:1] == ["convert"] and not is_checkpoint(Path("convert"))
 
 
 def main(cfg: Config) -> None:
-    if cfg.words[:1] == ["convert"] and not is_checkpoint(Path("convert")):
+    refuse_idle(cfg)
+    if converts(cfg):
         if len(cfg.words) != 3:
             raise UserError("convert needs two directories: python checkpoint.py convert IN OUT")
-        out = convert(*cfg.words[1:], cfg.dtype, cfg.layout, cfg.shard_gb)
+        out = convert(*cfg.words[1:], cfg.dtype, cfg.layout, cfg.shard_gb, cfg.which)
         print(f"wrote {out}", file=sys.stderr)
     elif len(cfg.words) > 1:
         raise UserError(f"{cfg.words[1]!r} is one word too many; --help shows the usage")

@@ -90,6 +90,7 @@ class Config(stage.Config):
     epochs: float = 4.0
     out_dir: str = "out/distill"
     origin: str = ""                    # kept by a run: digest and folder of its teacher
+    SCRIPT = "distill.py"
     IDLE = (                            # which of these have no effect, and when
         Idle(effects.SHAPE.replace("n_layer ", "") + " preset", "", lambda c, m:
              c.layers_from_teacher and c.init_from == "scratch",

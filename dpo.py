@@ -80,10 +80,13 @@ class Config(stage.Config):
     out_dir: str = "out/dpo"
     learning_rate: float = 1e-4         # of a small model; 5e-7 to 5e-6 suits one of billions
     epochs: float = 1.0
+    SCRIPT = "dpo.py"
     IDLE = (                            # which of these have no effect, and when
         Idle("gamma", "loss", lambda c, m: c.loss != "simpo", "without --loss=simpo"),
         Idle("desirable_weight undesirable_weight", "loss", lambda c, m: c.loss != "kto",
              "without --loss=kto"),
+        Idle("reference_free", "loss", lambda c, m: c.loss in ALONE,
+             "with --loss=simpo and --loss=orpo, which have no reference"),
         Idle("origin", "", lambda c, m: True, "as a run keeps it itself; see --reference"))
 
 # ------------------------------------------------------------------------- log-probabilities

@@ -126,6 +126,7 @@ def by_layer(default: Callable[[int, dict], bool], asks: bool) -> dict[str, Any]
     the file does not. asks: none does unless use_sliding_window says so."""
     def read(hf: dict, values: dict) -> None:
         if asks and not hf.get("use_sliding_window"):
+            no_windows(hf, values)      # there they end without a word of why
             return
         values["sliding_window"] = read_window(hf, 4096)
         if hf.get("layer_types") is not None:

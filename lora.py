@@ -450,6 +450,9 @@ def merge_files(cfg: Merge) -> None:
         with contextlib.suppress(UserError):
             source = resolve(source, cfg.which) / FOLDER
     base = find_base([Path(source)], cfg.base)
+    if os.path.realpath(base) == os.path.realpath(target):     # a second merge would add it twice
+        raise UserError(f"{target} is the base of {source}, which it belongs to from then on as "
+                        "well: choose another folder for the merged model")
     model = load_model(base, "cpu", cfg.dtype)
     load_adapter(source, model)
     print(describe(model), file=sys.stderr)

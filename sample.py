@@ -47,7 +47,7 @@ import chat as templates
 import kernels
 import lora
 from checkpoint import load_model, load_tokenizer, resolve
-from config import UserError, run
+from config import Idle, UserError, refuse_idle, run
 from inference import classify
 from inference.generate import TURN, Memory, Sampling, Text, encode, generate
 from machine import Meter
@@ -102,6 +102,11 @@ class Config(Sampling):
     backend: str = "auto"           # of the kernels: auto, reference, torch, triton, cuda
     quantize: str = ""              # int8 or int4: smaller weights, the same activations
     speculate: int = 0              # guess up to so many tokens from repetitions in the text
+    IDLE = (                        # which of these have no effect, and when
+        Idle("system template think", "chat", lambda c, m: not c.chat, "without --chat"),
+        Idle("echo stream", "chat", lambda c, m: c.chat, "in a chat"),
+        Idle("top_k top_p min_p", "temperature", lambda c, m: c.temperature == 0,
+             "with --temperature=0, which takes the likeliest token"))
 
 # ------------------------------------------------------------------------------ what is asked
 
@@ -353,6 +358,7 @@ def main(cfg: Config) -> None:
                         "to 63")
     if cfg.chat and (cfg.num_samples > 1 or cfg.lines):
         raise UserError("--chat is one conversation: leave out --num_samples and --lines")
+    refuse_idle(cfg)
     adapters = find_adapters(cfg)
     directory = find_model(cfg, adapters)
     text = "" if cfg.chat else read_prompt(cfg)

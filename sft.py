@@ -48,6 +48,7 @@ class Config(stage.Config):
     unfreeze: str = "all"               # weights that train: all, or last: block, norm and head
     text_key: str = "text"              # classify: key or column of the text
     label_key: str = "label"            # classify: key or column of the label
+    SCRIPT = "sft.py"
     IDLE = (                            # which settings have no effect, and when
         Idle("task", "", effects.is_resumed, "on a run that is resumed"),
         Idle("template sample_interval", "task", lambda c, m: c.task == "classify",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import torch
@@ -25,8 +26,9 @@ import kernels
 import lora
 import train
 from config import UserError, refuse_idle, refuse_to_run, show
-from data import chats
+from data import chats, loader
 from formats import atomic
+from inference.classify import label_ids
 from inference.generate import Sampling, sample_text
 from machine import Machine, find_machine
 from model import ModelConfig, Transformer
@@ -216,6 +218,10 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
             cfg.max_iters = 0
     kernels.use(cfg.backend)
     shape, tokenizer = start(cfg)
+    if chat and label_ids(tokenizer):
+        raise UserError(f"{cfg.init_from} is a classifier, and what is made of it would be taken "
+                        "for one: start from the model that it was trained from, or say "
+                        "--task=classify to sft.py")
     refuse_idle(cfg, shape, begin.get_in_force(cfg, shape, effects.is_pretrained(cfg)
                                            or getattr(cfg, "layers_from_teacher", False)))
     known = tokenizer.vocab_size
@@ -225,6 +231,8 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
     try:
         rows = train.rows_of_step(cfg, machine)
         data = read(cfg, shape, tokenizer, rows, notes)
+        file = Path(cfg.dataset).expanduser()
+        begin.check_data(cfg, file if file.is_file() else loader.find(cfg.dataset))
         # how many steps follows from the size of the data
         cfg.max_iters = cfg.max_iters or steps_of(cfg.epochs, len(data.batches), rows)
         notes.append(f"{cfg.max_iters:,} steps of {rows:,} rows are "

@@ -129,6 +129,7 @@ class Config:
     backend: str = "auto"               # form of the operations: auto, reference, torch, triton
     seed: int = 1337
     IDLE = effects.TRAIN                # which of these have no effect, and when
+    SCRIPT = "train.py"                 # what a run of these settings is resumed with; no field
 
 # --------------------------------------------------------------------------- the schedule
 
@@ -226,7 +227,8 @@ def save(cfg: Config, model: Transformer, tokenizer, optimizer: Optimizer, state
     out = Path(cfg.out_dir)
     name = f"step_{state.step:06d}"
     checkpoint.save_checkpoint(out / name, model, tokenizer, {
-        "optimizer": optimizer.state_dict(), "state": asdict(state), "settings": asdict(cfg)})
+        "optimizer": optimizer.state_dict(), "state": asdict(state), "settings": asdict(cfg),
+        "data": getattr(cfg, "data", ""), "script": cfg.SCRIPT})
     note = out / "checkpoints.json"
     names = checkpoint.read_json(note) if note.exists() else {}
     names.update({"last": name} | ({"best": name} if better else {}))
@@ -327,6 +329,9 @@ def fit(cfg: Config, model: Transformer, batches: Callable[[int], Batch], loss: 
                                                                  device=machine.device)
     journal = Journal(cfg, machine, state)
     if cfg.eval_only:
+        if not eval_batches:
+            raise UserError(f"dataset {cfg.dataset} holds nothing out to validate on, so there is "
+                            "nothing to evaluate: give a folder that has a val file as well")
         result = evaluate(fast, eval_batches, loss, machine, token_bytes)
         if machine.main:
             print(" ".join(f"{k} {v:.4f}" for k, v in result.items()))
@@ -497,16 +502,21 @@ def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> tuple[ModelConfi
 def inherit(cfg: Config) -> Config:
     """On resume every setting that the command line leaves open is the saved run's."""
     path = checkpoint.resolve(cfg.out_dir, "last")
-    saved = checkpoint.load_trainer(path).get("settings")
+    trainer = checkpoint.load_trainer(path)
+    saved = trainer.get("settings")
     if not isinstance(saved, dict):
         raise UserError(f"{path}/trainer.pt is not of a run of train.py: start a new one from its "
                         f"weights with --init_from={path} and another --out_dir")
+    if trainer.get("script", cfg.SCRIPT) != cfg.SCRIPT:
+        raise UserError(f"the run in {cfg.out_dir} is one of {trainer['script']}, which trains on "
+                        f"another loss than {cfg.SCRIPT}: resume it with that")
     saved = check_values(type(cfg), saved, f"{path}/trainer.pt")
     given = getattr(cfg, "given", frozenset())
     own = {"init_from", "out_dir", "device", "eval_only", "base"} | given
     merged = replace(cfg, **{k: v for k, v in saved.items() if k in asdict(cfg) and k not in own})
     merged.given, merged.typed = given, getattr(cfg, "typed", frozenset())
     merged.saved = saved                # what a setting has to equal that cannot change any more
+    merged.saved_data = trainer.get("data") or ""
     return merged
 
 def check(cfg: Config) -> None:
@@ -542,6 +552,7 @@ def main(cfg: Config) -> State:
     dataset = loader.Dataset(loader.find(cfg.dataset))
     tokenizer = tokenizers.load(loader.find(cfg.dataset))
     shape, tokenizer = start_from(cfg, tokenizer, dataset.vocab_size)
+    start.check_data(cfg, dataset.directory)
     refuse_idle(cfg, shape, start.get_in_force(cfg, shape, effects.is_pretrained(cfg)))
     if effects.is_pretrained(cfg):
         start.take_shape(cfg, shape)

@@ -360,6 +360,29 @@ def hf_config(config: ModelConfig, tokenizer: Any = None,
     return {**hf, **ids, "handmade": asdict(config)}
 
 
+# Keys that are not true of a copy: where the code lies that opens it, what it was computed in
+LEFT_OUT = ("auto_map", "custom_pipelines", "torch_dtype", "quantization_config")
+
+
+def find_other_keys(source: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what a config.json says beside the `settings` that are written of the same model.
+
+    Of another family its words would mean something else; and if they change what the settings
+    say, here or by a second name, none of them is kept.
+    """
+    if source.get("model_type") != settings["model_type"]:
+        return {}
+    family = FAMILIES.get(settings["model_type"], HANDMADE)
+    noise = {theirs for ours, theirs in family.fields if ours == "dropout"}  # which is not read
+    other = {key: value for key, value in source.items()
+             if key in noise or key not in settings and key not in LEFT_OUT}
+    try:
+        same = model_config_from_hf({**settings, **other}) == model_config_from_hf(settings)
+    except UserError:
+        return {}
+    return other if same else {}
+
+
 def family_named(hf: dict[str, Any], where: str = "config.json") -> Family:
     """The row that a config.json names; UserError with a list of them if there is none."""
     kind = hf.get("model_type")

@@ -34,11 +34,22 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 import tokenizer as tokenizers  # noqa: E402  (ours; found only once the root is on the path)
-from config import UserError, run  # noqa: E402
+from config import Idle, UserError, refuse_idle, run  # noqa: E402
 from data import loader, shards  # noqa: E402
 from data.corpus import RECORDS, Corpus, convert_bins, encode_corpus  # noqa: E402
 from data.download import Progress, download, note  # noqa: E402
 from formats.atomic import build_directory as building  # noqa: E402
+
+
+def is_fetched(cfg: Any, inputs: list[tuple[str, str]]) -> bool:
+    """Whether anything is downloaded."""
+    return any("://" in path for path, _ in inputs)
+
+
+def has_kind(inputs: list[tuple[str, str]], records: bool) -> bool:
+    """Whether any input holds records, or any is one text."""
+    names = [urlsplit(path).path if "://" in path else path for path, _ in inputs]
+    return any((loader.kind_of(name) in RECORDS) == records for name in names)
 
 
 @dataclass
@@ -65,6 +76,22 @@ class Config:
     force: bool = False                 # build again what is already there
     cache: str = ""                     # where downloads are kept; default data/.cache
     mirror: str = ""                    # URL of a folder with copies of a dataset's files
+    # which of these have no effect, and when; called with the inputs, in a model's place
+    IDLE = (
+        Idle("shards", "source", lambda c, m: c.source != ["fineweb"], "on other data than "
+             "fineweb"),
+        Idle("vocab_size pattern tokenizer_chars", "tokenizer", lambda c, m: c.tokenizer != "bpe",
+             "unless a vocabulary is trained here, with --tokenizer=bpe"),
+        Idle("key", "source", lambda c, m: not has_kind(m, True), "on text without records"),
+        Idle("separator", "source", lambda c, m: not has_kind(m, False), "on records"),
+        Idle("skip_bad key separator", "source", lambda c, m: c.source == ["fineweb"],
+             "on fineweb, which is tokens already"),
+        Idle("val_fraction seed", "source", lambda c, m: all(split for _, split in m),
+             "on data that brings its own validation text"),
+        Idle("cache", "source file", lambda c, m: not is_fetched(c, m),
+             "where nothing is downloaded"),
+        Idle("mirror", "source file", lambda c, m: not is_fetched(c, m)
+             or " ".join(c.source) not in NAMES, "where no dataset with a name is downloaded"))
 
 
 @dataclass(frozen=True)
@@ -247,6 +274,9 @@ def main(cfg: Config) -> None:
     inputs = resolve(cfg, named, out)
     if not inputs:
         raise UserError(f"{' '.join(cfg.source)} holds nothing to read but {out} itself")
+    asked = replace(cfg)
+    asked.given = given             # no field: it is no setting of the dataset
+    refuse_idle(asked, inputs)
     # All that shapes the result: settings, inputs, and a tokenizer that may have been retrained.
     free = ("out", "file", "workers", "force", "cache", "mirror")
     settings = {key: value for key, value in vars(cfg).items() if key not in free}

@@ -47,6 +47,10 @@ def unwrap(hf: dict[str, Any], where: str) -> tuple[dict[str, Any], bool]:
     if kind == "gemma3" and inner != WRAPPERS[kind]:
         raise UserError(f"{where}: expected {WRAPPERS[kind]} as the text model of a gemma3 model, "
                         f"got {shorten(inner)}")
+    if kind == "gemma3" and text.get("final_logit_softcapping"):    # the text model alone has it
+        raise UserError(f"{where}, text_config: final_logit_softcapping = "
+                        f"{shorten(text['final_logit_softcapping'])} is not supported in a gemma3 "
+                        "model, where transformers does not apply it")
     if not family_named(text, f"{where}, text_config").writable:    # files of another kind
         raise UserError(f"{where}: a text model of the type {shorten(inner)} is not supported in "
                         f"a {kind} model")

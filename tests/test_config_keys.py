@@ -12,7 +12,7 @@ import torch
 import transformers as T
 from transformers.initialization import no_init_weights
 
-from checkpoint import load_model
+from checkpoint import convert, load_model
 from config import UserError
 from families import FAMILIES, ROWS
 from translate import KINDS, effective, model_config_from_hf
@@ -250,6 +250,18 @@ def test_a_model_of_our_own_says_all_of_itself_in_its_own_section():
         model_config_from_hf({**own, "rope_scaling": {"rope_type": "linear", "factor": 2.0}})
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_windows_that_are_switched_off_and_listed_are_refused(kind, tmp_path):
+    """transformers ends in a TypeError, which is no logits."""
+    family = Family(kind, tmp_path / "m")
+    hf = {**family.hf, "use_sliding_window": False, "layer_types": ["sliding_attention"] * 2}
+    with pytest.raises(UserError, match="layer_types with windows"):
+        family.ours(hf)
+    assert family.theirs(hf) is None
+    plain = {**hf, "layer_types": ["full_attention"] * 2}
+    assert not differ(family.theirs(plain), family.ours(plain))
+
+
 def test_two_names_of_one_setting_may_not_disagree():
     for kind, first, second in [("gpt2", "n_layer", "num_hidden_layers"),
                                 ("qwen3_moe", "num_experts", "num_local_experts"),
@@ -311,3 +323,32 @@ def test_what_published_files_say_beside_the_model_changes_nothing(kind, tmp_pat
     read, base = (effective(model_config_from_hf(x)) for x in (hf, family.hf))
     assert {name for name in base if read[name] != base[name]} <= {"init_std"}
     assert not differ(family.theirs(hf), family.logits)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_convert_keeps_what_it_does_not_write(kind, tmp_path):
+    """transformers' own reading of the file before and after: the same but for where it lies. Only
+    what a copy cannot say is left out: code that is not copied, the type of other weights."""
+    hf = {**Family(kind, tmp_path / "m").hf, **BESIDE, "_note": "mine", "language": "en",
+          "attention_dropout": 0.25, "resid_pdrop": 0.25}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(hf))
+    convert(tmp_path / "m", tmp_path / "new", "bfloat16")
+    new = json.loads((tmp_path / "new" / "config.json").read_text())
+    known = {"gpt2": {"n_inner"}, "mixtral": {"head_dim"}, "glm4_moe": {"num_nextn_predict_layers"}}
+    silent = {"auto_map", "torch_dtype", *known.get(kind, ())}      # null there, the number here
+    assert {k for k in hf if k not in new or new[k] != hf[k]} - {"dtype"} <= silent
+    assert new["dtype"] == "bfloat16" and new["attention_dropout"] == 0.25
+    before, after = (T.AutoConfig.from_pretrained(tmp_path / x).to_dict() for x in ("m", "new"))
+    assert {k for k in before if before[k] != after.get(k)} - {"dtype", "_name_or_path"} <= silent
+
+
+@pytest.mark.parametrize("local", [None, 50.0, 2e4])
+def test_the_base_of_gemma3s_windows_in_the_words_of_transformers_4(local, tmp_path):
+    """As the published files say it: rope_theta and rope_local_base_freq, no rope_parameters."""
+    family = Family("gemma3_text", tmp_path / "m")
+    hf = {k: v for k, v in family.hf.items() if k != "rope_parameters"}
+    hf |= {"rope_theta": 300.0, **({"rope_local_base_freq": local} if local else {})}
+    hf["layer_types"] = ["sliding_attention", "full_attention"]
+    theirs = family.theirs(hf)
+    assert theirs is not None and not differ(theirs, family.ours(hf))
+    assert model_config_from_hf(hf).rope_local_theta == (local or 1e4)

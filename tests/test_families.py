@@ -850,7 +850,7 @@ def test_convert_mistakes_are_one_sentence(oracle, tmp_path):
             (["convert", good, tmp_path / "o", "--dtype=int3"], "--dtype=int3"),
             (["convert", good, tmp_path / "o", "--layout=gguf"], "--layout=gguf"),
             (["convert", good, tmp_path / "o", "--layout=meta"], "qkv_bias"),
-            (["convert", good, tmp_path / "o", "--shard_gb=-1"], "--shard_gb"),
+            (["convert", good, tmp_path / "o", "--shard_gb=-1"], "shard_gb is -1"),
             ([good, good], "one word too many")]:
         if argv[0] == "convert" and len(argv) == 3 or "--layout=meta" in argv:
             done = run(*argv)                           # as a user would; the others in here

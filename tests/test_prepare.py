@@ -22,7 +22,7 @@ import pytest
 
 import tokenizer as tokenizers
 from config import UserError, configure, run
-from data import corpus, download, loader, prepare
+from data import corpus, download, loader, prepare, shards
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = str(ROOT / "data" / "prepare.py")
@@ -408,7 +408,7 @@ def test_a_full_disk_is_one_sentence_and_costs_nothing(tmp_path, docs, bpe, monk
     out = tmp_path / "out"
     prep(*args, f"--out={out}", f"--tokenizer={bpe}")
     before = state(out)
-    monkeypatch.setattr(loader, "open", lambda path, mode="r": open(
+    monkeypatch.setattr(shards, "open", lambda path, mode="r": open(
         "/dev/full" if str(path).endswith(".npy") else path, mode), raising=False)
     monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args), f"--out={out}", "--force",
                                       f"--tokenizer={bpe}"])

@@ -328,6 +328,15 @@ def test_pefts_adapters_on_the_output_matrix_open_here(words, tmp_path, tied, ta
     assert other.config.tie_word_embeddings == tied and not lora.layers(other)
 
 
+def test_a_base_is_not_replaced_by_the_model_that_is_merged_from_it(go, place, tmp_path):
+    base = shutil.copytree(place / "base", tmp_path / "base")
+    out, before = go("lora", "out", f"--init_from={base}"), files(base)
+    with pytest.raises(UserError, match="is the base of .*choose another folder"):
+        lora.merge_files(lora.Merge(["merge", str(out), f"{tmp_path}/x/../base"]))
+    assert files(base) == before
+    lora.merge_files(lora.Merge(["merge", str(out), str(tmp_path / "new")]))
+
+
 def test_an_embedding_that_peft_saved_beside_an_adapter_is_compared(words, tmp_path):
     """save_embedding_layers=True, which peft chooses itself after the vocabulary was resized."""
     from peft import LoraConfig, get_peft_model
@@ -336,6 +345,8 @@ def test_an_embedding_that_peft_saved_beside_an_adapter_is_compared(words, tmp_p
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base),
                             LoraConfig(target_modules=["q_proj"], r=4))
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    with pytest.raises(UserError, match="is an adapter, not a model.*lora.py merge"):
+        checkpoint.resolve(tmp_path / "adapter")
     lora.load_adapter(tmp_path / "adapter", checkpoint.load_model(base, "cpu"))
     with pytest.raises(UserError, match="(embed_tokens|lm_head) has other weights"):
         lora.load_adapter(tmp_path / "adapter", made(words, seed=9))
@@ -344,7 +355,6 @@ def test_an_embedding_that_peft_saved_beside_an_adapter_is_compared(words, tmp_p
 def test_an_adapter_of_an_moe_model_with_a_router_bias_opens_right_in_peft(go, words, tmp_path):
     """The correction bias has no place in an adapter: it stays, so base + adapter is the
     checkpoint beside it."""
-    pytest.importorskip("training.router")      # freezes it
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
     base = checkpoint.save_model(tmp_path / "base", made(words, "glm4_moe", n_layer=2), words)
@@ -381,6 +391,86 @@ def test_data_of_another_tokenizer_is_refused_and_equal_vocabularies_pass(go, pl
     other.save(data)
     with pytest.raises(UserError, match="another tokenizer than the model of"):
         resume(train, out, "--max_iters=3")
+
+
+def test_a_run_is_resumed_by_the_script_that_made_it(go, place):
+    """Data of one kind would do for both: a student would go on without its teacher."""
+    student = ["--n_layer=1", "--n_head=2", "--n_embd=16"]
+    made = {"sft": go("sft", "sft"), "distill": go("distill", "distill", *student),
+            "train": go("train", "train", *student)}
+    for name, other in (("distill", sft), ("sft", distill), ("sft", train), ("train", sft)):
+        before = files(made[name])
+        with pytest.raises(UserError, match=f"is one of {name}.py, .*resume it with that"):
+            resume(other, made[name], "--max_iters=3")
+        assert files(made[name]) == before
+    text = go("distill", "text", *student, f"--dataset={place / 'ready'}", "--block_size=16")
+    with pytest.raises(UserError, match="is one of distill.py"):
+        resume(train, text, "--max_iters=3")
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "distill"])
+def test_to_evaluate_on_nothing_is_refused_and_no_loss_of_zero(go, place, tmp_path, stage, capsys):
+    """A file of few records holds none out; a folder with a file to validate on does."""
+    flags = ["--eval_only=1"]
+    flags += {"dpo": [f"--reference={place / 'other'}"],
+              "distill": ["--n_layer=1", "--n_head=2", "--n_embd=16"]}.get(stage, [])
+    with pytest.raises(UserError, match="holds nothing out .*nothing to evaluate"):
+        go(stage, "out", *flags)
+    assert not capsys.readouterr().out
+    for name in ("train", "val"):
+        (tmp_path / "both").mkdir(exist_ok=True)
+        shutil.copy(place / f"{DATA[stage]}.jsonl", tmp_path / "both" / f"{name}.jsonl")
+    go(stage, "out", *flags, f"--dataset={tmp_path / 'both'}")
+    value = float(capsys.readouterr().out.split("val_loss ")[1].split()[0])
+    assert value > 0.01
+
+
+def test_a_classifier_is_no_base_of_a_chat_model(go, place):
+    """Its label tokens would stay, by which sample.py and eval.py know one."""
+    mail = ["--task=classify", f"--dataset={place / 'mail.jsonl'}"]
+    out = go("sft", "out", *mail)
+    for stage in ("sft", "dpo"):
+        with pytest.raises(UserError, match="is a classifier, .*start from the model"):
+            go(stage, "no", f"--init_from={out}")
+    assert curve(go("sft", "again", *mail, f"--init_from={out}"))
+
+
+@pytest.mark.parametrize("stage", ["train", "sft", "dpo", "distill"])
+def test_a_resumed_run_notices_that_its_data_changed(go, place, tmp_path, stage):
+    """The same tokenizer, one more record: refused, unless the data is named once more. A copy of
+    the data under another name is the same."""
+    name = {"train": "ready"}.get(stage, f"{DATA.get(stage)}.jsonl")
+    source, data = place / name, tmp_path / name
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, data)
+    flags = [f"--dataset={data}"]
+    flags += {"train": ["--n_layer=1", "--n_head=2", "--n_embd=16"],
+              "distill": [f"--teacher={place / 'base'}", "--init_from=scratch", "--n_layer=1",
+                          "--n_head=2", "--n_embd=16"]}.get(stage, [])
+    out = go(stage, "out", *flags)
+    resume(SCRIPTS[stage], out, "--max_iters=3")
+    if stage == "train":
+        shard = np.load(data / "train_00000.npy")
+        np.save(data / "train_00000.npy", shard[::-1].copy())       # of the same length
+    else:
+        line = data.read_text().splitlines()[0]
+        data.write_text(data.read_text() + line + "\n")
+    before = files(out)
+    with pytest.raises(UserError, match=f"dataset {data} has changed .*--dataset={data}"):
+        resume(SCRIPTS[stage], out, "--max_iters=4")
+    assert files(out) == before
+    resume(SCRIPTS[stage], out, "--max_iters=4", f"--dataset={data}")
+    resume(SCRIPTS[stage], out, "--max_iters=5")            # which is what the run has now
+
+
+def test_of_large_data_its_length_and_pages_count(tmp_path):
+    data = bytearray(b"abcdefgh" * (1 << 22))               # 32 MB: a page every half
+    file, seen = tmp_path / "a.jsonl", set()
+    for change in (lambda: None, lambda: data.insert(5 << 20, 65), lambda: data.pop(),
+                   lambda: data.append(66)):
+        change()
+        file.write_bytes(data)
+        seen.add(run_folder.fingerprint_data(file))
+    assert len(seen) == 4
 
 
 def test_gpt2s_vocabulary_is_one_in_any_file(words):
@@ -469,6 +559,7 @@ IDLE = [
     ("train", "--sample_prompt=hello"),
     ("sft", "--task=classify --template=chatml"), ("sft", "--task=classify --sample_interval=2"),
     ("dpo", "--gamma=1"), ("dpo", "--desirable_weight=2"), ("dpo", "--undesirable_weight=2"),
+    ("dpo", "--loss=simpo --reference_free=1"), ("dpo", "--loss=orpo --reference_free=1"),
     ("dpo", "--loss=simpo --desirable_weight=2"), ("dpo", "--loss=kto --gamma=1"),
     ("dpo", "--origin=x"), ("distill", "--origin=x"), ("distill", "--beta=0.2"),
     ("distill", "--alpha=1 --temperature=3"), ("distill", "--alpha=1 --divergence=reverse"),

@@ -323,6 +323,22 @@ def test_a_wrapper_that_is_not_understood_is_refused(changes, words, tmp_path):
         load_model(tmp_path, "cpu")
     assert "\n" not in str(e.value)
 
+
+def test_a_cap_that_transformers_does_not_apply_to_a_wrapped_gemma3_is_refused(tmp_path):
+    """Gemma3ForCausalLM caps its logits, Gemma3ForConditionalGeneration does not: its logits with
+    the setting are those without."""
+    theirs = gemma3()
+    theirs.save_pretrained(tmp_path)
+    ids = torch.arange(20)[None] % V
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings["text_config"]["final_logit_softcapping"] = 0.5
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    again = T.Gemma3ForConditionalGeneration.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.allclose(again(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
+    with pytest.raises(UserError, match="final_logit_softcapping = 0.5 is not supported in a gemm"):
+        load_model(tmp_path, "cpu")
+
 # ---------------------------------------------------------------- what others ask of our files
 
 

@@ -145,6 +145,16 @@ def check_gpt2_tokens(dataset: str, tokenizer: Any, name: str) -> None:
                         "with --tokenizer=gpt2")
 
 
+def check_data(cfg: Any, path: Path) -> None:
+    """Keep what the data is in cfg.data; UserError where a resumed run began with other data."""
+    cfg.data = run_folder.fingerprint_data(path)
+    before = getattr(cfg, "saved_data", "")
+    if before and before != cfg.data and "dataset" not in getattr(cfg, "given", ()):
+        raise UserError(f"dataset {cfg.dataset} has changed since the run in {cfg.out_dir} was "
+                        "saved, which resumed would train on something else: put it back, or say "
+                        f"--dataset={cfg.dataset} to go on with it as it is now")
+
+
 def prepare_out_dir(cfg: Any, machine: Machine) -> None:
     """Make out_dir; the files of an earlier run in it are moved aside, never overwritten.
 
