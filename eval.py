@@ -161,8 +161,8 @@ def label_texts(cfg: Config, model: Any, tokenizer: Any, labels: dict[str, int])
     if idle := {"template", "think", "max_new_tokens"} & set(getattr(cfg, "given", ())):
         raise UserError(f"--{min(idle)} has no effect on a classifier: leave it out")
     if "dataset" not in getattr(cfg, "given", ("dataset",)):
-        raise UserError("this is a classifier: name its labelled texts, as in --dataset=sms_spam or "
-                        "--dataset=FILE.csv")
+        raise UserError("this is a classifier: name its labelled texts, as in --dataset=sms_spam "
+                        "or --dataset=FILE.csv")
     path, records = read_split(cfg, "labels")
     names, records = list(labels), records[:cfg.limit or None]
     if not records:

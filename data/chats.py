@@ -118,8 +118,9 @@ def check_labels(path: Path, records: list[dict]) -> None:
                         "and --label_key")
 
 
-def splits(dataset: str, kind: str = "sft", skip_bad: bool | None = False, notes: Notes | None = None,
-           columns: tuple[str, str] = COLUMNS) -> tuple[list[dict], list[dict], int]:
+def splits(dataset: str, kind: str = "sft", skip_bad: bool | None = False,
+           notes: Notes | None = None, columns: tuple[str, str] = COLUMNS
+           ) -> tuple[list[dict], list[dict], int]:
     """(training records, validation records, bad ones that were skipped) of a dataset."""
     train, val = find(dataset, kind)
     reader = loader.Reader(skip_bad)

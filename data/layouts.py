@@ -227,7 +227,7 @@ def read_conversation(keys: Keys) -> Messages:
 
 
 def conversation(record: dict[str, Any], notes: Notes | None = None) -> dict[str, Any]:
-    """Turn a record of any layout for fine-tuning into {"messages"} and what take_extras() finds."""
+    """Turn a record of any layout for fine-tuning into {"messages"} and its take_extras()."""
     notes = notes or Notes()
     keys = Keys(record, "", notes)
     if "chosen" in keys and "rejected" in keys:

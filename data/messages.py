@@ -1,7 +1,7 @@
 """Messages of any project -> one form, and an object's keys, each of which is accounted for.
 
     from data import messages
-    messages.read_turns([{"from": "human", "value": "Hi"}], "conversations")     # {"role", "content"}
+    messages.read_turns([{"from": "human", "value": "Hi"}], "conversations")    # role, content
 
 A key of a record, or of a message in it, is one of three things. It is read: a layout takes it. It
 is known to describe the record and not to be learnt: METADATA. Or it is refused by name, since a
