@@ -18,7 +18,7 @@ demo: packages
 	$(PYTHON) sample.py --out_dir=out/demo --num_samples=3 --max_new_tokens=150
 
 lifecycle: packages
-	$(PYTHON) lifecycle.py
+	$(PYTHON) benchmarks/lifecycle.py
 
 test: test-packages
 	$(PYTHON) -m pytest tests -q -n auto --maxprocesses=8 --dist loadfile

@@ -113,7 +113,7 @@ def stdlib_texts() -> list[str]:
 def tokenizer(cfg: Config) -> dict[str, Any]:
     """Training against `tokenizers`; encoding against tiktoken and `tokenizers`."""
     import tokenizer as ours
-    from bpe import chunks
+    from text.bpe import chunks
 
     texts = list(ours.file_texts([cfg.text])) if cfg.text else stdlib_texts()
     megabytes = sum(len(t.encode()) for t in texts) / 1e6
@@ -348,8 +348,8 @@ def sample(cfg: Config) -> dict[str, Any]:
     from checkpoint import load_model, load_tokenizer, save_model
     from model import Transformer
     from inference.generate import Sampling, generate
-    from presets import preset
-    from quantize import pack
+    from families.presets import preset
+    from inference.quantize import pack
     out: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
@@ -468,8 +468,8 @@ SECTIONS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "train": train,
     "sample": sample,
     "families": families,
-    "kernels": lambda cfg: importlib.import_module("bench_kernels").section(cfg),
-    "stages": lambda cfg: importlib.import_module("bench_stages").section(cfg),
+    "kernels": lambda cfg: importlib.import_module("benchmarks.kernels").section(cfg),
+    "stages": lambda cfg: importlib.import_module("benchmarks.stages").section(cfg),
 }
 
 

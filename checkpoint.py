@@ -37,16 +37,17 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from config import Idle, UserError, refuse_idle, run
-from families import FAMILIES, HANDMADE, Family, meta_file
+from families.rows import FAMILIES, HANDMADE, Family, meta_file
 from formats import atomic
 from formats.match import match, count_tensors
 from formats.wrapped import take_text_tensors, unwrap
 from model import ModelConfig, Transformer
 from text import tokenizer_files
-from translate import (Slot, differences, disk_form, family_named, family_of, find_other_keys,
-                       hf_config, layout, model_config_from_hf, readable_family, to_family)
-from weights import (DTYPE_NAMES, DTYPES, Stored, is_equal, note, read, read_header, read_json,
-                     shorten, weight_index, write_safetensors)
+from formats.huggingface import (Slot, differences, disk_form, family_named, family_of,
+                                 find_other_keys, hf_config, layout, model_config_from_hf,
+                                 readable_family, to_family)
+from formats.safetensors import (DTYPE_NAMES, DTYPES, Stored, is_equal, note, read, read_header,
+                                 read_json, shorten, weight_index, write_safetensors)
 
 SHARD_BYTES = 5 * 10 ** 9           # a file of weights is no larger, unless one tensor is
 TYPES = {str(t).removeprefix("torch."): t for t in DTYPE_NAMES}     # as --dtype says them

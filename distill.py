@@ -42,15 +42,15 @@ import sft
 import stage
 import tokenizer as tokenizers
 import train
-import weights
+from formats import safetensors
 from config import Idle, UserError, run
 from data import chats, loader
 from formats import atomic, run_folder
 from inference.generate import Sampling, generate
-from machine import Machine
+from training.machine import Machine
 from model import ModelConfig, Transformer
-from presets import from_settings
-from quantize import pack
+from families.presets import from_settings
+from inference.quantize import pack
 from training import effects
 from training.hidden_states import Matching, spread, watch
 from training.cooperate import alone, get_ranks, progress, together, write_lines
@@ -537,18 +537,18 @@ def match_hidden(cfg: Config, model: Transformer, teacher: Transformer, machine:
     named = dict(model.matching.named_parameters())
     if cfg.init_from == "resume" and named:
         file = checkpoint.resolve(cfg.out_dir, "last") / PROJECTIONS
-        found = weights.read_header(file)
+        found = safetensors.read_header(file)
         if {n: s.shape for n, s in found.items()} != {n: tuple(p.shape) for n, p in named.items()}:
             raise UserError(f"{file} belongs to a run with another --hidden_layers or teacher: "
                             "resume with the settings that it was made by")
         for name, p in named.items():       # their moments come back with the optimizer
-            p.data.copy_(weights.read(found[name]))
+            p.data.copy_(safetensors.read(found[name]))
     before = getattr(model, "save_beside", lambda folder: None)     # of adapters
     specs = [(n, torch.float32, tuple(p.shape)) for n, p in named.items()]
     def save_beside(folder: Path) -> None:
         before(folder)
         if named:
-            weights.write_safetensors(folder / PROJECTIONS, specs, named.__getitem__)
+            safetensors.write_safetensors(folder / PROJECTIONS, specs, named.__getitem__)
     model.save_beside = save_beside
 
 def losses(cfg: Config, model: Transformer, data: stage.Data, tokenizer: Any, machine: Machine

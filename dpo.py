@@ -53,7 +53,7 @@ import train
 from config import Idle, UserError, run
 from data import chats, loader
 from formats import run_folder
-from machine import Machine
+from training.machine import Machine
 from model import ModelConfig, Transformer
 from training import router, start
 from training.log import clock

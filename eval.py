@@ -30,7 +30,7 @@ import torch
 
 import checkpoint
 import kernels
-from chat import refuse_unread
+from text.chat import refuse_unread
 from config import UserError, run
 from data import chats, skills
 from inference import classify

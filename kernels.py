@@ -4,9 +4,9 @@ Each operation is one function with up to five implementations of the same formu
 
     reference   plain tensor arithmetic that reads like the formula (no torch.nn.functional)
     torch       PyTorch's own fused operator
-    cpu         the fewest passes over memory, where that beats PyTorch's (cpu_kernels.py)
-    triton      hand-written GPU kernels, forward and backward (triton_*.py)
-    cuda        four of those in CUDA C++, to hold side by side (kernels.cu)
+    cpu         the fewest passes over memory, where that beats PyTorch's (backends/cpu.py)
+    triton      hand-written GPU kernels, forward and backward (backends/triton_*.py)
+    cuda        four of those in CUDA C++, to hold side by side (backends/cuda.cu)
 
     import kernels
     y = kernels.rms_norm(x, weight, eps=1e-6)      # the form that is fastest on x's device
@@ -32,8 +32,8 @@ from config import UserError, refuse_to_run
 
 BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
 # the files that register a form, read when a tensor first asks for it: not every machine has Triton
-FILES = {"cpu": ("cpu_kernels",), "cuda": ("cuda_twins",),
-         "triton": ("triton_rows", "triton_step", "triton_attention", "triton_tiles")}
+FILES = {"cpu": ("cpu",), "cuda": ("cuda",),
+         "triton": ("triton_pointwise", "triton_optim", "triton_attention", "triton_loss")}
 LESSONS = ("linear",)       # operations whose Triton form is there to be read: cuBLAS is as fast
 OPERATIONS: dict[str, Callable] = {}
 _backend = "auto"
@@ -50,7 +50,7 @@ def ready(form: str) -> bool:
         os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
         try:
             for name in FILES[form]:
-                importlib.import_module(name)
+                importlib.import_module(f"backends.{name}")
         except ModuleNotFoundError as e:
             if (e.name or "").split(".")[0] != "triton":
                 raise

@@ -44,16 +44,16 @@ import kernels
 from checkpoint import (is_checkpoint, load_model, load_tokenizer, raw, resolve, save_model, sync,
                         write_json)
 from config import UserError, run
-from families import FAMILIES
+from families.rows import FAMILIES
 from formats import run_folder
-from lora_layers import (  # noqa: F401  (all of it is to be had from here)
+from layers.lora import (  # noqa: F401  (all of it is to be had from here)
     Adapter, FromInt8, LoraLinear, activate, adapters, add_lora, attach, check_model, describe,
     disabled, halve, layers, linears, matches, merge, names, parameters, parse, places, select,
     unpack)
 from model import Linear, Transformer
 from training import effects
-from translate import Slot, family_of, padding
-from weights import DTYPES, Stored, read, read_header, read_json, write_safetensors
+from formats.huggingface import Slot, family_of, padding
+from formats.safetensors import DTYPES, Stored, read, read_header, read_json, write_safetensors
 
 PREFIX = "base_model.model."        # PEFT's wrappers, which stand in front of every name
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
-import cpu_kernels
+from backends import cpu
 import kernels
-from cache import Cache
+from layers.kv_cache import Cache
 from config import UserError, run
 from layers.flops import count_flops
 
@@ -258,7 +258,7 @@ def linear_together(x: Tensor, *layers: Linear) -> Tensor:
     if not torch.is_grad_enabled() or any(type(layer) is not Linear for layer in layers):
         return torch.cat([layer(x) for layer in layers], -1)    # a layer with adapters, say
     if kernels.best(x) == "cpu" and x.dtype == torch.bfloat16 and layers[0].bias is None:
-        return cpu_kernels.LinearCPU.apply(x, None, *(layer.weight for layer in layers))
+        return cpu.LinearCPU.apply(x, None, *(layer.weight for layer in layers))
     weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
     bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return kernels.linear(x, weight, bias)
@@ -463,7 +463,7 @@ class Transformer(Module):
                 self.tables = {(length, device): [rope_table(self.config, length, device, local)
                                                   for local in kinds]}
         rows = slice(start, start + T) if positions is None else positions      # (T) or (B, T)
-        return [cpu_kernels.rope_at(cos[rows], sin[rows], dtype, self.config.rope_interleaved)
+        return [cpu.rope_at(cos[rows], sin[rows], dtype, self.config.rope_interleaved)
                 for cos, sin in self.tables[length, device]]
 
     def forward(self, ids: Tensor, *, doc: Tensor | None = None, cache: Cache | None = None,
@@ -567,7 +567,7 @@ class Config:
 
 
 def main(cfg: Config) -> None:
-    import presets                  # both are built on this file: known here only to the script
+    from families import presets                  # both are built on this file: known here only to the script
     from checkpoint import read_config, resolve
     folder = cfg.show not in presets.PRESETS and Path(cfg.show).is_dir()
     shape = read_config(resolve(cfg.show)) if folder else presets.preset(cfg.show)

@@ -43,15 +43,15 @@ from typing import Any, Iterator
 
 import torch
 
-import chat as templates
+from text.chat import find_stop_ids, fit, refuse_unread
 import kernels
 import lora
 from checkpoint import load_model, load_tokenizer, resolve
 from config import Idle, UserError, refuse_idle, run
 from inference import classify
 from inference.generate import TURN, Memory, Sampling, Text, encode, generate
-from machine import Meter
-from quantize import pack
+from training.machine import Meter
+from inference.quantize import pack
 from text import files
 
 SMALL = 4_000_000       # parameters; below, a second CPU thread costs more than it helps decode
@@ -284,10 +284,10 @@ def check_command(words: list[str], adapters: dict[str, Path]) -> str:
 def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any) -> None:
     """Turns of a user, and the model's answers on stdout; what was said is not computed again."""
     name = cfg.template or tokenizer.template
-    stops = templates.find_stop_ids(tokenizer, name)
+    stops = find_stop_ids(tokenizer, name)
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
     messages, memory, served = list(opening), Memory(), Served(cfg, directory, adapters)
-    templates.refuse_unread(tokenizer, name, enable_thinking=cfg.think)
+    refuse_unread(tokenizer, name, enable_thinking=cfg.think)
     thinking = {} if cfg.think is None else {"enable_thinking": cfg.think}
 
     def render(said: list[dict]) -> list[int]:
@@ -317,7 +317,7 @@ def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any
                 return
             continue
         messages.append({"role": "user", "content": turn})
-        ids = templates.fit(render, messages, room)
+        ids = fit(render, messages, room)
         seed = cfg.seed + answers * TURN
         answers += 1
         said, meter = say(cfg, served, tokenizer, [ids], stops, True, seed, memory)

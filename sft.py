@@ -37,7 +37,7 @@ import train
 from config import Idle, UserError, run
 from data import chats
 from inference.classify import LABEL, label_ids, report, text_ids
-from machine import Machine
+from training.machine import Machine
 from model import ModelConfig, Transformer
 from training import effects, router
 

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import Parameter
 
-import chat as templates
+from text.chat import find
 import checkpoint
 import kernels
 import lora
@@ -30,7 +30,7 @@ from data import chats, loader
 from formats import atomic
 from inference.classify import label_ids
 from inference.generate import Sampling, sample_text
-from machine import Machine, find_machine
+from training.machine import Machine, find_machine
 from model import ModelConfig, Transformer
 from training import effects
 from training import start as begin
@@ -113,7 +113,7 @@ def inherit(cfg: Config, shape: ModelConfig, tokenizer: Any, chat: bool = True) 
     said = ["inherited from the checkpoint: " + ", ".join(said)]
     if done or not chat:
         return said
-    row = templates.find(cfg.template or "chatml")
+    row = find(cfg.template or "chatml")
     control = row.control(tokenizer.eot_token or "<|endoftext|>")
     names = [name for name in control if name not in tokenizer.added]
     tokenizer.add_special_tokens(names)

@@ -33,9 +33,9 @@ from typing import Any, Iterable
 import numpy as np
 import tiktoken
 
-import chat
-import spm as sentencepiece
-from bpe import (PATTERNS, PieceCache, any_of, chunks, count_chunks, file_texts, learn, mend,
+from text import chat
+from text import sentencepiece
+from text.bpe import (PATTERNS, PieceCache, any_of, chunks, count_chunks, file_texts, learn, mend,
                  read_bytes, read_json, total, unprintable)
 from config import UserError, run
 from text import files, tokenizer_files, tokenizer_json

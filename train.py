@@ -39,10 +39,10 @@ from config import Stopped, UserError, check_values, refuse_idle, run, show
 from data import loader
 from formats import atomic
 from inference.generate import Sampling, encode, sample_text
-from machine import Machine, find_machine, memory_used, utilisation
+from training.machine import Machine, find_machine, memory_used, utilisation
 from model import ModelConfig, Transformer
-from optim import Optimizer, clip_grad_norm
-from presets import from_settings
+from training.optim import Optimizer, clip_grad_norm
+from families.presets import from_settings
 from training import effects, router, start
 from training.faults import Stop, check_finite, together
 from training.log import Journal, clock

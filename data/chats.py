@@ -31,7 +31,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-import chat as templates  # noqa: E402  (found only once the root is on the path)
+from text import chat  # noqa: E402  (found only once the root is on the path)
 from config import UserError, refuse_to_run  # noqa: E402
 from data import loader  # noqa: E402
 from data.layouts import (ADAPTERS, KEPT, KINDS, as_context, conversation,  # noqa: E402, F401
@@ -163,8 +163,8 @@ def render_all(tokenizer: Any, records: Iterable[dict[str, Any]], template: str 
             continue
         options = render_options(record)
         try:
-            templates.refuse_unread(tokenizer, template, **options)
-            examples, reasons = templates.render_examples(tokenizer, record["messages"], template,
+            chat.refuse_unread(tokenizer, template, **options)
+            examples, reasons = chat.render_examples(tokenizer, record["messages"], template,
                                                    **options)
         except UserError as e:
             raise UserError(f"conversation {number + 1}: {e}") from None
@@ -189,7 +189,7 @@ def completion(tokenizer: Any, messages: Messages, before: Messages, template: s
     """(ids, mask) of a conversation, the mask true on what assistants say after `before` alone;
     and why answers after it are masked all the same."""
     messages = as_context(messages[:len(before)]) + messages[len(before):]
-    ids, mask, lost = templates.render(tokenizer, messages, template, **options)
+    ids, mask, lost = chat.render(tokenizer, messages, template, **options)
     live = np.array(mask, dtype=bool)
     live[:1] = False
     return np.array(ids, dtype=np.int32), live, list(lost.values())
@@ -210,7 +210,7 @@ def render_pairs(tokenizer: Any, records: Iterable[dict[str, Any]], template: st
         common = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
         options = render_options(record)
         try:
-            templates.refuse_unread(tokenizer, template, **options)
+            chat.refuse_unread(tokenizer, template, **options)
             *sides, reasons = zip(*(completion(tokenizer, messages, a[:common], template, **options)
                                     for messages in (a, b)))
         except UserError as e:

@@ -24,7 +24,7 @@ from typing import Any, Callable, Iterable
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-import chat as templates  # noqa: E402  (found only once the root is on the path)
+from text import chat  # noqa: E402  (found only once the root is on the path)
 from config import UserError, refuse_to_run  # noqa: E402
 
 # Roles as other projects call them (ShareGPT, Gemma, OpenAI, Llama 3), and as chat.py does
@@ -237,15 +237,15 @@ def read_turn(value: Any, what: str, notes: Notes) -> Message:
     if not isinstance(value, dict):
         raise UserError(f"{what} is a {type(value).__name__}, not an object")
     if len(value) == 2 and isinstance(value.get("content"), str) and (
-            value.get("role") in templates.ROLES) and not notes.ignore:
+            value.get("role") in chat.ROLES) and not notes.ignore:
         return dict(value)              # as most are: a million of them take seconds
     keys = Keys(value, f"{what}: ", notes)
     given = keys.take("role") if "role" in keys else keys.take("from")
     other = keys.take("from", given)
     role, other = (ROLE_NAMES.get(r, r) if isinstance(r, str) else r for r in (given, other))
-    if role not in templates.ROLES or other != role:
+    if role not in chat.ROLES or other != role:
         raise UserError(f"{what} has the role {given if other == role else (given, other)!r}, "
-                        f"which is none of {', '.join(templates.ROLES)}")
+                        f"which is none of {', '.join(chat.ROLES)}")
     content = keys.take("content") if "content" in keys else keys.take("value")
     if keys.take("value", content) != content:
         raise UserError(f"{what} has a content and another value: leave one out")

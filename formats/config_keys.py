@@ -13,7 +13,7 @@ import re
 from typing import Any, Iterable
 
 from config import UserError
-from weights import shorten
+from formats.safetensors import shorten
 
 # Groups of regular expressions; each says why it changes no logit
 HARMLESS = re.compile("|".join((

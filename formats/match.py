@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 from config import UserError
-from families import Family
-from translate import Slot
-from weights import DTYPES, Stored, is_equal, note, shorten
+from families.rows import Family
+from formats.huggingface import Slot
+from formats.safetensors import DTYPES, Stored, is_equal, note, shorten
 
 # Buffers that older versions of transformers saved with the weights and nobody reads
 IGNORED = re.compile(r"\.rotary_(pos_)?emb\.inv_freq$|\.attn\.(masked_)?bias$|^rope\.freqs$")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from families import WRAPPERS
+from families.rows import WRAPPERS
 from formats.config_keys import check_keys
-from translate import family_named
-from weights import Stored, note, shorten
+from formats.huggingface import family_named
+from formats.safetensors import Stored, note, shorten
 
 # Keys of the whole that change nothing in the text model, or are read; others are refused
 OUTER_KEYS = ("text_config", "vision_config", "tie_word_embeddings", "quantization_config",

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 import kernels
-from optim import Optimizer
+from training.optim import Optimizer
 
 ROOT = Path(kernels.__file__).parent
 TIMINGS = {"seconds", "tokens_per_second", "memory", "mfu"}

@@ -281,7 +281,7 @@ def mutations(bench: Bench, until: float) -> str:
     import checkpoint
     import runs
     import train
-    import weights
+    from formats import safetensors
     from data import loader
     from training import faults
     model = runs.last(bench.folder / "chat")
@@ -294,7 +294,7 @@ def mutations(bench: Bench, until: float) -> str:
             ids.read(0, min(9, len(ids)))
 
     readers = [     # (file, the folder it is in, reader of such a folder)
-        (model / "model.safetensors", lambda d: weights.read_header(d / "model.safetensors")),
+        (model / "model.safetensors", lambda d: safetensors.read_header(d / "model.safetensors")),
         (model / "config.json", checkpoint.read_config),
         (model / "tokenizer.json", checkpoint.load_tokenizer),
         (model / "tokenizer_config.json", checkpoint.load_tokenizer),

@@ -23,9 +23,9 @@ from checkpoint import (load_model, load_tokenizer, load_trainer, read_config, r
 from config import UserError
 from conftest import ROOT
 from formats import run_folder
-from translate import family_of, hf_config, model_config_from_hf
+from formats.huggingface import family_of, hf_config, model_config_from_hf
 from model import ModelConfig, Transformer
-from presets import GPT2, LLAMA
+from families.presets import GPT2, LLAMA
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

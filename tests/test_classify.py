@@ -15,7 +15,7 @@ import tokenizer as tokenizers
 from config import UserError, configure
 from inference import classify
 from model import Transformer
-from presets import family
+from families.presets import family
 # the fixtures of the stages' tests: a model, a vocabulary, and a run of sft.py
 from test_sft import base, go, mail, talk, words        # noqa: F401
 

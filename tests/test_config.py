@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import config
-from machine import PEAK_TFLOPS
+from training.machine import PEAK_TFLOPS
 from config import UserError, configure, show
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,9 +28,9 @@ import train
 from config import UserError, configure
 from data import chats, prepare
 from inference.generate import Sampling, generate
-from machine import Machine
+from training.machine import Machine
 from model import Transformer
-from presets import family
+from families.presets import family
 from test_sft import sums
 from runs import (assert_same_run, close, complaint, curve, forks_of, last, log, quiet_machine,
                   ranks, starter, weights)

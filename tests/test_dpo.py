@@ -21,9 +21,9 @@ import tokenizer as tokenizers
 import train
 from config import UserError, configure
 from data import chats
-from machine import Machine
+from training.machine import Machine
 from model import Transformer
-from presets import family
+from families.presets import family
 from runs import (Grads, assert_same_run, close, complaint, curve, forks_of, last, log,
                   quiet_machine, ranks, said, starter, weights)
 

@@ -13,13 +13,13 @@ import checkpoint
 import distill
 import dpo
 import eval as evaluation
-import lifecycle
+from benchmarks import lifecycle
 import sft
 import tokenizer as tokenizers
 from config import UserError, configure
 from data import skills
 from model import Transformer
-from presets import family
+from families.presets import family
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import tokenizer as tokenizers
 from config import UserError, configure
 from data import prepare
 from model import Transformer
-from presets import family
+from families.presets import family
 
 PLAIN = "the cat sat on the mat\n" * 40
 WORDS = {"sample": (sample, ()), "checkpoint": (checkpoint, ("words",)),

@@ -984,7 +984,7 @@ def saved_bytes(run):
 def test_linear_by_hand_is_autograds(biased):
     """bfloat16 activations on float32 masters: the gradients of casting and multiplying, in the
     masters' type; no cast of the weights is kept; joined layers are the layers side by side."""
-    import cpu_kernels
+    from backends import cpu
     x, w, b = torch.randn(3, 5, 32).bfloat16(), torch.randn(24, 32), torch.randn(24)
     leaves = [x, w, b] if biased else [x, w]
 
@@ -997,9 +997,9 @@ def test_linear_by_hand_is_autograds(biased):
         assert one.dtype == leaf.dtype
         torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
     halves = w[:10], w[10:]
-    both, _ = gradients(lambda x, *ws: cpu_kernels.LinearCPU.apply(x, None, *ws), x, *halves)
+    both, _ = gradients(lambda x, *ws: cpu.LinearCPU.apply(x, None, *ws), x, *halves)
     assert torch.equal(both, plain(x, w))
-    joined = gradients(lambda x, *ws: cpu_kernels.LinearCPU.apply(x, None, *ws), x, *halves)[1]
+    joined = gradients(lambda x, *ws: cpu.LinearCPU.apply(x, None, *ws), x, *halves)[1]
     split = gradients(plain, x, w)[1]
     torch.testing.assert_close(joined[0], split[0], rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(torch.cat(joined[1:]), split[1], rtol=1e-2, atol=1e-2)
@@ -1071,7 +1071,7 @@ def test_documents_behind_a_block_are_not_read():
         torch.testing.assert_close(out[:1, :, part].double(), alone, rtol=2e-2, atol=2e-2)
     whole = kernels.attention.reference(*(t[1:].double() for t in (q, k, v)))
     torch.testing.assert_close(out[1:].double(), whole, rtol=2e-2, atol=2e-2)
-    import cpu_kernels
+    from backends import cpu
     keys = sum((ks.stop - ks.start) * (rs.stop - rs.start) * (hs.stop - hs.start)
-               for hs, rs, ks, _ in cpu_kernels.AttentionCPU.blocks(q.flatten(0, 1), 0, doc))
+               for hs, rs, ks, _ in cpu.AttentionCPU.blocks(q.flatten(0, 1), 0, doc))
     assert keys < 0.75 * 6 * T * T, "nothing was skipped"

@@ -13,13 +13,13 @@ import transformers as T
 
 import kernels
 import lora
-import quantize
+from inference import quantize
 from checkpoint import load_model, save_model
 from config import UserError
 from conftest import ROOT
 from model import Linear, Transformer
-from optim import Optimizer
-from presets import family
+from training.optim import Optimizer
+from families.presets import family
 
 peft = pytest.importorskip("peft")
 T.logging.set_verbosity_error()

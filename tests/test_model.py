@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from config import UserError
 from model import ModelConfig, Transformer, rope_frequencies
-from presets import FAMILIES, PRESETS, preset
+from families.presets import FAMILIES, PRESETS, preset
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(vocab_size=61, block_size=24, n_layer=2, n_head=4, n_embd=32)
@@ -664,7 +664,7 @@ def test_the_script_shows_what_a_checkpoint_costs(tmp_path, capsys):
     """A directory or a run: its own shape, equal to that of the model as it was built."""
     import checkpoint
     import model as module
-    from presets import family
+    from families.presets import family
     built = Transformer(family("qwen3_moe", n_layer=2, n_head=2, n_embd=32, block_size=48,
                                vocab_size=77))
     folder = checkpoint.save_model(tmp_path / "run/m", built)

@@ -14,7 +14,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # what a reader runs, up to the end of its line or of its backticks
 COMMAND = re.compile(r"(?:^|[`|&\s])((?:python|torchrun) [^`|&\n]*?\.py\b[^`|&\n]*)", re.M)
-FILES = [f for folder in (ROOT, ROOT / "data") for f in sorted(folder.glob("*.py"))]
+FILES = [f for folder in (ROOT, ROOT / "data", ROOT / "benchmarks") for f in sorted(folder.glob("*.py"))]
 
 
 def commands() -> dict[str, list[list[str]]]:
@@ -40,7 +40,7 @@ COMMANDS = commands()
 
 def test_the_commands_are_found():
     assert {"train.py", "sample.py", "eval.py", "sft.py", "lora.py", "dpo.py", "distill.py",
-            "model.py", "checkpoint.py", "tokenizer.py", "bench.py", "lifecycle.py",
+            "model.py", "checkpoint.py", "tokenizer.py", "bench.py", "benchmarks/lifecycle.py",
             "data/prepare.py", "data/skills.py"} <= set(COMMANDS)
     assert sum(map(len, COMMANDS.values())) > 90
     assert ["--preset=qwen3-0.6b"] in COMMANDS["train.py"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-import chat as templates
+from text import chat
 import kernels
 import lora
 import sample
@@ -23,7 +23,7 @@ from conftest import ROOT
 from inference import generate as generation
 from inference.generate import Sampling, Text, generate, next_token, prefill, warp
 from model import ModelConfig, Transformer
-from presets import GPT2, LLAMA
+from families.presets import GPT2, LLAMA
 
 V = 61
 SHAPE = dict(vocab_size=V, block_size=24, n_layer=2, n_head=4, n_embd=32)
@@ -551,9 +551,9 @@ def test_a_long_conversation_forgets_its_oldest_exchanges():
         {"role": role, "content": str(i)} for i in range(5) for role in ("user", "assistant")]
     said.append({"role": "user", "content": "last"})
     render = lambda messages: [0] * (10 * len(messages))            # noqa: E731
-    assert len(templates.fit(render, said, 75)) == 60      # 70 would begin with half an exchange
+    assert len(chat.fit(render, said, 75)) == 60      # 70 would begin with half an exchange
     assert [m["content"] for m in said] == ["s", "3", "3", "4", "4", "last"]
-    assert len(templates.fit(render, said, 1)) == 20
+    assert len(chat.fit(render, said, 1)) == 20
     assert [m["content"] for m in said] == ["s", "last"]
 
 

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 import tiktoken
 
-import bpe
-import chat
+from text import bpe
+from text import chat
 import tokenizer as T
 from config import UserError
 

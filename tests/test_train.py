@@ -21,7 +21,7 @@ import train
 from config import configure, run
 from data import loader, prepare, shards
 from model import ModelConfig
-from optim import Optimizer
+from training.optim import Optimizer
 from runs import (Grads, assert_same_run, close, complaint, curve, forks_of, last, log,
                   quiet_machine, ranks, same, starter, trainer, weights)
 

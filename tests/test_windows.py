@@ -18,7 +18,7 @@ import config
 import stage
 import train
 from conftest import ROOT
-from machine import Machine
+from training.machine import Machine
 
 TEXT = "".join(f"line {k} of a tëxt to train on, 你好; user, assistant, <|im|>\n" for k in range(200))
 

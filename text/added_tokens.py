@@ -13,7 +13,7 @@ import re
 from functools import lru_cache
 from typing import Any, Callable, Iterable, Iterator, Mapping
 
-from bpe import any_of, compiled
+from text.bpe import any_of, compiled
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 FEW = 64                # so many names are looked for one by one, which is faster

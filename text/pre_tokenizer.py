@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any, Iterator, NamedTuple
 
-from bpe import PATTERNS, compiled, printable
+from text.bpe import PATTERNS, compiled, printable
 
 BEHAVIORS = ("Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedWithNext")
 PUNCTUATION = r"[!-/:-@\[-`{-~\p{P}]"

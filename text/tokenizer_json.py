@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Iterable, Mapping
 
-from bpe import BYTE_ORDER, CHAR_BYTE, bpe, printable, unprintable
+from text.bpe import BYTE_ORDER, CHAR_BYTE, bpe, printable, unprintable
 from text import pre_tokenizer
 from text.added_tokens import flags_of, number
 

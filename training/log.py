@@ -17,7 +17,7 @@ from typing import Any
 
 from config import refuse_to_run
 from formats import atomic
-from machine import Machine
+from training.machine import Machine
 from training.faults import read_log
 from training.loggers import find_loggers
 

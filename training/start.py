@@ -19,11 +19,11 @@ from typing import Any
 
 from config import UserError
 from formats import run_folder
-from machine import Machine
+from training.machine import Machine
 from model import ModelConfig
-from presets import FAMILIES, PRESETS
+from families.presets import FAMILIES, PRESETS
 from training import faults
-from translate import family_of
+from formats.huggingface import family_of
 
 OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 

@@ -1,0 +1,335 @@
+"""Triton kernels for the two ends of a training step: the loss on logits, and the optimizer.
+
+    import kernels, triton_optim         # registers a `triton` form with each operation
+    kernels.use("triton")
+    TRITON_INTERPRET=1 pytest tests/test_triton_rows.py     # without a GPU: the interpreter
+
+The cross entropy is one pass over the logits each way. The optimizer's steps walk all parameters
+in one launch: a table in device memory says where each tensor lies, so that hundreds of small
+tensors cost one launch and not hundreds, and nothing is copied into flat buffers. AdamW reads p,
+g, m, v and writes p, m, v once, 28 bytes a parameter in float32. Nothing is read back to the host:
+the clipping factor stays on the device. How to read a kernel: see triton_pointwise.py.
+"""
+from itertools import accumulate
+from typing import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import Function
+
+from config import refuse_to_run
+import kernels
+from training import optim
+from backends.triton_pointwise import LOOP_SIZES, check, expect, online, rows_of, ship, tile, window
+
+# --------------------------------------------------------------------------- cross entropy
+@triton.jit
+def capped(z, softcap, CAP: tl.constexpr):
+    """softcap tanh(z / softcap), by tanh u = 2 sigmoid(2u) - 1."""
+    z = z.to(tl.float32)
+    return softcap * (2 * tl.sigmoid(2 * z / softcap) - 1) if CAP else z
+
+@triton.jit
+def cross_entropy_forward(logits, targets, loss, lse, N, V, stride, ignore, softcap, z_loss,
+                          smooth, CAP: tl.constexpr, SMOOTH: tl.constexpr, R: tl.constexpr,
+                          BLOCK: tl.constexpr):
+    # a program reads its rows once, a block at a time: max, sum of exp and sum of z as they go
+    row, lane, _ = window(N, BLOCK, 1, R, BLOCK)
+    top = tl.full((R, 1), float("-inf"), tl.float32)
+    total = tl.zeros((R, 1), tl.float32)
+    plain = tl.zeros((R, 1), tl.float32)                  # sum of z, for the smoothing
+    for start in range(0, V, BLOCK):
+        mask = (row < N) & (start + lane < V)
+        z = tl.load(logits + row * stride + start + lane, mask, float("-inf"))
+        z = tl.where(mask, capped(z, softcap, CAP), float("-inf"))      # tanh(-inf) is -1
+        top, total = online(top, total, z)
+        if SMOOTH:
+            plain += tl.sum(tl.where(mask, z, 0.0), 1)[:, None]
+    norm = top + tl.log(total)
+    target = tl.load(targets + row, row < N, ignore)
+    # a target that is neither ignored nor in the vocabulary makes the loss NaN, not a wild read
+    inside = (target >= 0) & (target < V)
+    right = capped(tl.load(logits + row * stride + target, (row < N) & inside, float("nan")),
+                   softcap, CAP)
+    value = norm - (1 - smooth) * right + z_loss * norm * norm
+    if SMOOTH:
+        value -= smooth * plain / V
+    tl.store(loss + row, tl.where(target != ignore, value, 0.0), row < N)
+    tl.store(lse + row, norm, row < N)
+
+@triton.jit
+def cross_entropy_backward(dloss, logits, targets, lse, dlogits, N, V, blocks, dloss_stride,
+                           stride, ignore, softcap, z_loss, smooth, CAP: tl.constexpr,
+                           R: tl.constexpr, BLOCK: tl.constexpr):
+    # with lse known each block of a row is on its own, so the grid covers rows and blocks
+    row, col, mask = window(N, V, blocks, R, BLOCK)
+    target = tl.load(targets + row, row < N, ignore)
+    live = (row < N) & (target != ignore)                 # an ignored row is written, not read
+    z = capped(tl.load(logits + row * stride + col, mask & live, 0.0), softcap, CAP)
+    norm = tl.load(lse + row, live, 0.0)
+    dz = tl.exp(z - norm) * (1 + 2 * z_loss * norm) - smooth / V
+    dz -= tl.where(col == target, 1 - smooth, 0.0)
+    if CAP:
+        dz *= 1 - (z / softcap) * (z / softcap)           # the slope of softcap tanh(x / softcap)
+    out = tl.where(live, dz * tl.load(dloss + row * dloss_stride, live, 0.0), 0.0)
+    tl.store(dlogits + row * V + col, out.to(dlogits.dtype.element_ty), mask)
+
+class CrossEntropy(Function):
+    """Loss of each row of logits (N, V) against targets (N,), float32; the formula and its options
+    are kernels.row_losses'. One pass over the logits each way.
+
+    Saves the logits and lse (N,); p is recomputed, so the caller's logits are never overwritten:
+        d loss / d z = p (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V
+    """
+    @staticmethod
+    def forward(ctx, logits, targets, ignore, softcap, z_loss, smooth):
+        (N, V), (R, block, warps) = logits.shape, tile(logits.shape[1], LOOP_SIZES)
+        loss = torch.empty(N, dtype=torch.float32, device=logits.device)
+        lse = torch.empty_like(loss)
+        ctx.rest = (ignore, softcap, z_loss, smooth)
+        cross_entropy_forward[(triton.cdiv(N, R),)](
+            logits, targets, loss, lse, N, V, logits.stride(0), *ctx.rest, CAP=softcap != 0,
+            SMOOTH=smooth != 0, R=R, BLOCK=block, num_warps=warps)
+        ctx.save_for_backward(logits, targets, lse)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        logits, targets, lse = ctx.saved_tensors
+        (N, V), (R, block, warps) = logits.shape, tile(logits.shape[1], LOOP_SIZES)
+        dlogits = torch.empty(N, V, dtype=logits.dtype, device=logits.device)
+        blocks = triton.cdiv(V, block)
+        # the gradient of a sum is one number with a stride of 0: no (N,) copy of it is made
+        cross_entropy_backward[(triton.cdiv(N, R) * blocks,)](
+            dloss, logits, targets, lse, dlogits, N, V, blocks, dloss.stride(0),
+            logits.stride(0), *ctx.rest, CAP=ctx.rest[1] != 0, R=R, BLOCK=block, num_warps=warps)
+        return dlogits, None, None, None, None, None
+
+@kernels.cross_entropy.triton
+def _(logits, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
+      reduction="sum"):
+    check(logits, targets)
+    expect(targets.shape == logits.shape[:-1], "cross_entropy", "logits (..., V), targets (...)")
+    loss = CrossEntropy.apply(rows_of(logits), targets.reshape(-1).contiguous(), ignore_index,
+                              softcap, z_loss, label_smoothing)
+    return loss.sum() if reduction == "sum" else loss.view(targets.shape)
+
+# ------------------------------------------------------------------- one launch, many tensors
+TENSORS, CHUNK = 256, 4096               # tensors a launch, elements a program
+
+@triton.jit
+def my_part(table, count, TENSORS: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
+    """(which tensor, element numbers (CHUNK,), which of them exist) of this program.
+
+    table (2 + k, count) int64: programs up to and with each tensor, its size, then k addresses.
+    """
+    pid, at = tl.program_id(0), tl.arange(0, TENSORS)
+    ends = tl.load(table + at, at < count, 2147483647)
+    which = tl.sum((ends <= pid).to(tl.int32), 0)         # tensors that end before this program
+    begin = tl.load(table + which - 1, which > 0, 0)
+    size = tl.load(table + count + which)
+    # the position inside a tensor is int64: one may pass 2^31 elements
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)                   # so that a mask covers whole vectors
+    part = (pid - begin) * CHUNK + tl.arange(0, CHUNK)
+    return which, part, part < size
+
+@triton.jit
+def address(table, count, row: tl.constexpr, which, like, ALIGNED: tl.constexpr):
+    """The pointer in row `row` of the table's addresses, of the type of `like`.
+
+    The compiler sees a number read from memory and would load element by element: it has to be
+    told that the address is a multiple of 16 bytes, which the host has checked.
+    """
+    pointer = tl.load(table + (2 + row) * count + which).to(like.dtype)
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
+def launches(*lists: Sequence[Tensor]) -> Iterator[tuple]:
+    """(programs, table, count, first tensor of each list, constants) of as few launches as types
+    and TENSORS allow. Tensors of one place in the lists have one shape; all are dense."""
+    kinds: dict[tuple, list] = {}
+    for row in zip(*lists):
+        if row[0].numel():
+            kinds.setdefault(tuple(t.dtype for t in row), []).append(row)
+    for rows in kinds.values():
+        for i in range(0, len(rows), TENSORS):
+            group = rows[i:i + TENSORS]
+            sizes = [row[0].numel() for row in group]
+            ends = list(accumulate(triton.cdiv(n, CHUNK) for n in sizes))
+            places = [[t.data_ptr() for t in column] for column in zip(*group)]
+            cuda = group[0][0].is_cuda
+            # from pinned memory the copy is queued like a kernel: the host does not wait for it
+            table = torch.tensor([ends, sizes, *places], dtype=torch.int64, pin_memory=cuda)
+            table = table.to(group[0][0].device, non_blocking=True)
+            aligned = all(n % 16 == 0 for numbers in (sizes, *places) for n in numbers)
+            yield ends[-1], table, len(group), group[0], dict(
+                TENSORS=TENSORS, CHUNK=CHUNK, ALIGNED=aligned, num_warps=8)
+
+def dense(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The same lists with copies in the place of what is not contiguous."""
+    check(*{(t.dtype, t.device): t for tensors in lists for t in tensors}.values())
+    expect(all(len({t.shape for t in row}) == 1 for row in zip(*lists)) and
+           len({len(tensors) for tensors in lists}) == 1,
+           "an optimizer step", "lists of the same length, and of the same shapes in each place")
+    return [[t.contiguous() for t in tensors] for tensors in lists]
+
+def write_back(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+    for t, copy in zip(tensors, copies):
+        if copy is not t:
+            t.copy_(copy)
+
+def sharded(tensors: Sequence[Tensor]) -> bool:
+    """True for FSDP's DTensors: PyTorch's own operators know what to do across ranks."""
+    return any(hasattr(t, "to_local") for t in tensors)
+
+# -------------------------------------------------------------------------------- optimizer
+@triton.jit
+def adamw_step(table, count, p_like, g_like, m_like, v_like, decay, rate, fresh1, fresh2, eps,
+               correction, TENSORS: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
+    # p <- p (1 - lr wd) - lr m_hat / (sqrt(v_hat) + eps) (Loshchilov 2019), with decay = 1 - lr wd,
+    # rate = lr / (1 - b1^step) and correction = 1 / (1 - b2^step): the hats cost no pass
+    which, part, mask = my_part(table, count, TENSORS, CHUNK, ALIGNED)
+    p_at = address(table, count, 0, which, p_like, ALIGNED) + part
+    g_at = address(table, count, 1, which, g_like, ALIGNED) + part
+    m_at = address(table, count, 2, which, m_like, ALIGNED) + part
+    v_at = address(table, count, 3, which, v_like, ALIGNED) + part
+    p = tl.load(p_at, mask, 0.0).to(tl.float32)
+    g = tl.load(g_at, mask, 0.0).to(tl.float32)
+    m = tl.load(m_at, mask, 0.0).to(tl.float32)
+    v = tl.load(v_at, mask, 0.0).to(tl.float32)
+    # fresh = 1 - beta comes from the host: 1 - 0.999 in float32 is wrong in its fifth digit
+    m += (g - m) * fresh1
+    v += (g * g - v) * fresh2
+    p = p * decay - rate * m / (tl.sqrt(v * correction) + eps)
+    tl.store(p_at, p.to(p_like.dtype.element_ty), mask)
+    tl.store(m_at, m.to(m_like.dtype.element_ty), mask)
+    tl.store(v_at, v.to(v_like.dtype.element_ty), mask)
+
+@optim.adamw.triton
+def _(params, grads, m, v, *, step, lr, beta1, beta2, eps, weight_decay):
+    if sharded(params):
+        return optim.adamw.forms["torch"](params, grads, m, v, step=step, lr=lr, beta1=beta1,
+                                          beta2=beta2, eps=eps, weight_decay=weight_decay)
+    p2, g2, m2, v2 = dense(params, grads, m, v)
+    for programs, table, count, like, constants in launches(p2, g2, m2, v2):
+        adamw_step[(programs,)](
+            table, count, *like, 1 - lr * weight_decay, lr / (1 - beta1 ** step), 1 - beta1,
+            1 - beta2, eps, 1 / (1 - beta2 ** step), **constants)
+    for tensors, copies in zip((params, m, v), (p2, m2, v2)):
+        write_back(tensors, copies)
+
+@triton.jit
+def muon_momentum(table, count, m_like, g_like, u_like, beta, fresh, TENSORS: tl.constexpr,
+                  CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
+    # M <- b M + (1 - b) g and what Nesterov descends along, b M + (1 - b) g once more
+    which, part, mask = my_part(table, count, TENSORS, CHUNK, ALIGNED)
+    m_at = address(table, count, 0, which, m_like, ALIGNED) + part
+    g_at = address(table, count, 1, which, g_like, ALIGNED) + part
+    u_at = address(table, count, 2, which, u_like, ALIGNED) + part
+    m = tl.load(m_at, mask, 0.0).to(tl.float32)
+    g = tl.load(g_at, mask, 0.0).to(tl.float32)
+    m += (g - m) * fresh
+    tl.store(m_at, m.to(m_like.dtype.element_ty), mask)
+    tl.store(u_at, (g + (m - g) * beta).to(u_like.dtype.element_ty), mask)
+
+@triton.jit
+def muon_descend(table, count, p_like, u_like, decay, rate, TENSORS: tl.constexpr,
+                 CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
+    # p <- p (1 - lr wd) - rate u, the orthogonal update u in bfloat16 as the matmuls left it
+    which, part, mask = my_part(table, count, TENSORS, CHUNK, ALIGNED)
+    p_at = address(table, count, 0, which, p_like, ALIGNED) + part
+    u_at = address(table, count, 1, which, u_like, ALIGNED) + part
+    p = tl.load(p_at, mask, 0.0).to(tl.float32)
+    u = tl.load(u_at, mask, 0.0).to(tl.float32)
+    tl.store(p_at, (p * decay - rate * u).to(p_like.dtype.element_ty), mask)
+
+@optim.muon.triton
+def _(params, grads, momentum, *, lr, beta, weight_decay, steps=5):
+    if sharded(params):
+        return optim.muon.forms["torch"](params, grads, momentum, lr=lr, beta=beta,
+                                         weight_decay=weight_decay, steps=steps)
+    p2, g2, m2 = dense(params, grads, momentum)
+    shapes: dict[tuple, list[int]] = {}
+    for i, p in enumerate(params):
+        shapes.setdefault(tuple(p.shape), []).append(i)
+    # matrices of one shape go through Newton-Schulz together; it is all matmul, and cuBLAS's
+    stacks = {shape: torch.empty(len(members), *shape, dtype=torch.bfloat16,
+                                 device=params[0].device) for shape, members in shapes.items()}
+    updates = [u for stack in stacks.values() for u in stack.unbind()]
+    order = [i for members in shapes.values() for i in members]
+    lists = [m2[i] for i in order], [g2[i] for i in order], updates
+    for programs, table, count, like, constants in launches(*lists):
+        muon_momentum[(programs,)](table, count, *like, beta, 1 - beta, **constants)
+    for (rows, cols), members in shapes.items():
+        directions = optim.newton_schulz(stacks[rows, cols], steps).contiguous().unbind()
+        rate = lr * max(1.0, rows / cols) ** 0.5
+        for programs, table, count, like, constants in launches([p2[i] for i in members],
+                                                                directions):
+            muon_descend[(programs,)](table, count, *like, 1 - lr * weight_decay, rate,
+                                      **constants)
+    write_back(params, p2)
+    write_back(momentum, m2)
+
+@triton.jit
+def sum_squares(table, count, g_like, partial, TENSORS: tl.constexpr, CHUNK: tl.constexpr,
+                ALIGNED: tl.constexpr):
+    # lanes past the end add 0; a NaN or an infinity anywhere reaches the norm
+    which, part, mask = my_part(table, count, TENSORS, CHUNK, ALIGNED)
+    g = tl.load(address(table, count, 0, which, g_like, ALIGNED) + part, mask, 0.0)
+    g = g.to(tl.float32)
+    tl.store(partial + tl.program_id(0), tl.sum(g * g, 0))
+
+@triton.jit
+def multiply(table, count, g_like, factor, TENSORS: tl.constexpr, CHUNK: tl.constexpr,
+             ALIGNED: tl.constexpr):
+    which, part, mask = my_part(table, count, TENSORS, CHUNK, ALIGNED)
+    by = tl.load(factor)
+    if by != 1.0:                        # most steps clip nothing: then nothing is read or written
+        g_at = address(table, count, 0, which, g_like, ALIGNED) + part
+        g = tl.load(g_at, mask, 0.0).to(tl.float32)
+        tl.store(g_at, (g * by).to(g_like.dtype.element_ty), mask)
+
+@optim.clip_grad_norm.triton
+def _(grads, max_norm, scale=1.0):
+    grads = list(grads)
+    if sharded(grads):
+        return optim.clip_grad_norm.forms["torch"](grads, max_norm, scale)
+    copies, = dense(grads)
+    parts, sums = list(launches(copies)), [torch.zeros(1, device=grads[0].device)]
+    for programs, table, count, like, constants in parts:
+        sums.append(torch.empty(programs, dtype=torch.float32, device=table.device))
+        sum_squares[(programs,)](table, count, *like, sums[-1], **constants)
+    # a fixed order of addition: the same gradients have the same norm in every run
+    norm = torch.cat(sums).double().sum().sqrt().float() * scale
+    factor = torch.ones_like(norm) * scale               # a fill, not a copy from the host
+    if max_norm:
+        factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for programs, table, count, like, constants in parts:
+        multiply[(programs,)](table, count, *like, factor, **constants)
+    write_back(grads, copies)
+    return norm
+
+# ------------------------------------------------------------------------- what can be launched
+def shipped() -> Iterator[tuple]:
+    """Every configuration that the operations above can launch; its form is triton_pointwise.ship's."""
+    for width in LOOP_SIZES:
+        R, block, warps = tile(width, LOOP_SIZES)
+        for cap in (False, True):
+            flags = dict(CAP=cap, R=R, BLOCK=block)
+            yield ship(cross_entropy_backward, "fblfbiiiiiixxx", warps, **flags)
+            for smooth in (False, True):
+                flags = dict(CAP=cap, SMOOTH=smooth, R=R, BLOCK=block)
+                yield ship(cross_entropy_forward, "blffiiiixxx", warps, **flags)
+    for aligned in (False, True):
+        flags = dict(TENSORS=TENSORS, CHUNK=CHUNK, ALIGNED=aligned)
+        for function, types in ((adamw_step, "liffffxxxxxx"), (muon_momentum, "liffbxx"),
+                                (muon_descend, "lifbxx"), (sum_squares, "liff"),
+                                (multiply, "liff")):
+            yield ship(function, types, 8, **flags)
+
+SHIPPED = list(shipped())
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -1,0 +1,308 @@
+"""LoRA's layers: what lora.py trains, saves and merges (Hu 2021, arXiv:2106.09685).
+
+    import lora                             # has all of these names, and PEFT's files besides
+    lora.add_lora(model, rank=8, alpha=16, targets="q_proj,v_proj,lm_head:4")
+
+Nothing to run, and the same on every device. A linear layer y = W x + b becomes, in its place,
+y = W x + b + s B A x with W frozen; what to expect is at the head of lora.py.
+"""
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import reprlib
+from collections import Counter
+from typing import Any, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+import kernels
+from inference import quantize
+from checkpoint import raw
+from config import UserError, refuse_to_run
+from families.rows import Family
+from model import Linear, Transformer
+from formats.huggingface import Slot, disk_form, family_of, layout
+
+# ------------------------------------------------------------------------------ the layers
+
+class Adapter(Module):
+    """The trained part beside one W (N, K): A (r, K), B (N, r) and, of DoRA, magnitude (N,)."""
+
+    def __init__(self, base: Tensor, A: Tensor, B: Tensor, magnitude: Tensor | None, alpha: float,
+                 dropout: float = 0.0, rslora: bool = False):
+        super().__init__()
+        # where W is, and never in half precision, which would lose small steps
+        kind = dict(device=base.device, dtype=torch.promote_types(base.dtype, torch.float32))
+        self.A, self.B, self.magnitude = (None if t is None else Parameter(t.to(**kind, copy=True))
+                                          for t in (A, B, magnitude))
+        self.alpha, self.dropout, self.rslora = alpha, dropout, rslora
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / len(self.A) ** (0.5 if self.rslora else 1)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """s A x: (..., K) -> (..., r). Dropout falls on this branch alone, in training alone."""
+        if self.dropout and self.training:
+            x = kernels.dropout(x, self.dropout)
+        return kernels.linear(x, self.A) * self.scale       # here, where activations are thin
+
+    def stretch(self, base: Tensor) -> Tensor:
+        """DoRA's magnitude / |W + s B A| of each row, (N,). The length counts as a constant in the
+        backward, which saves memory and costs no accuracy (Liu 2024, section 4.3)."""
+        with torch.no_grad():
+            length = (base + self.scale * (self.B @ self.A)).norm(dim=1)
+        return self.magnitude / length
+
+    def change(self, base: Tensor) -> Tensor:
+        """What the adapter adds to W, (N, K)."""
+        delta = self.scale * (self.B @ self.A)
+        if self.magnitude is None:
+            return delta
+        stretch = self.stretch(base).unsqueeze(1)
+        return (stretch - 1) * base + stretch * delta
+
+class FromInt8(torch.autograd.Function):
+    """y = x W^T + b with W = q s unpacked at every use: a plain product would keep the unpacked W
+    of every layer until the backward. x (..., K), q (N, K) int8, s and b (N,) -> (..., N)."""
+    @staticmethod
+    def forward(ctx, x: Tensor, q: Tensor, s: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, s)
+        return kernels.linear(x, unpack(q, s, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):                       # all but x is frozen
+        return g @ unpack(*ctx.saved_tensors, g.dtype), None, None, None
+
+def unpack(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    return q.to(dtype) * s.to(dtype).unsqueeze(1)
+
+class LoraLinear(Linear):
+    """A Linear with adapters by name, of which the `active` ones count; W itself is frozen.
+
+    convert() makes one of a Linear in its place. The parameter "weight" is the base, under the
+    name that it always had; the attribute `weight` is what the layer amounts to with its active
+    adapters. So whoever reads a layer's weight, quantize.pack() say, gets the merged one.
+    """
+    @classmethod
+    def convert(cls, layer: Linear, int8: bool = False) -> LoraLinear:
+        if type(layer) is Linear:
+            layer.__class__ = cls
+            layer.adapters, layer.active, layer.int8_scale, layer.kind = Module(), (), None, None
+        if int8 and layer.int8_scale is None:
+            packed = quantize.Int8(layer.base.detach(), None)
+            layer._parameters["weight"] = Parameter(packed.weight, requires_grad=False)
+            del layer.int8_scale
+            layer.register_buffer("int8_scale", packed.scale)       # moves with the model
+        return layer
+
+    @property
+    def base(self) -> Tensor:
+        """W (N, K) as it is, or unpacked."""
+        W = self._parameters["weight"]
+        return W if self.int8_scale is None else unpack(W, self.int8_scale, torch.float32)
+
+    @property
+    def weight(self) -> Tensor:
+        base = self.base
+        wide = kernels.widen(base)      # bfloat16 would round each adapter's share away by itself
+        return sum((a.change(wide) for a in self.chosen()), wide).to(self.kind or base.dtype)
+
+    def chosen(self) -> list[Adapter]:
+        return [getattr(self.adapters, name) for name in self.active]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., N)."""
+        shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
+        W, s, bias, used = self._parameters["weight"], self.int8_scale, self.bias, self.chosen()
+        y = kernels.linear(x, W, bias) if s is None else FromInt8.apply(x, W, s, bias)
+        if any(a.magnitude is not None for a in used):     # DoRA stretches W x, and not the bias
+            plain = y if bias is None else y - bias.to(x.dtype)
+        for a in used:
+            B = a.B.to(x.dtype)
+            if a.magnitude is None:
+                # added where the first product lies: no second pass over (..., N)
+                y = (y.addmm_ if len(used) == 1 else y.addmm)(a.narrow(x), B.T)
+            else:
+                stretch = a.stretch(self.base).to(x.dtype)
+                y = y + (stretch - 1) * plain + stretch * kernels.linear(a.narrow(x), B)
+        return y.view(*shape, -1)
+
+# ---------------------------------------------------------------------------- on a model
+
+def layers(model: Any) -> dict[str, LoraLinear]:
+    """Name -> layer, of the layers of a model that have adapters."""
+    return {n: m for n, m in raw(model).named_modules() if isinstance(m, LoraLinear)}
+
+def linears(model: Any) -> dict[str, Linear]:
+    """Name -> layer, of those that can have adapters: the linears of attention and MLP, and an
+    output matrix of its own, lm_head. Routed experts are no layers but stacks of matrices."""
+    return {n: m for n, m in raw(model).named_modules() if isinstance(m, Linear)
+            and (n.startswith("model.layers.") or n == "lm_head")}
+
+def places(model: Transformer, family: Family) -> dict[str, Slot]:
+    """Name of each linear in the family's words -> our layers of which it is made."""
+    known, found = linears(model).keys(), {}
+    for name, slot in layout(disk_form(model.config, family), family).items():
+        parts = tuple(p.removesuffix(".weight") for p in slot.parts)
+        if name.endswith(".weight") and slot.expert is None and known >= set(parts):
+            # A and B are never transposed, as a weight of GPT-2's is
+            found[name.removesuffix(".weight")] = slot._replace(parts=parts, transpose=False)
+    return found
+
+def names(model: Any) -> list[str]:
+    """The adapters of a model, in the order in which they came."""
+    return list(dict.fromkeys(n for la in layers(model).values() for n in la.adapters._modules))
+
+def matches(name: str, *targets: str) -> bool:
+    """Whether a target means a layer: its name or the end of it, as in PEFT. "q_proj" is that of
+    every layer, "layers.0.self_attn.q_proj" that of the first."""
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+def parse(targets: str | Sequence[str]) -> dict[str, int]:
+    """"q_proj,lm_head:8" -> {"q_proj": 0, "lm_head": 8}: names, and ranks of their own."""
+    text = targets if isinstance(targets, str) else ",".join(targets)
+    pairs = [t.partition(":") for t in text.replace(" ", "").split(",") if t]
+    for name, colon, rank in pairs:
+        if colon and not re.fullmatch("[1-9][0-9]{,5}", rank):
+            raise UserError(f"--targets={reprlib.repr(text)}: the rank of {name} is no number "
+                            "above 0")
+    return {name: int(rank or 0) for name, _, rank in pairs}
+
+def select(model: Any, targets: str | Sequence[str]) -> dict[str, Linear]:
+    """The layers that targets name, for "" all of the blocks; UserError if one names none."""
+    known, targets = linears(model), parse(targets)
+    if wrong := [t for t in targets if not any(matches(n, t) for n in known)]:
+        raise UserError(f"--targets={reprlib.repr(','.join(wrong))} names no linear layer of this "
+                        "model: choose from "
+                        + ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in known)))
+    return {n: m for n, m in known.items()
+            if (matches(n, *targets) if targets else n != "lm_head")}
+
+def check_model(model: Any, name: str) -> Transformer:
+    """The bare model, if it can take an adapter of that name."""
+    model = raw(model)
+    if not isinstance(model, Transformer) or isinstance(model, quantize.Packed):
+        raise UserError("adapters are for a Transformer that is not packed: load it again without "
+                        "--quantize")
+    # the name becomes an attribute and a part of parameter names
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(Module(), name):
+        raise UserError(f"{reprlib.repr(name)} cannot be an adapter's name: use letters and digits")
+    if name in names(model):
+        raise UserError(f"the model has an adapter {name!r} already: choose another name")
+    return model
+
+def attach(model: Transformer, made: dict[str, Adapter], name: str) -> dict[str, LoraLinear]:
+    """Put adapters on the layers that they are named after, freeze the rest, and activate them."""
+    model.requires_grad_(False)
+    found = {part: layer for part, layer in layers(model).items() if part in made}
+    for part, layer in found.items():
+        layer.adapters.add_module(name, made[part].train(layer.training))
+    activate(model, name)
+    return found
+
+def add_lora(model: Any, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
+             targets: str | Sequence[str] = "", rslora: bool = False, dora: bool = False,
+             name: str = "default", int8: bool = False) -> dict[str, LoraLinear]:
+    """Freeze the model and give its linears a new adapter, which is active and changes nothing
+    yet; returns the adapted layers by name (describe() says them in a line).
+
+    targets: names by commas, "" for all linears of attention and MLP; "lm_head:4" has rank 4 at the
+    others' scale. int8: their frozen weights are rounded as quantize.Int8 does. Other adapters
+    stay, frozen and off. UserError for a target that does not exist or a setting that cannot be.
+    """
+    model = check_model(model, name)
+    if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
+        raise UserError(f"rank {rank}, alpha {alpha}, dropout {dropout} cannot be LoRA's: rank "
+                        "is at least 1, alpha above 0, dropout from 0 up to 1")
+    made, ranks = {}, parse(targets)
+    for part, layer in select(model, targets).items():
+        base = LoraLinear.convert(layer, int8).base.detach()
+        N, K = base.shape
+        r = next((r for t, r in ranks.items() if r and matches(part, t)), rank)
+        # uniform in +-1 / sqrt(K), as nn.Linear starts, and PEFT's A; B = 0: no change at first
+        A = torch.empty(r, K, device=base.device).uniform_(-K ** -0.5, K ** -0.5)
+        length = kernels.widen(base).norm(dim=1) if dora else None
+        own = alpha * (r / rank) ** (0.5 if rslora else 1)          # the scale is that of all
+        made[part] = Adapter(base, A, A.new_zeros(N, r), length, own, dropout, rslora)
+    # where files have one matrix for several layers (GPT-2's c_attn), so has their adapter
+    for key, slot in places(model, family_of(model.config)).items():
+        if len({len(made[part].A) for part in slot.parts if part in made}) > 1:
+            raise UserError(f"{key} is one matrix on disk: give the targets that it is made of one "
+                            "rank")
+    return attach(model, made, name)
+
+def adapters(model: Any, name: str = "default") -> dict[str, Adapter]:
+    """Name of a layer -> its part of one adapter."""
+    return {n: getattr(la.adapters, name) for n, la in layers(model).items()
+            if hasattr(la.adapters, name)}
+
+def parameters(model: Any, name: str = "default") -> dict[str, Parameter]:
+    """The parameters of one adapter by their full names."""
+    return {f"{n}.adapters.{name}.{k}": p for n, a in adapters(model, name).items()
+            for k, p in a.named_parameters()}
+
+def describe(model: Any, name: str = "default") -> str:
+    """One line: which layers an adapter has, and its share of the parameters."""
+    found = adapters(model, name)
+    counts = Counter(n.rpartition(".")[2] for n in found)
+    size = sum(p.numel() for p in parameters(model, name).values())
+    base = sum(p.numel() for n, p in raw(model).named_parameters() if ".adapters." not in n)
+    return (f"LoRA {name!r} on {len(found)} linears "
+            f"({', '.join(f'{n} x {k}' for k, n in counts.items())}): {size:,} of "
+            f"{base + size:,} parameters, {size / (base + size):.2%}"
+            + ("; its routed experts get none" if raw(model).config.num_experts else ""))
+
+def activate(model: Any, *chosen: str) -> None:
+    """Use these adapters from here on, the sum of their changes; none: the base alone. Those that
+    are off are frozen: DDP would wait for gradients that do not come."""
+    known = names(model)
+    for name in chosen:
+        if name not in known:
+            raise UserError(f"there is no adapter {reprlib.repr(name)}: "
+                            f"the model has {', '.join(known) or 'none'}")
+    for layer in layers(model).values():
+        layer.active = tuple(n for n in chosen if hasattr(layer.adapters, n))
+        for name, adapter in layer.adapters.named_children():
+            adapter.requires_grad_(name in chosen)
+
+@contextlib.contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """Inside, the model is the base that it was before its adapters."""
+    before = {layer: layer.active for layer in layers(model).values()}
+    for layer in before:
+        layer.active = ()
+    try:
+        yield
+    finally:
+        for layer, active in before.items():
+            layer.active = active
+
+def halve(model: Any) -> None:
+    """Hold W of the layers with adapters in bfloat16 where that changes no bit of it, as in most
+    checkpoints: half the memory, and no cast at every use. Merged it is float32 again."""
+    for layer in layers(model).values():
+        W = layer._parameters["weight"]
+        if W.dtype == torch.float32 and torch.equal(half := W.detach().bfloat16(), W):
+            layer._parameters["weight"] = Parameter(half, requires_grad=False)
+            layer.kind = torch.float32                  # what its weight is to the outside
+
+def merge(model: Any) -> Transformer:
+    """Make the model, in place, the plain Transformer that it amounts to with its active adapters:
+    no adapters, all weights to be trained or saved. An int8 base comes back in float32."""
+    model = raw(model)
+    for layer in layers(model).values():
+        weight = layer.weight.detach()
+        del layer.adapters, layer.active, layer.int8_scale, layer.kind
+        layer.__class__ = Linear
+        layer.weight = Parameter(weight)
+    for name, p in model.named_parameters():        # which moves without gradients, in balance()
+        p.requires_grad_(not name.endswith("e_score_correction_bias"))
+    return model
+
+if __name__ == "__main__":
+    refuse_to_run()
