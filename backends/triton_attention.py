@@ -2,7 +2,7 @@
 
     import kernels, triton_attention            # registers the `triton` form of kernels.attention
     y = kernels.attention(q, k, v, window=128)  # on a GPU; one GPU or many, the call is the same
-    TRITON_INTERPRET=1 pytest tests/test_triton_attention.py     # on a CPU, interpreted
+    TRITON_INTERPRET=1 pytest tests/backends/test_triton_attention.py     # on a CPU, interpreted
 
 The (T, S) scores are never in memory (Dao 2023). A program owns a tile of queries and walks the
 keys a tile at a time, with a running maximum m and sum l of each row; for the masked scores s,

@@ -2,7 +2,7 @@
 
     import kernels, triton_loss        # registers a `triton` form with each operation
     kernels.use("triton")               # on a GPU; one GPU or many, the calls are the same
-    TRITON_INTERPRET=1 python -m pytest tests/test_triton_tiles.py      # on a CPU, interpreted
+    TRITON_INTERPRET=1 python -m pytest tests/backends/test_triton_tiles.py      # on a CPU, interpreted
 
     linear                  in triton_matmul.py: the lesson. cuBLAS is as fast, and `auto` keeps it
     linear_cross_entropy    logits by cuBLAS, a chunk of rows in one buffer that is used again; a
@@ -14,7 +14,7 @@ Logits (N, V) never exist whole, no token of an expert is dropped, and nothing w
 how many tokens an expert has stays on the device, and so does the gradient from upstream. Sums are
 float32. There are no atomics, so the same input gives the same gradient, bit for bit. To expect:
 relative L2 against float64 autograd at most 1e-5 in float32, 1e-3 in float16, 1e-2 in bfloat16
-(tests/test_triton_tiles.py). How to read a kernel: see triton_pointwise.py.
+(tests/backends/test_triton_tiles.py). How to read a kernel: see triton_pointwise.py.
 """
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     import kernels, triton_optim         # registers a `triton` form with each operation
     kernels.use("triton")
-    TRITON_INTERPRET=1 pytest tests/test_triton_rows.py     # without a GPU: the interpreter
+    TRITON_INTERPRET=1 pytest tests/backends/test_triton_rows.py     # without a GPU: the interpreter
 
 The cross entropy is one pass over the logits each way. The optimizer's steps walk all parameters
 in one launch: a table in device memory says where each tensor lies, so that hundreds of small

@@ -36,6 +36,7 @@ from typing import Any
 from bench import summary
 from config import UserError, configure, run
 
+ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("sft", "lora", "dpo")
 STEPS = 3                       # of a process; the first warms up
 CONVERSATIONS = 16              # a step of theirs; in DPO they are 8 pairs
@@ -163,7 +164,7 @@ def theirs(cfg: Child, stage: str, folder: str, tuned: bool) -> dict[str, float]
 
 
 def child(cfg: Child) -> None:
-    """python bench_stages.py WHO STAGE: the numbers as JSON on the last line of stdout."""
+    """python -m benchmarks.stages WHO STAGE: the numbers as JSON on the last line of stdout."""
     import torch
     from training.machine import memory_used
     who, stage = cfg.words
@@ -178,9 +179,9 @@ def child(cfg: Child) -> None:
 def measure(who: str, stage: str, model: str, dataset: Path) -> dict[str, float]:
     """The numbers of a process of its own; UserError with its last words if it fails."""
     done = subprocess.run(
-        [sys.executable, __file__, who, stage, f"--model={model}", f"--dataset={dataset}"],
+        [sys.executable, "-m", "benchmarks.stages", who, stage, f"--model={model}", f"--dataset={dataset}"],
         text=True, capture_output=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
     if done.returncode:
         said = (done.stderr.strip() or "nothing").splitlines()[-1]
         raise UserError(f"{who} {stage} ended with status {done.returncode} and said: {said}")

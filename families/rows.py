@@ -3,7 +3,7 @@
 A family is a row, and a new one is a new row: what its architecture fixes, what its config.json
 calls our settings, and what its files call our parameters, joined, stacked or transposed where
 they are. translate.py reads the table; checkpoint.py moves the bytes. To expect: a model saved in
-the words of a family gives in transformers the logits that it gives here (tests/test_families.py,
+the words of a family gives in transformers the logits that it gives here (tests/families/test_families.py,
 for every row).
 
 Sources: the config.json and the weights that each family was published with, and the classes of

@@ -9,7 +9,7 @@ import config
 from config import RANGES, UserError, configure
 
 MODULES = ("train", "stage", "sft", "lora", "dpo", "distill", "sample", "eval", "tokenizer",
-           "checkpoint", "model", "bench", "lifecycle", "data.prepare", "data.skills")
+           "checkpoint", "model", "bench", "benchmarks.lifecycle", "data.prepare", "data.skills")
 
 
 def numbers():

@@ -110,7 +110,7 @@ print(json.dumps(answers))
 
 def test_help_of_every_file():
     """Usage and status 0 of what a user may run; one sentence and status 2 of what is imported."""
-    files = [str(f) for folder in (".", "data") for f in sorted((ROOT / folder).glob("*.py"))]
+    files = [str(f) for folder in (".", "data", "benchmarks") for f in sorted((ROOT / folder).glob("*.py"))]
     done = subprocess.run([sys.executable, "-c", HELP, *files], cwd=ROOT, capture_output=True,
                           text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-900:]

@@ -5,7 +5,7 @@
     optimizer.step(lr_scale=0.5)                     # half of every learning rate
 
 The operations belong to the dispatch of kernels.py (`reference`, `torch`, later `triton`); the
-class says which parameters get which rule. tests/test_optim.py holds AdamW against
+class says which parameters get which rule. tests/training/test_optim.py holds AdamW against
 torch.optim.AdamW and Muon against the singular value decomposition that it approximates.
 """
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Triton kernels that ship, compiled for GPUs that are not here: sm_80, sm_90 and gfx942.
 
-    pytest tests/test_triton_compile.py                         # every kernel, not every size
-    HANDMADE_COMPILE=all pytest tests/test_triton_compile.py    # every entry of SHIPPED: minutes
-    python tests/test_triton_compile.py                         # the same, as a table in markdown
+    pytest tests/backends/test_triton_compile.py                         # every kernel, not every size
+    HANDMADE_COMPILE=all pytest tests/backends/test_triton_compile.py    # every entry of SHIPPED: minutes
+    python tests/backends/test_triton_compile.py                         # the same, as a table in markdown
 
 The interpreter proves the arithmetic; it knows nothing of registers. A kernel that needs more than
 255 of them keeps the rest in memory (it spills) and is many times slower, though right. ptxas, the
@@ -29,7 +29,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MODULES = [name for name in ("triton_pointwise", "triton_optim", "triton_attention", "triton_loss")
-           if (ROOT / f"{name}.py").exists()]
+           if (ROOT / "backends" / f"{name}.py").exists()]
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 NVIDIA = ("sm_80", "sm_90")
 SHARED = 99 * 1024              # bytes a block may have on sm_86 and sm_89, the least since sm_80
@@ -119,11 +119,11 @@ def work(index, everything):
     sys.path.insert(0, str(ROOT))
     jobs = []
     for name in MODULES:
-        module = importlib.import_module(name)
+        module = importlib.import_module(f"backends.{name}")
         source = Path(module.__file__).read_text()
         # name[grid](...) is a launch: such a kernel must be among what ships
         launched = [n for n, f in vars(module).items() if isinstance(f, triton.JITFunction)
-                    and f.fn.__module__ == name and re.search(rf"\b{n}\[", source)]
+                    and f.fn.__module__ == module.__name__ and re.search(rf"\b{n}\[", source)]
         entries = list(module.SHIPPED)
         if index == 0:
             print(json.dumps(dict(module=name, launched=launched, entries=len(entries),

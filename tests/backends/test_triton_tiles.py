@@ -298,6 +298,6 @@ def test_what_the_kernels_do_not_take_is_one_sentence(monkeypatch):
         for call in wrong:
             with pytest.raises(UserError, match="do not fit|not torch.float64"):
                 call()
-        monkeypatch.setattr("triton_pointwise.INTERPRETED", False)
+        monkeypatch.setattr("backends.triton_pointwise.INTERPRETED", False)
         with pytest.raises(UserError, match="need a GPU"):
             kernels.linear_cross_entropy(x, w, torch.arange(4))

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import bench
-from benchmarks import kernels
-from benchmarks import stages
 import checkpoint
 import dpo
 import kernels
 import train
+from benchmarks import kernels as kernel_benchmark
+from benchmarks import stages
 from config import UserError
 from data import chats, loader
 from model import Transformer
@@ -105,9 +105,9 @@ def test_sample(capsys, small, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_kernels(capsys, monkeypatch, dtype):
-    monkeypatch.setattr(kernels, "roofs", lambda device, dtype: (1e9, 1e12))
+    monkeypatch.setattr(kernel_benchmark, "roofs", lambda device, dtype: (1e9, 1e12))
     monkeypatch.setattr(torch, "compile", lambda form: form)
-    monkeypatch.setattr(kernels, "kernel_cases", lambda device, dtype: {
+    monkeypatch.setattr(kernel_benchmark, "kernel_cases", lambda device, dtype: {
         name: ([torch.randn(8, 16, dtype=dtype).requires_grad_() for _ in range(count)],
                lambda form, *x: form(*x), "bytes", 1.0, 1.0)
         for name, count in (("gelu", 1), ("glu", 2), ("softmax", 1))})
@@ -116,7 +116,7 @@ def test_kernels(capsys, monkeypatch, dtype):
 
 
 def test_every_operation_that_is_timed_exists():
-    assert all(hasattr(kernels, name) for name in kernels.CASES)
+    assert all(hasattr(kernels, name) for name in kernel_benchmark.CASES)
 
 
 def test_stages(capsys, small, tmp_path, monkeypatch):

@@ -32,7 +32,8 @@ sys.path.insert(0, {root!r})
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import types
 sys.modules["checkpoint"] = types.SimpleNamespace(pick_device=None)     # PyTorch is not needed
-import config, lifecycle
+import config
+from benchmarks import lifecycle
 lifecycle.ROOT = pathlib.Path({tmp!r})
 lifecycle.STAGES = {{"data": ("", "stage.py data notes"), "skills": ("", "stage.py skills notes")}}
 sys.argv = ["lifecycle.py"]

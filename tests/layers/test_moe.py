@@ -105,7 +105,7 @@ def test_the_correction_bias_counts_for_the_choice_and_not_for_the_share():
 # ---------------------------------------------------------------- balance and z loss, by oracles
 
 def test_an_even_load_has_the_least_balance_loss():
-    """k; what it is otherwise, transformers says: tests/test_statistics.py."""
+    """k; what it is otherwise, transformers says: tests/training/test_statistics.py."""
     even = {"logits": torch.zeros(1, 4, 4), "scores": torch.full((1, 4, 4), 0.25),
             "chosen": torch.tensor([[[0, 1], [2, 3], [0, 1], [2, 3]]])}
     batch = {"ids": some_ids(1, 4), "targets": some_ids(1, 4)}

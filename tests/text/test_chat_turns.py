@@ -111,12 +111,12 @@ def test_at_a_terminal_a_wrong_command_is_told_and_the_chat_goes_on(
 def test_messages_that_begin_with_a_slash(                                              # noqa: F811
         talker, capsys, stdin, tmp_path, monkeypatch):
     """`//x` is the message /x, a space keeps it a message as it is, a file is always one."""
-    seen, real = [], sample.templates.fit
+    seen, real = [], sample.fit
 
     def watched(render, messages, room):
         seen.append(messages[-1]["content"])
         return real(render, messages, room)
-    monkeypatch.setattr(sample.templates, "fit", watched)
+    monkeypatch.setattr(sample, "fit", watched)
     stdin("//etc/hosts\n /new\n///\n")
     run_main(capsys, talker, chat=True, max_new_tokens=2)
     (tmp_path / "code.c").write_text("// a comment\n/* another */\n")

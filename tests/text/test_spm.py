@@ -1,4 +1,4 @@
-"""sentencepiece.py: SentencePiece-style vocabularies, against sentencepiece, tokenizers, transformers."""
+"""text/sentencepiece.py: SentencePiece vocabularies, against sentencepiece, tokenizers, transformers."""
 import base64
 import io
 import json
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from text import bpe
 from text import chat
-from text import sentencepiece
+from text.sentencepiece import CHATGLM, GLM4, LLAMA3, SEP, any_of
 import tokenizer as T
 from config import UserError
 from text import chat_template
@@ -252,7 +252,7 @@ def test_chunks_never_cut_a_merge(vocab):
     assert "e▁" in tok.spm.joined and "z▁" not in tok.spm.joined
     for text in ALL:
         text = tok.spm.normalize(text.replace("\ud800", ""))
-        whole = tok.spm.spell(bpe.bpe(tok.spm.ranks, text, sentencepiece.SEP))
+        whole = tok.spm.spell(bpe.bpe(tok.spm.ranks, text, SEP))
         assert tok.spm._word(text) == whole, repr(text)
 
 
@@ -305,8 +305,8 @@ def ranks_file(tok: T.Tokenizer) -> bytes:
 
 
 @pytest.mark.parametrize("family, names, first", [
-    ({}, sentencepiece.LLAMA3, ["<|begin_of_text|>"]),
-    ({"model_type": "chatglm"}, sentencepiece.GLM4, ["[gMASK]", "<sop>"])], ids=["llama3", "glm4"])
+    ({}, LLAMA3, ["<|begin_of_text|>"]),
+    ({"model_type": "chatglm"}, GLM4, ["[gMASK]", "<sop>"])], ids=["llama3", "glm4"])
 def test_tiktokens_form_of_tokenizer_model(family, names, first, tmp_path):
     import tiktoken
     base = T.train([ENGLISH, CODE, CHINESE], 900, pattern="cl100k", special_tokens=(), workers=1)
@@ -329,7 +329,7 @@ def test_published_ids_of_llama3s_control_tokens():
     published = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6,
                  "<|end_header_id|>": 7, "<|eom_id|>": 8, "<|eot_id|>": 9, "<|python_tag|>": 10,
                  "<|reserved_special_token_247|>": 255}
-    assert {n: sentencepiece.LLAMA3.index(n) for n in published} == published and len(sentencepiece.LLAMA3) == 256
+    assert {n: LLAMA3.index(n) for n in published} == published and len(LLAMA3) == 256
 
 
 @pytest.mark.parametrize("trained", ["llama2"], indirect=True)
@@ -338,7 +338,7 @@ def test_chatglm3s_control_tokens_follow_its_vocabulary(trained, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "ChatGLMTokenizer"}')
     tok = T.load(tmp_path)
-    assert [tok.special[n] for n in sentencepiece.CHATGLM] == list(range(1100, 1109))
+    assert [tok.special[n] for n in CHATGLM] == list(range(1100, 1109))
     assert tok.prefix == [1101, 1103]
     # each message as ChatGLM3's own code builds it: role, name of a tool and newline, text
     ids, _ = tok.render(SYSTEM + CHAT[:1], "chatglm3", add_generation_prompt=True)
@@ -478,15 +478,15 @@ def test_many_added_tokens_are_found_fast():
     names = frozenset(f"<unused{k}>" for k in range(6000)) | {"<unused", "a<", "a"}
     text = "x < <unused12> <unused7 a<b" * 3000
     start = time.process_time()
-    found = sentencepiece.any_of(names).findall(text)
+    found = any_of(names).findall(text)
     assert time.process_time() - start < 10         # one alternative after the other takes minutes
-    assert found[:3] == ["<unused12>", "<unused", "a<"] and sentencepiece.any_of(frozenset()) is None
+    assert found[:3] == ["<unused12>", "<unused", "a<"] and any_of(frozenset()) is None
     rng = random.Random(1)      # the longest of several wins, as in a plain alternation
     for _ in range(200):
         few = frozenset("".join(rng.choices("ab.", k=rng.randrange(1, 5))) for _ in range(6))
         plain = T.re.compile("|".join(map(T.re.escape, sorted(few, key=len, reverse=True))))
         text = "".join(rng.choices("ab.", k=40))
-        assert sentencepiece.any_of(few).findall(text) == plain.findall(text)
+        assert any_of(few).findall(text) == plain.findall(text)
 
 
 @pytest.mark.parametrize("trained", ["llama2", "gemma"], indirect=True)
