@@ -1,18 +1,19 @@
-"""python bench.py kernels: every operation of kernels.py in each of its forms, on this machine.
+"""python bench.py kernels: every operation of kernels.py in each of its implementations.
 
     python bench.py kernels                         # CPU: reference, PyTorch's, compiled, auto
     python bench.py kernels --only=rms_norm+glu     # some of them
-    python bench.py kernels --dtype=float32         # GPU: Triton, the CUDA twins and Liger's too
+    python bench.py kernels --dtype=float32         # GPU: Triton, the CUDA versions and Liger's too
 
-A row says how long the forward and both ways take, the peak memory of both (on a GPU), what the
-forward achieves, and which share that is of the roof: the bandwidth of a copy or the rate of a
-square matmul, measured in the same run. Work counts what has to be moved or multiplied, not what a
-form moves. Forms take turns, so that a busy moment hits all; "auto / best" is the median over
-rounds of what the dispatch takes over the best of the other forms; compiled, a minute's wait, is
-for comparison.
+One row per implementation: milliseconds of the forward and of forward with backward, peak memory
+(on a GPU), the rate of the forward, and its share of the roof: the bandwidth of a copy or the rate
+of a square matmul, measured in the same run. Work counts the bytes that have to be moved or the
+FLOPs that have to be done, not those that an implementation happens to do. "auto / best" is the
+median over rounds of the time that the dispatch takes over the best of the other implementations;
+torch.compile's, a minute's wait, is for comparison.
 """
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from typing import Any, Callable
@@ -20,7 +21,7 @@ from typing import Any, Callable
 import torch
 
 import kernels
-from bench import machine
+from benchmarks.common import Results, describe_machine
 from config import UserError, refuse_to_run
 from training.machine import keep_freed_memory
 
@@ -28,14 +29,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 CASES = ("rms_norm", "layer_norm", "rope", "gelu", "glu", "softmax", "dropout", "cross_entropy",
          "attention", "linear", "linear_cross_entropy", "moe")
 
-def seconds_of(work: Callable[[], Any], device: str) -> float:
-    """Seconds of one call; on a GPU by events, with nothing of it left in the L2 cache."""
+
+def time_call(work: Callable[[], Any], device: str) -> float:
+    """Return the seconds of one call; on a GPU by events, with a cold L2 cache."""
     if device == "cpu":
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
     torch.empty(2 ** 26, device=device).zero_()                         # 256 MB
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
     begin.record()
     work()
     end.record()
@@ -43,18 +46,20 @@ def seconds_of(work: Callable[[], Any], device: str) -> float:
     return begin.elapsed_time(end) / 1e3
 
 
-def roofs(device: str, dtype: Any) -> tuple[float, float]:
-    """(bytes a second of a copy, FLOPs a second of a square matmul), measured here and now."""
+def measure_roofs(device: str, dtype: Any) -> tuple[float, float]:
+    """Return the bytes/s of a copy and the FLOPs/s of a square matmul, measured now."""
     n, m = (2 ** 28, 8192) if device == "cuda" else (2 ** 25, 2048)
     x = torch.randn(n // 2, device=device).to(dtype)
-    y, a = torch.empty_like(x), torch.randn(m, m, device=device).to(dtype)
-    copies = [seconds_of(lambda: y.copy_(x), device) for _ in range(15)]
-    products = [seconds_of(lambda: a @ a, device) for _ in range(9)]
+    y = torch.empty_like(x)
+    a = torch.randn(m, m, device=device).to(dtype)
+    copies = [time_call(lambda: y.copy_(x), device) for _ in range(15)]
+    products = [time_call(lambda: a @ a, device) for _ in range(9)]
     return 2 * x.nbytes / statistics.median(copies), 2 * m ** 3 / statistics.median(products)
 
 
-def kernel_cases(device: str, dtype: Any) -> dict[str, tuple]:
-    """operation -> (inputs that learn, call(form, *inputs), unit, work forward, work backward).
+def make_cases(device: str, dtype: Any) -> dict[str, tuple]:
+    """Return operation -> (inputs with gradients, call(function, *inputs), unit, work of the
+    forward, work of the backward).
 
     Work is the bytes that have to move where memory is the bound, or the FLOPs where arithmetic
     is. On a GPU the sizes are those of a model of 1 billion parameters, on a CPU a share of them.
@@ -62,36 +67,43 @@ def kernel_cases(device: str, dtype: Any) -> dict[str, tuple]:
     gpu = device == "cuda"
     M, C, V, H, D = (16384, 2048, 50304, 16, 128) if gpu else (2048, 512, 8192, 8, 64)
     T = 2048 if gpu else 512
-    B, N, size = M // T, 4 * C, dtype.itemsize
+    B = M // T
+    N = 4 * C
+    size = dtype.itemsize
 
     def make(*shape: int, scale: float = 1.0) -> Any:
         return torch.randn(*shape, device=device).mul_(scale).to(dtype).requires_grad_()
 
     # weights that keep a variance of 1: softmax would meet denormal numbers, which are slow
     small = C ** -0.5
-
     targets = torch.randint(V, (M,), device=device)
     angles = torch.rand(T, D // 2, device=device)
-    cos, sin = angles.cos(), angles.sin()
-    E, k, narrow = 8, 2, C // 2
+    cos = angles.cos()
+    sin = angles.sin()
+    E = 8
+    k = 2
+    narrow = C // 2
     chosen = torch.rand(M, E, device=device).topk(k, -1).indices
     share = torch.rand(M, k, device=device)
-    row, wide, square, table = M * C * size, M * N * size, B * H * T * T * D, M * V * size
+    row = M * C * size                          # bytes of the activations
+    wide = M * N * size                         # and of the MLP's
+    table = M * V * size                        # and of the logits
+    square = B * H * T * T * D                  # multiplications of half a score matrix, times 2
 
-    def plain(form: Callable, *inputs: Any) -> Any:
-        return form(*inputs)
+    def call_plain(function: Callable, *inputs: Any) -> Any:
+        return function(*inputs)
 
     return {
-        "rms_norm": ([make(M, C), make(C)], plain, "bytes", 2 * row, 3 * row),
-        "layer_norm": ([make(M, C), make(C), make(C)], plain, "bytes", 2 * row, 3 * row),
+        "rms_norm": ([make(M, C), make(C)], call_plain, "bytes", 2 * row, 3 * row),
+        "layer_norm": ([make(M, C), make(C), make(C)], call_plain, "bytes", 2 * row, 3 * row),
         "rope": ([make(B, T, H, D)], lambda f, x: f(x, cos, sin), "bytes", 2 * row, 2 * row),
-        "gelu": ([make(M, N)], plain, "bytes", 2 * wide, 3 * wide),
-        "glu": ([make(M, N), make(M, N)], plain, "bytes", 3 * wide, 5 * wide),
-        "softmax": ([make(M, N)], plain, "bytes", 2 * wide, 3 * wide),
+        "gelu": ([make(M, N)], call_plain, "bytes", 2 * wide, 3 * wide),
+        "glu": ([make(M, N), make(M, N)], call_plain, "bytes", 3 * wide, 5 * wide),
+        "softmax": ([make(M, N)], call_plain, "bytes", 2 * wide, 3 * wide),
         "dropout": ([make(M, N)], lambda f, x: f(x, 0.25), "bytes", 2 * wide, 2 * wide),
         "cross_entropy": ([make(M, V)], lambda f, x: f(x, targets), "bytes", table, 2 * table),
-        "attention": ([make(B, H, T, D) for _ in "qkv"], plain, "flops", 2 * square, 5 * square),
-        "linear": ([make(M, C), make(N, C, scale=small)], plain, "flops", 2 * M * C * N,
+        "attention": ([make(B, H, T, D) for _ in "qkv"], call_plain, "flops", 2 * square, 5 * square),
+        "linear": ([make(M, C), make(N, C, scale=small)], call_plain, "flops", 2 * M * C * N,
                    4 * M * C * N),
         "linear_cross_entropy": ([make(M, C), make(V, C, scale=small)],
                                  lambda f, x, w: f(x, w, targets), "flops", 2 * M * V * C,
@@ -103,8 +115,8 @@ def kernel_cases(device: str, dtype: Any) -> dict[str, tuple]:
     }
 
 
-def liger() -> dict[str, Callable]:
-    """Liger-Kernel's functions where it is installed, under our names and with our arguments."""
+def list_liger() -> dict[str, Callable]:
+    """Return Liger-Kernel's functions by our names, with our arguments; {} if it is missing."""
     try:
         from liger_kernel.transformers import functional as theirs
     except ImportError:
@@ -116,8 +128,8 @@ def liger() -> dict[str, Callable]:
                 x, w, y, reduction="sum")}
 
 
-def contenders(name: str, device: str) -> dict[str, tuple[str, Callable]]:
-    """How an operation can be computed here: {title: (backend for what it calls, function)}."""
+def list_contenders(name: str, device: str) -> dict[str, tuple[str, Callable]]:
+    """Return the ways to compute an operation here: title -> (backend for its calls, function)."""
     operation = getattr(kernels, name)
     out = {"reference": ("reference", operation.reference)}
     if "torch" in operation.forms:
@@ -127,69 +139,103 @@ def contenders(name: str, device: str) -> dict[str, tuple[str, Callable]]:
         for form in ("triton", "cuda"):
             if kernels.ready(form) and form in operation.forms:
                 out[form] = (form, operation.forms[form])
-        if name in liger():
-            out["Liger's"] = ("auto", liger()[name])
+        if name in list_liger():
+            out["Liger's"] = ("auto", list_liger()[name])
     return out | {"auto": ("auto", operation)}
 
 
-def section(cfg: Any) -> dict[str, Any]:
-    """Every operation in each form: forward, both ways, peak memory, share of the roof."""
-    wanted = set(filter(None, cfg.only.split("+")))
-    if cfg.dtype not in DTYPES:
-        raise UserError(f"--dtype={cfg.dtype} does not exist: choose {', '.join(DTYPES)}")
-    if unknown := sorted(wanted - set(CASES)):
-        raise UserError(f"--only: there is no {unknown[0]}; choose {', '.join(CASES)}, joined by +")
-    keep_freed_memory()                         # as train.py does: or page faults are timed
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, cfg.dtype)
-    copy, product = roofs(device, dtype)
-    title = torch.cuda.get_device_name() if device == "cuda" else machine()["cpu"]
-    print(f"{title}, {dtype}: copies at {copy / 1e9:,.0f} GB/s, matmuls at "
-          f"{product / 1e12:,.2f} TFLOP/s")
-    print(f"{'operation':<22}{'form':<11}{'forward ms':>11}{'both ms':>9}{'MB':>8}{'achieved':>15}"
-          f"{'of roof':>9}{'backward':>9}")
-    out: dict[str, Any] = {"device": title, "copy_gbs": copy / 1e9, "tflops": product / 1e12}
-    for name, (inputs, call, unit, ahead, back) in kernel_cases(device, dtype).items():
-        if wanted and name not in wanted:
-            continue
-        forms, times, memory = contenders(name, device), {}, {}
-        for k in range(-1, cfg.repeat):                     # the first round warms up
-            for form, (backend, function) in forms.items():
+def time_contenders(contenders: dict, call: Callable, inputs: list, device: str, repeat: int,
+                    results: Results, name: str) -> dict[str, float]:
+    """Time forward and forward with backward of each contender, in turns.
+
+    results gets "NAME, TITLE, forward" and "..., both" in seconds; returns peak megabytes by title.
+    """
+    memory = {}
+    for k in range(-1, repeat):                             # the first round warms up
+        with results.round() if k >= 0 else contextlib.nullcontext():
+            for title, (backend, function) in contenders.items():
                 before = kernels.use(backend)
 
-                def both() -> None:
+                def run_both() -> None:
                     y = call(function, *inputs)
                     torch.autograd.grad(y, inputs, torch.ones_like(y))
 
                 with torch.no_grad():
-                    f = seconds_of(lambda: call(function, *inputs), device)
+                    forward = time_call(lambda: call(function, *inputs), device)
                 held = torch.cuda.memory_allocated() if device == "cuda" else 0
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                b = seconds_of(both, device)
-                memory[form] = (torch.cuda.max_memory_allocated() - held) / 1e6 if held else 0.0
+                both = time_call(run_both, device)
+                memory[title] = (torch.cuda.max_memory_allocated() - held) / 1e6 if held else 0.0
                 kernels.use(before)
                 if k >= 0:
-                    times.setdefault(form, []).append((f, b))
-        roof, scale, word = (copy, 1e9, "GB/s") if unit == "bytes" else (product, 1e12, "TFLOP/s")
-        for form, pairs in times.items():
-            f, b = (statistics.median(x) for x in zip(*pairs))
-            behind = max(b - f, 1e-9)
-            shown = f"{memory[form]:8,.0f}" if memory[form] else f"{'':8}"
-            print(f"{name:<22}{form:<11}{f * 1e3:11.3f}{b * 1e3:9.3f}{shown}"
-                  f"{ahead / f / scale:8,.2f} {word:<7}{ahead / f / roof:8.0%}"
-                  f"{back / behind / roof:9.0%}", flush=True)
-            out[f"{name}, {form}"] = {"forward": f, "both": b, "megabytes": memory[form],
-                                      "of_roof": ahead / f / roof,
-                                      "backward_of_roof": back / behind / roof}
-        # paired: what auto takes over the best of the others, round by round
-        for i, way in enumerate(("forward", "both")):
-            best = min((x for x in times if x not in ("auto", "compiled")),
-                       key=lambda x: statistics.median(t[i] for t in times[x]))
-            ratio = statistics.median(a[i] / b[i] for a, b in zip(times["auto"], times[best]))
-            print(f"{'':22}auto / best ({best}), {way}: {ratio:.3f}")
-            out[f"{name}, auto / best, {way}"] = ratio
-    return out
+                    results.add(f"{name}, {title}, forward", forward)
+                    results.add(f"{name}, {title}, both", both)
+    return memory
+
+
+def print_case(name: str, titles: list[str], results: Results, memory: dict[str, float],
+               case: tuple, roofs: tuple[float, float]) -> dict[str, Any]:
+    """Print one row per contender and auto over the best of the others; return the numbers."""
+    _, _, unit, forward_work, backward_work = case
+    roof = roofs[0] if unit == "bytes" else roofs[1]
+    scale = 1e9 if unit == "bytes" else 1e12
+    word = "GB/s" if unit == "bytes" else "TFLOP/s"
+    rows: dict[str, Any] = {}
+    medians = {}
+    for title in titles:
+        forward = statistics.median(results.select(f"{name}, {title}, forward"))
+        both = statistics.median(results.select(f"{name}, {title}, both"))
+        medians[title] = {"forward": forward, "both": both}
+        backward = max(both - forward, 1e-9)
+        shown = f"{memory[title]:8,.0f}" if memory[title] else f"{'':8}"
+        print(f"{name:<22}{title:<11}{forward * 1e3:11.3f}{both * 1e3:9.3f}{shown}"
+              f"{forward_work / forward / scale:8,.2f} {word:<7}"
+              f"{forward_work / forward / roof:8.0%}{backward_work / backward / roof:9.0%}",
+              flush=True)
+        rows[f"{name}, {title}"] = {
+            "forward": forward, "both": both, "megabytes": memory[title],
+            "of_roof": forward_work / forward / roof,
+            "backward_of_roof": backward_work / backward / roof}
+    for way in ("forward", "both"):
+        others = [x for x in titles if x not in ("auto", "compiled")]
+        best = min(others, key=lambda x: medians[x][way])
+        # paired: round by round
+        pairs = zip(results.select(f"{name}, auto, {way}"),
+                    results.select(f"{name}, {best}, {way}"))
+        ratio = statistics.median(a / b for a, b in pairs)
+        print(f"{'':22}auto / best ({best}), {way}: {ratio:.3f}")
+        rows[f"{name}, auto / best, {way}"] = ratio
+    return rows
+
+
+def run_section(cfg: Any) -> dict[str, Any]:
+    """Time every operation in each implementation: forward, both, memory, share of the roof."""
+    wanted = set(filter(None, cfg.only.split("+")))
+    if cfg.dtype not in DTYPES:
+        raise UserError(f"unknown --dtype={cfg.dtype}; choose from {', '.join(DTYPES)}")
+    if unknown := sorted(wanted - set(CASES)):
+        raise UserError(f"unknown --only={unknown[0]}; choose from {', '.join(CASES)}, joined by +")
+    keep_freed_memory()                         # as train.py does: or page faults are timed
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, cfg.dtype)
+    roofs = measure_roofs(device, dtype)
+    title = torch.cuda.get_device_name() if device == "cuda" else describe_machine()["cpu"]
+    print(f"{title}, {dtype}: copies at {roofs[0] / 1e9:,.0f} GB/s, matmuls at "
+          f"{roofs[1] / 1e12:,.2f} TFLOP/s")
+    print(f"{'operation':<22}{'by':<11}{'forward ms':>11}{'both ms':>9}{'MB':>8}{'achieved':>15}"
+          f"{'of roof':>9}{'backward':>9}")
+    out: dict[str, Any] = {"device": title, "copy_gbs": roofs[0] / 1e9, "tflops": roofs[1] / 1e12}
+    results = Results()
+    for name, case in make_cases(device, dtype).items():
+        if wanted and name not in wanted:
+            continue
+        inputs, call, *_ = case
+        contenders = list_contenders(name, device)
+        memory = time_contenders(contenders, call, inputs, device, cfg.repeat, results, name)
+        out.update(print_case(name, list(contenders), results, memory, case, roofs))
+    print(results.describe_load())
+    return {**out, "loads": results.loads}
 
 
 if __name__ == "__main__":

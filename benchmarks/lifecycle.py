@@ -1,17 +1,17 @@
-"""The life of a small model in one command: text, chat, preferences, and a small student.
+"""The whole pipeline in one command: text, chat, preferences, and a small student.
 
-    python benchmarks/lifecycle.py                     # or `make lifecycle`: a laptop, no network, two cores
-    python benchmarks/lifecycle.py --seeds=1           # one student of each kind instead of three
-    python benchmarks/lifecycle.py --first=dpo         # go on from a stage; those before it are there
-    kill -TERM PID, or Ctrl-C               # stops: the stage saves, and the next start goes on
-    python benchmarks/lifecycle.py --jobs=1            # one after the other
+    python benchmarks/lifecycle.py              # or `make lifecycle`: a laptop, no network
+    python benchmarks/lifecycle.py --seeds=1    # one student of each kind instead of three
+    python benchmarks/lifecycle.py --first=dpo  # continue from a stage; those before it exist
+    kill -TERM PID, or Ctrl-C                   # the stage saves, and the next start resumes it
+    python benchmarks/lifecycle.py --jobs=1     # one stage after the other
 
-Every stage is a command that you could type yourself, and is shown before it runs; each leaves its
-folder under out/, to talk to: python sample.py --out_dir=out/dpo --chat. One GPU or many run the
-same commands. After each stage the model answers the test set of skills, whose questions no stage
-trains on. On a CPU those that no other stage waits for, LoRA and the students, run beside each
-other, a core each: models so small leave a second core idle. What to expect: the table that goes
-to stdout, as it stands in RESULTS.md under "The life of a model", in some seventeen minutes.
+Every stage is a command that you could type yourself, and is printed before it runs; each leaves
+its folder under out/, to talk to: python sample.py --out_dir=out/dpo --chat. One GPU or several run
+the same commands. After each stage the model answers the test set of skills, whose questions no
+stage trains on. On a CPU the stages that no other waits for, LoRA and the students, run in
+parallel, one core each. The table goes to stdout, as in RESULTS.md under "End-to-end pipeline";
+about seventeen minutes on two cores.
 """
 from __future__ import annotations
 
@@ -196,7 +196,8 @@ def main(cfg: Config) -> None:
             run_stages(cfg)
         except Stopped:
             first = next((name for name in STAGES if name in CHILDREN.stopped), cfg.first)
-            print(f"stopped; go on with: python benchmarks/lifecycle.py --first={first}", file=sys.stderr)
+            print(f"stopped; go on with: python benchmarks/lifecycle.py --first={first}",
+                  file=sys.stderr)
             raise
 
 

@@ -77,7 +77,7 @@ def packed(base):
 
 @pytest.fixture(scope="module")
 def talk(tmp_path_factory):
-    """A file of enough short conversations for bench_stages.py."""
+    """A file of enough short conversations for benchmarks/stages.py."""
     file = tmp_path_factory.mktemp("talk") / "train.jsonl"
     file.write_text("".join(json.dumps({"messages": [
         {"role": "user", "content": f"what is {i} + 2?"},
@@ -171,8 +171,8 @@ def test_bench_counts_tokens_between_the_ends_of_steps():
     """The first step warms up; what was spent before the steps counts for each token after."""
     clock = stages.Clock()
     clock.tokens, clock.ends = [1000, 30, 20], [(7.0, 1.0), (8.0, 3.0), (12.0, 5.0)]
-    assert clock.rates() == {"tokens/s": 10.0, "CPU tokens/s": 12.5}
-    assert clock.rates((0.1, 0.02)) == {"tokens/s": 5.0, "CPU tokens/s": 10.0}
+    assert clock.compute_rates() == {"tokens/s": 10.0, "CPU tokens/s": 12.5}
+    assert clock.compute_rates((0.1, 0.02)) == {"tokens/s": 5.0, "CPU tokens/s": 10.0}
 
 
 def test_bench_data_is_the_same_conversations_for_all(talk, tmp_path):
@@ -197,7 +197,7 @@ def test_bench_mistakes_are_one_sentence(wrong, sentence, talk, tmp_path):
     few.write_text("\n".join(talk.read_text().splitlines()[:9]))
     cfg = SimpleNamespace(**{**dict(only="", model="x", dataset=str(few), repeat=1), **wrong})
     with pytest.raises(UserError, match=sentence):
-        stages.section(cfg)
+        stages.run_section(cfg)
 
 
 def test_bench_measures_our_stage_in_a_process(base, talk, tmp_path):
