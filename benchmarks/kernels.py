@@ -88,7 +88,7 @@ def make_cases(device: str, dtype: Any) -> dict[str, tuple]:
     row = M * C * size                          # bytes of the activations
     wide = M * N * size                         # and of the MLP's
     table = M * V * size                        # and of the logits
-    square = B * H * T * T * D                  # multiplications of half a score matrix, times 2
+    square = B * H * T * T * D                  # FLOPs of one causal product of attention
 
     def call_plain(function: Callable, *inputs: Any) -> Any:
         return function(*inputs)

@@ -70,7 +70,9 @@ def test_every_command_parses(script, monkeypatch):
             runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-def test_every_file_of_the_readme_is_there_and_every_script_is_in_it():
+def test_every_file_of_the_readme_is_there_and_every_script_and_folder_is_in_it():
     links = {link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link}
     assert not [link for link in links if not (ROOT / link).exists()]
-    assert not {f.relative_to(ROOT).as_posix() for f in FILES} - links
+    assert not [f.name for f in ROOT.glob("*.py") if f.name not in README]
+    folders = {f.relative_to(ROOT).parts[0] for f in ROOT.glob("*/*.py")}
+    assert not [name for name in folders if f"{name}/" not in README]

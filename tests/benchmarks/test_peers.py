@@ -190,7 +190,7 @@ def test_bench_data_is_the_same_conversations_for_all(talk, tmp_path):
 
 
 @pytest.mark.parametrize("wrong, sentence", [
-    (dict(only="sft+rl"), "--only=rl is none of sft, lora, dpo, tuned"),
+    (dict(only="sft+rl"), "unknown --only=rl; choose from sft, lora, dpo, tuned"),
     (dict(model=""), "--model=DIR"), (dict(), "are needed: try --dataset=stdlib_chat")])
 def test_bench_mistakes_are_one_sentence(wrong, sentence, talk, tmp_path):
     few = tmp_path / "few.jsonl"
@@ -208,5 +208,5 @@ def test_bench_measures_our_stage_in_a_process(base, talk, tmp_path):
     found = stages.measure("ours", "sft", str(folder), talk)
     assert found.keys() == {"tokens/s", "CPU tokens/s", "peak GB"}
     assert found["tokens/s"] > 0 and 0.05 < found["peak GB"] < 8
-    with pytest.raises(UserError, match=f"ours sft ended with status 2 .*{ROW}"):
+    with pytest.raises(UserError, match=f"ours sft ended with status 2: .*{ROW}"):
         stages.measure("ours", "sft", str(base[0]), talk)     # rows too short
