@@ -6,7 +6,7 @@
     python eval.py --model=out/spam --dataset=sms_spam      # a classifier: accuracy, confusion
 
 Each conversation but its last answer is rendered with the model's template, the model goes on
-greedily, and what it says up to its end token is checked: by data/skills.py where a record has a
+greedily, and what it says up to its end token is checked: by tasks/skills.py where a record has a
 task, or else for being the same text. A model without a template never saw a turn: it is asked in
 plain text, and its first line is the answer.
 
@@ -32,9 +32,10 @@ import checkpoint
 import kernels
 from text.chat import refuse_unread
 from config import UserError, run
-from data import chats, skills
+from data import chats
 from inference import classify
 from inference.generate import Sampling, encode, generate
+from tasks import skills
 from training.log import clock
 
 

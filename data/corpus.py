@@ -10,7 +10,6 @@ the hash of the text that opens a document: copies of one are never on both side
 """
 from __future__ import annotations
 
-import hashlib
 import math
 import multiprocessing
 import os
@@ -31,6 +30,7 @@ import tokenizer as tokenizers  # noqa: E402  (ours; found only once the root is
 from config import UserError, refuse_to_run  # noqa: E402
 from data import loader  # noqa: E402
 from data.download import Progress, note  # noqa: E402
+from data.shards import draw_uniform  # noqa: E402
 
 # characters of text for each entry of a vocabulary: each is then seen some 16 times on average
 EVIDENCE = 64
@@ -103,17 +103,12 @@ class Corpus:
                         return
         show(self.reader.consumed, last=True)
 
-    def mark(self, text: str) -> float:
-        """A number in [0, 1) drawn by the seed and the text that opens a document."""
-        digest = hashlib.blake2b(f"{self.cfg.seed}\n{text}".encode(), digest_size=6).digest()
-        return int.from_bytes(digest, "big") / 2**48
-
     def side(self, text: str) -> str:
         """The split of a document: by content, so that its copies are never on both sides.
 
         The highest mark always trains and the lowest validates, so that neither side is empty.
         """
-        mark = self.mark(text)
+        mark = draw_uniform(self.cfg.seed, text)
         low = mark == self.low or mark < self.cfg.val_fraction
         return "val" if low and mark != self.high and self.cut is None else "train"
 
@@ -124,7 +119,9 @@ class Corpus:
             self.chars += len(text)
             self.documents += opens
             if opens:
-                low, high = min(low, self.mark(text)), max(high, self.mark(text))
+                number = draw_uniform(self.cfg.seed, text)
+                low = min(low, number)
+                high = max(high, number)
         if not self.chars:
             raise UserError(f"there is no text in {' '.join(self.cfg.source)}")
         if self.reader.bad:

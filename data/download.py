@@ -26,6 +26,7 @@ from config import UserError, refuse_to_run  # noqa: E402  (only now the root is
 from data import shards  # noqa: E402
 from formats import atomic  # noqa: E402
 
+HUB = "https://huggingface.co/datasets"
 PATIENCE = (1, 2, 4)                    # seconds to wait after each failure but the last
 NAME_LENGTH = 80                        # of a file in the cache, without its hash and .part
 

@@ -17,14 +17,9 @@ key `text`), .csv (the column `text`), any other file as one document of UTF-8 t
 """
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
 import os
-import re
 import sys
-import sysconfig
-from collections import Counter
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,12 +28,15 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-import tokenizer as tokenizers  # noqa: E402  (ours; found only once the root is on the path)
-from config import Idle, UserError, refuse_idle, run  # noqa: E402
-from data import loader, shards  # noqa: E402
+from config import Idle, UserError, refuse_idle, run  # noqa: E402  (now the root is on it)
+from data import loader, public, skills  # noqa: E402
 from data.corpus import RECORDS, Corpus, convert_bins, encode_corpus  # noqa: E402
-from data.download import Progress, download, note  # noqa: E402
-from formats.atomic import build_directory as building  # noqa: E402
+from data.download import HUB, download, note  # noqa: E402
+from data.shards import Shards, hash_file  # noqa: E402
+from data.sources import (check_address, expand, fingerprint, list_stdlib,  # noqa: E402
+                          name_dataset)
+from formats.atomic import build_directory  # noqa: E402
+from tokenizer import EOT, Tokenizer, load  # noqa: E402
 
 
 def is_fetched(cfg: Any, inputs: list[tuple[str, str]]) -> bool:
@@ -106,7 +104,6 @@ class Named:
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                "input.txt#sha256=86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-HUB = "https://huggingface.co/datasets"
 STORIES = HUB + "/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{}.txt"
 FINEWEB = HUB + "/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06d}.bin"
 FINEWEB_SHARDS = 103                    # of 100 million tokens each, the last is shorter
@@ -119,115 +116,46 @@ NAMES = {
     "shakespeare_char": Named((SHAKESPEARE,), tokenizer="char", val_fraction=0.1),
     "shakespeare": Named((SHAKESPEARE,), tokenizer="gpt2", val_fraction=0.1),
     "tinystories": Named((STORIES.format("train"),), (STORIES.format("valid"),), "bpe",
-                         tokenizers.EOT),
+                         EOT),
     "gutenberg": Named(tuple(GUTENBERG.format(book) for book in BOOKS)),
     "fineweb": Named(tuple(FINEWEB.format("train", i + 1) for i in range(FINEWEB_SHARDS)),
                      (FINEWEB.format("val", 0),), tokenizer="gpt2"),
 }
-TEXT = (".txt", ".md", ".py") + RECORDS     # what is picked up from a folder
-
-
-# --- which files -------------------------------------------------------------------------------
-def walk(folder: str, skip: tuple[str, ...] = (), suffixes: tuple[str, ...] = TEXT) -> list[str]:
-    """The text files below a folder, sorted; no hidden folders, no links to folders."""
-    found = []
-    for here, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f not in skip and not f.startswith("."))
-        found += [os.path.join(here, f) for f in sorted(files) if loader.kind_of(f) in suffixes]
-    return [path for path in found if os.path.isfile(path)]     # no pipe, no dangling link
-
-
-def check_address(url: str) -> None:
-    """UserError for a URL that names no host, or a port that is no number."""
-    try:
-        if urlsplit(url).hostname and (urlsplit(url).port or 0) >= 0:
-            return
-        problem = "it names no host"
-    except ValueError as e:
-        problem = str(e)
-    raise UserError(f"{url} is not an address that can be fetched ({problem})")
-
-
-def name_skipped(folder: str, taken: list[str]) -> None:
-    """Say what of a folder is not read: so many files, and of which kinds."""
-    skipped = Counter(os.path.splitext(f)[1].lower() or f for here, _, files in os.walk(folder)
-                      for f in files)
-    skipped -= Counter(os.path.splitext(f)[1].lower() for f in taken)
-    if total := sum(skipped.values()):
-        kinds = ", ".join(kind[:20] for kind, _ in skipped.most_common(5))
-        note(f"{folder}: {len(taken):,} files are read, {total:,} are not ({kinds}; hidden ones "
-             "and links to folders neither); name others by a glob, as in '**/*.rst'")
-
-
-def expand(word: str) -> list[str]:
-    """A file, folder, glob or URL of the command line -> files (or the URL), sorted."""
-    if word.startswith(("http://", "https://")):
-        check_address(word)
-        return [word]
-    path = os.path.expanduser(word)
-    if os.path.isfile(path):
-        return [path]
-    if os.path.isdir(path):
-        if found := walk(path):
-            name_skipped(path, found)
-            return found
-        raise UserError(f"{word} holds no text: of a folder, {' '.join(TEXT)} and .gz of these are "
-                        "read; name other files by a glob, as in '**/*.rst'")
-    if found := sorted(p for p in glob.glob(path, recursive=True) if os.path.isfile(p)):
-        return found
-    raise UserError(f"{word!r} is no file, folder or dataset here; the datasets with a name are "
-                    f"{', '.join(NAMES)}")
 
 
 def resolve(cfg: Config, named: Named | None, out: Path) -> list[tuple[str, str]]:
-    """(path or URL, its split) of all there is to read; split "" means by document."""
+    """Return (path or URL, its split) of all inputs; split "" means by document."""
     if named is None:
-        found = [path for word in cfg.source for path in expand(word)]
+        paths = [path for word in cfg.source for path in expand(word, NAMES)]
         inside = f"{out.resolve()}{os.sep}"     # a folder around the output must not read it back
-        return [(p, "") for p in found if not os.path.realpath(p).startswith(inside)]
+        return [(p, "") for p in paths if not os.path.realpath(p).startswith(inside)]
     if cfg.source == ["stdlib"]:
-        folder = sysconfig.get_paths()["stdlib"]
-        # its tests are as large as the rest, and hold files that are broken on purpose
-        skip = ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__")
-        if found := walk(folder, skip, suffixes=(".py",)):
-            return [(p, "") for p in found]
-        raise UserError(f"{folder} holds no .py files: this Python came without its source; pass "
-                        "a folder of your own")
+        return [(path, "") for path in list_stdlib()]
     if named.train == (SHAKESPEARE,) and (cfg.file or (out / "input.txt").is_file()):
         return [(expand(cfg.file or str(out / "input.txt"))[0], "")]    # nanoGPT's place for it
     train = named.train[:cfg.shards] if cfg.source == ["fineweb"] else named.train
-    found = [(u, "train" if named.val else "") for u in train] + [(u, "val") for u in named.val]
+    urls = [(u, "train" if named.val else "") for u in train] + [(u, "val") for u in named.val]
     if cfg.mirror:
-        found = [(f"{cfg.mirror.rstrip('/')}/{u.rsplit('/', 1)[1]}", split) for u, split in found]
-    return found
-
-
-def dataset_name(word: str) -> str:
-    """What the output is called: corpus for a/corpus.jsonl.gz, corpus/ and corpus/*.txt."""
-    path = re.sub(r"[^/\\]*[*?\[].*", "", urlsplit(word).path if "://" in word else word)
-    return os.path.basename(os.path.abspath(path)).split(".")[0] or "text"
+        urls = [(f"{cfg.mirror.rstrip('/')}/{u.rsplit('/', 1)[1]}", split) for u, split in urls]
+    return urls
 
 
 # --- a dataset, whole or not at all ------------------------------------------------------------
-def fingerprint(paths: list[str]) -> str:
-    """Changes when an input does: names, sizes and times of files; URLs are taken as they are."""
-    stats = [(path, None if "://" in path else os.stat(path)) for path in paths]
-    seen = [(path, stat and (stat.st_size, stat.st_mtime_ns)) for path, stat in stats]
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
-def finished(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` already holds exactly what is asked for, with all its shards."""
+def is_complete(out: Path, settings: dict[str, Any]) -> bool:
+    """Return whether `out` already holds this dataset, with all its shards."""
     try:
         dataset = loader.Dataset(out)
-        whole = all(len(dataset.tokens(split)) for split in dataset.shards)
-        return whole and dataset.meta["settings"] == settings and (out / "tokenizer.json").exists()
+        shards_match = all(len(dataset.tokens(split)) for split in dataset.shards)
+        same = dataset.meta["settings"] == settings
+        return shards_match and same and (out / "tokenizer.json").exists()
     except (UserError, KeyError):
         return False
 
 
-def report(out: Path) -> None:
-    """What there is now and what to do next, on stdout."""
+def print_report(out: Path) -> None:
+    """Print what was written and the command that comes next."""
     meta = loader.Dataset(out).meta
     print(f"{out}: {meta['vocab_size']:,} tokens in the vocabulary ({meta['tokenizer']})")
     print("split     documents          tokens           bytes  bytes/token")
@@ -238,8 +166,8 @@ def report(out: Path) -> None:
     print(f"next: python train.py --dataset={out.name if home else out}")
 
 
-def check(cfg: Config, named: Named | None) -> None:
-    """Everything that can be said against the settings before any work."""
+def check_settings(cfg: Config, named: Named | None) -> None:
+    """Raise UserError for settings that no dataset can have, before any work."""
     if not named and (alone := [word for word in cfg.source if word in NAMES]):
         raise UserError(f"{alone[0]} is a dataset of its own: prepare it alone")
     if len(cfg.source) > 1 and not cfg.out:
@@ -254,22 +182,83 @@ def check(cfg: Config, named: Named | None) -> None:
         raise UserError(f"shards is {cfg.shards}; fineweb has 1 to {FINEWEB_SHARDS} of them")
 
 
+def fill_defaults(cfg: Config, named: Named | None) -> Config:
+    """Return the settings with what was not given as this dataset has it."""
+    usual = named or Named()
+    share = usual.val_fraction if cfg.val_fraction is None else cfg.val_fraction
+    return replace(cfg, tokenizer=cfg.tokenizer or usual.tokenizer, val_fraction=share,
+                   separator=cfg.separator or usual.separator)
+
+
+def list_settings(cfg: Config, inputs: list[tuple[str, str]], given: frozenset) -> dict[str, Any]:
+    """Return all that shapes the result: settings, inputs, and a tokenizer that may change."""
+    free = ("out", "file", "workers", "force", "cache", "mirror")
+    settings = {key: value for key, value in vars(cfg).items() if key not in free}
+    tokenizer_files = [cfg.tokenizer] if os.path.exists(cfg.tokenizer) else []
+    settings["inputs"] = fingerprint([path for path, _ in inputs] + tokenizer_files)
+    if "vocab_size" in given and cfg.vocab_size == Config.vocab_size:
+        settings["adapt"] = False           # the default size, but given: not adapted to the text
+    return settings
+
+
+def load_tokenizer(cfg: Config) -> Tokenizer | None:
+    """Return the tokenizer that the settings name; None where one is trained on the corpus."""
+    if cfg.tokenizer in ("bpe", "char") and cfg.source != ["fineweb"]:
+        return None
+    try:
+        return load(cfg.tokenizer)
+    except UserError as e:
+        raise UserError(f"{e}; here, --tokenizer=DIR uses one and --tokenizer=bpe trains one")
+
+
+def count_cores() -> int:
+    """Return the cores that this process may use: in a container, fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):                    # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def write_dataset(cfg: Config, folder: Path, inputs: list[tuple[str, str]], named: Named | None,
+                  adapt: bool) -> dict[str, Any]:
+    """Fetch, tokenize and write the shards into `folder`; return meta.json but its settings."""
+    tok = load_tokenizer(cfg)               # before an hour of downloads, since it may fail
+    cache = Path(cfg.cache or ROOT / "data" / ".cache").expanduser()
+    files = [(download(p, cache) if "://" in p else Path(p), split) for p, split in inputs]
+    if named and named.train == (SHAKESPEARE,) and hash_file(files[0][0]) != SHAKESPEARE[-64:]:
+        note(f"{files[0][0]} is not the Tiny Shakespeare of 1,115,394 characters")
+    corpus = Corpus(files, cfg)
+    is_tokens = cfg.source == ["fineweb"]   # no text: shards of ids
+    if not is_tokens:
+        corpus.scan()
+    tok = tok or corpus.train_tokenizer(adapt=adapt)
+    if tok.eot is None and corpus.documents > 1:
+        note("this tokenizer has no end-of-text id: documents follow each other unmarked")
+    tok.save(folder)
+    writers = {split: Shards(folder, split, tok.vocab_size, cfg.shard_tokens)
+               for split in ("train", "val")}
+    if is_tokens:
+        convert_bins(files, tok, writers)
+    else:
+        try:
+            encode_corpus(corpus, folder, writers, cfg.workers or count_cores())
+        except BrokenExecutor:
+            raise UserError("an encoding process died (no memory?): try --workers=1") from None
+    return {"vocab_size": tok.vocab_size, "eot": tok.eot, "dtype": writers["train"].dtype.name,
+            "splits": {split: writer.close() for split, writer in writers.items()}}
+
+
 def main(cfg: Config) -> None:
     if " ".join(cfg.source) in CHATS:           # conversations, not tokens
-        from data import public, skills         # not above: they build on this file
-        made = public if cfg.source[0] in public.SETS else skills
-        return made.main(made.inherit(cfg))
+        script = public if cfg.source[0] in public.SETS else skills
+        return script.main(script.inherit(cfg))
     given = getattr(cfg, "given", frozenset())
     cfg = replace(cfg, source=cfg.source or Config().source)
     named = NAMES.get(" ".join(cfg.source))
-    usual = named or Named()            # what was not asked for is as usual for this dataset
-    share = usual.val_fraction if cfg.val_fraction is None else cfg.val_fraction
-    cfg = replace(cfg, tokenizer=cfg.tokenizer or usual.tokenizer, val_fraction=share,
-                  separator=cfg.separator or usual.separator)
-    check(cfg, named)
+    cfg = fill_defaults(cfg, named)
+    check_settings(cfg, named)
     if "://" in cfg.source[0]:
         check_address(cfg.source[0])
-    name = cfg.source[0] if named else dataset_name(cfg.source[0])
+    name = cfg.source[0] if named else name_dataset(cfg.source[0])
     out = Path(cfg.out or ROOT / "data" / name).expanduser()
     inputs = resolve(cfg, named, out)
     if not inputs:
@@ -277,54 +266,16 @@ def main(cfg: Config) -> None:
     asked = replace(cfg)
     asked.given = given             # no field: it is no setting of the dataset
     refuse_idle(asked, inputs)
-    # All that shapes the result: settings, inputs, and a tokenizer that may have been retrained.
-    free = ("out", "file", "workers", "force", "cache", "mirror")
-    settings = {key: value for key, value in vars(cfg).items() if key not in free}
-    own = [cfg.tokenizer] if os.path.exists(cfg.tokenizer) else []
-    settings["inputs"] = fingerprint([path for path, _ in inputs] + own)
-    if "vocab_size" in given and cfg.vocab_size == Config.vocab_size:
-        settings["adapt"] = False           # of the default that was asked for by its number
-
-    def complete() -> bool:
-        return not cfg.force and finished(out, settings)
-
-    with building(out, complete) as folder:
+    settings = list_settings(cfg, inputs, given)
+    with build_directory(out, lambda: not cfg.force and is_complete(out, settings)) as folder:
         if folder is None:
             note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
-            return report(out)
-        trained, bins = cfg.tokenizer in ("bpe", "char"), cfg.source == ["fineweb"]
-        try:        # before an hour of downloads, since it may fail
-            tok = None if trained and not bins else tokenizers.load(cfg.tokenizer)
-        except UserError as e:
-            raise UserError(f"{e}; here, --tokenizer=DIR uses one and --tokenizer=bpe trains one")
-        cache = Path(cfg.cache or ROOT / "data" / ".cache").expanduser()
-        files = [(download(p, cache) if "://" in p else Path(p), split) for p, split in inputs]
-        if usual.train == (SHAKESPEARE,) and shards.hash_file(files[0][0]) != SHAKESPEARE[-64:]:
-            note(f"{files[0][0]} is not the Tiny Shakespeare of 1,115,394 characters")
-        corpus = Corpus(files, cfg)
-        if not bins:
-            corpus.scan()
-        tok = tok or corpus.train_tokenizer(adapt="vocab_size" not in given)
-        if tok.eot is None and corpus.documents > 1:
-            note("this tokenizer has no end-of-text id: documents follow each other unmarked")
-        tok.save(folder)
-        writers = {split: shards.Shards(folder, split, tok.vocab_size, cfg.shard_tokens)
-                   for split in ("train", "val")}
-        if bins:                        # these are tokens already
-            convert_bins(files, tok, writers)
-        else:
-            # Linux knows which cores are ours: in a container, fewer than the machine's
-            cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-            try:
-                encode_corpus(corpus, folder, writers, cfg.workers or len(cores))
-            except BrokenExecutor:
-                raise UserError("an encoding process died (no memory?): try --workers=1") from None
+            return print_report(out)
+        written = write_dataset(cfg, folder, inputs, named, adapt="vocab_size" not in given)
         meta = {"version": loader.VERSION, "dataset": out.name, "source": " ".join(cfg.source),
-                "settings": settings, "tokenizer": cfg.tokenizer, "vocab_size": tok.vocab_size,
-                "eot": tok.eot, "dtype": writers["train"].dtype.name,
-                "splits": {split: writer.close() for split, writer in writers.items()}}
+                "settings": settings, "tokenizer": cfg.tokenizer, **written}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    report(out)
+    print_report(out)
 
 
 if __name__ == "__main__":

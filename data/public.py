@@ -29,15 +29,19 @@ import zlib
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterable, Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
 from config import UserError, refuse_to_run  # noqa: E402  (found once the root is on the path)
-from data import chats, loader, prepare, shards, skills  # noqa: E402
+from data import chats, loader  # noqa: E402
+from data.chat_files import is_complete, print_report  # noqa: E402
+from data.download import HUB, Progress, download, note  # noqa: E402
 from data.layouts import ADAPTERS  # noqa: E402
+from data.shards import draw_uniform, hash_file  # noqa: E402
+from formats.atomic import build_directory  # noqa: E402
+from tasks.skills import SPLITS  # noqa: E402
 
 VERSION = 2                             # of what is written: a change builds it again
 LIMIT = 2 << 30                         # bytes that an archive may hold: IMDb's are 0.5 GB
@@ -130,7 +134,7 @@ class Public:
 
 
 # A version each, whose hash is known: what is prepared is the same everywhere.
-MINIMIND = (f"{prepare.HUB}/jingyaogong/minimind_dataset/resolve/"
+MINIMIND = (f"{HUB}/jingyaogong/minimind_dataset/resolve/"
             "312afb4f76391145c6902f765bb51691c09a12f5/{}.jsonl#sha256={}")
 SETS = {
     "alpaca": Public("https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/"
@@ -153,10 +157,6 @@ SHARES = (7, 1, 2)                      # tenths of a labelled set: train, val, 
 
 
 # --- records -> splits -------------------------------------------------------------------------
-def mark(seed: int | str, text: str) -> float:
-    """A number in [0, 1) drawn by the seed and a text; the same on every machine."""
-    digest = blake2b(f"{seed}\n{text}".encode("utf-8", "replace"), digest_size=6).digest()
-    return int.from_bytes(digest, "big") / 2**48
 
 
 def trainable(found: Found, kind: str, reader: loader.Reader) -> Iterator[tuple[str, dict]]:
@@ -189,7 +189,7 @@ def by_question(rows: Iterable[tuple[str, dict]], share: float, seed: int
                 ) -> Iterator[tuple[str, dict]]:
     """(split, record), as they come: of a set that need not fit in memory."""
     for asked, record in rows:
-        yield "val" if mark(seed, asked) < share else "train", record
+        yield "val" if draw_uniform(seed, asked) < share else "train", record
 
 
 def by_label(rows: Iterable[tuple[str, dict]], seed: int) -> Iterator[tuple[str, dict]]:
@@ -202,11 +202,13 @@ def by_label(rows: Iterable[tuple[str, dict]], seed: int) -> Iterator[tuple[str,
     size = min(map(len, groups.values()), default=0)
     # the trap: in the order of the marks by which they are chosen, the larger class would come
     # first, all of it in train
-    chosen = [row for group in groups.values()
-              for row in sorted(group, key=lambda row: mark(f"{seed} choice", row[0]))[:size]]
+    chosen = []
+    for group in groups.values():
+        group.sort(key=lambda row: draw_uniform(f"{seed} choice", row[0]))
+        chosen += group[:size]
     # a random order in which copies of a text are neighbours
-    ordered = sorted(chosen, key=lambda row: (mark(seed, row[0]), row[0]))
-    splits, start = list(zip(skills.SPLITS, SHARES)), 0
+    ordered = sorted(chosen, key=lambda row: (draw_uniform(seed, row[0]), row[0]))
+    splits, start = list(zip(SPLITS, SHARES)), 0
     for i, (split, share) in enumerate(splits):
         end = start + len(ordered) * share // sum(SHARES) if i < len(splits) - 1 else len(ordered)
         while 0 < end < len(ordered) and ordered[end][0] == ordered[end - 1][0]:
@@ -234,12 +236,12 @@ def write(folder: Path, names: Iterable[str], rows: Iterable[tuple[str, dict]], 
             raise UserError(f"there is nothing for {name}: {sum(counts.values())} records are too "
                             "few, is this the whole file?")
         about[prefix + name] = {"file": path.name, "records": count,
-                                "bytes": path.stat().st_size, "sha256": shards.hash_file(path)}
+                                "bytes": path.stat().st_size, "sha256": hash_file(path)}
     return about
 
 
 # --- the way it goes ---------------------------------------------------------------------------
-def inherit(cfg: prepare.Config) -> prepare.Config:
+def inherit(cfg: Any) -> Any:
     """prepare.py's settings as they are; one that means nothing here is a mistake, not ignored."""
     ours = {"source", "out", "seed", "force", "file", "cache", "mirror", "skip_bad"}
     ours |= {"val_fraction"} if SETS[cfg.source[0]].kind != "labels" else set()
@@ -251,41 +253,41 @@ def inherit(cfg: prepare.Config) -> prepare.Config:
     return cfg
 
 
-def get(cfg: prepare.Config, public: Public, found: str) -> Path:
+def get(cfg: Any, public: Public, found: str) -> Path:
     """The file to read: a copy that the user has, whose hash is `found`, or the download."""
     url, _, want = public.url.partition("#sha256=")
     if cfg.file:
         if not Path(cfg.file).is_file():
             raise UserError(f"--file={cfg.file} is no file: fetch {url} elsewhere, and copy it")
         if want and found != want:
-            prepare.note(f"{cfg.file} is not, byte for byte, what lies at {url}")
+            note(f"{cfg.file} is not, byte for byte, what lies at {url}")
         return Path(cfg.file)
     url = public.url
     if cfg.mirror:
         url = f"{cfg.mirror.rstrip('/')}/{url.rsplit('/', 1)[1]}"
     try:
-        return prepare.download(url, Path(cfg.cache or ROOT / "data" / ".cache").expanduser())
+        return download(url, Path(cfg.cache or ROOT / "data" / ".cache").expanduser())
     except UserError as e:
         raise UserError(f"{e}; `python data/prepare.py skills` makes chats that need none") from e
 
 
-def main(cfg: prepare.Config) -> None:
+def main(cfg: Any) -> None:
     name = cfg.source[0]
     public, out = SETS[name], Path(cfg.out or ROOT / "data" / name).expanduser()
     share = public.val_fraction if cfg.val_fraction is None else cfg.val_fraction
     # what is read, by its hash: the same whether it was fetched or copied
     source = public.url.partition("#sha256=")[2] or public.url
     if cfg.file and Path(cfg.file).is_file():
-        source = shards.hash_file(Path(cfg.file))
+        source = hash_file(Path(cfg.file))
     settings = {"version": VERSION, "seed": cfg.seed, "skip_bad": cfg.skip_bad,
                 "val_fraction": share, "input": source}
     labels, prefix = public.kind == "labels", chats.PREFIX.get(public.kind, "")
-    with prepare.building(out, lambda: not cfg.force and skills.finished(out, settings)) as folder:
+    with build_directory(out, lambda: not cfg.force and is_complete(out, settings)) as folder:
         if folder is None:
-            prepare.note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
-            return skills.report(out, public.script)
+            note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
+            return print_report(out, public.script)
         path, reader = get(cfg, public, source), loader.Reader(cfg.skip_bad)
-        show = prepare.Progress(f"reading {path.name}", path.stat().st_size)
+        show = Progress(f"reading {path.name}", path.stat().st_size)
 
         def shown(found: Found) -> Found:
             for row in found:
@@ -295,7 +297,7 @@ def main(cfg: prepare.Config) -> None:
         try:
             rows = trainable(shown(public.read(path, reader)), public.kind, reader)
             rows = by_label(rows, cfg.seed) if labels else by_question(rows, share, cfg.seed)
-            files = write(folder, skills.SPLITS if labels else skills.SPLITS[:2], rows, prefix)
+            files = write(folder, SPLITS if labels else SPLITS[:2], rows, prefix)
         # all that a file which is something else, or cut off, makes the readers of archives say
         except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError,
                 KeyError, ValueError, NotImplementedError, RuntimeError) as e:
@@ -305,12 +307,12 @@ def main(cfg: prepare.Config) -> None:
         for count, what in ((reader.left_out, "without an answer, or with two equal ones, were "
                              "left out"), (reader.bad, "were bad, and dropped")):
             if count:
-                prepare.note(f"{count:,} records {what}")
+                note(f"{count:,} records {what}")
         meta = {"version": VERSION, "kind": "labels" if labels else "chat", "dataset": out.name,
                 "source": name, "script": public.script, "settings": settings,
                 "left_out": reader.left_out, "bad": reader.bad, "files": files}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    skills.report(out, public.script)
+    print_report(out, public.script)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,14 @@ from config import UserError, refuse_to_run  # noqa: E402  (only now the root is
 BLOCK = 1 << 20                         # bytes that are hashed at once
 
 
+def draw_uniform(seed: int | str, text: str) -> float:
+    """Return a number in [0, 1) drawn by a seed and a text; the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}\n{text}".encode("utf-8", "replace"), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2 ** 48
+
+
 def hash_file(path: Path) -> str:
-    """The SHA-256 of a file in hexadecimal, as `sha256sum` prints it."""
+    """Return the SHA-256 of a file in hexadecimal, as `sha256sum` prints it."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while block := f.read(BLOCK):

@@ -3,47 +3,32 @@
     python data/prepare.py skills               # and: python data/prepare.py stdlib_chat
     python data/skills.py skills --level=2 --train=50000 --out=data/harder
 
-No GPU is used, and one core; expect two seconds for skills, ten for stdlib_chat.
-
-`skills` is a corpus of short tasks whose answers a program can check: sums, counting, reversing,
-sorting, comparing, spelling, tables, what cannot be answered, and a second question about any of
-these. A model of a few million parameters learns it in minutes on a CPU, so that every stage after
-pretraining has a number to show. Digits and letters are written apart ("3 4", "t a l p"), since BPE
-glues "34" and "talp" into tokens whose parts the model never sees; level 1 adds and takes away one
-digit and compares numbers whose first digit tells; below level 3 nothing carries.
-
-A split is drawn by a hash of what a task is about (the numbers, the word, the table), never of its
-wording: "3 4 + 2 5?" in train rules out "Add 2 5 and 3 4." in test. Written are conversations,
-{train,val,test}.jsonl; preferences (a right answer against a near miss, another format or a
-rambling one), pref_{train,val}.jsonl; prompts with the answer's key, rl_{train,val}.jsonl.
-
-`stdlib_chat` asks what a module, class or function of Python's standard library does, and for its
-signature, split by module. Files are parsed, none is imported; another Python gives other pairs.
+No GPU is used, and one core; two seconds for skills, ten for stdlib_chat. Written are
+conversations, {train,val,test}.jsonl, and of skills also preferences (a correct answer against a
+near miss, another format or a rambling one), pref_{train,val}.jsonl, and prompts with the expected
+answer, rl_{train,val}.jsonl. tasks/skills.py and data/stdlib_chat.py say what is in them.
 """
 from __future__ import annotations
 
-import ast
 import json
-import random
-import re
 import sys
 import sysconfig
-import tokenize
-import warnings
 from dataclasses import dataclass
-from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError, run  # noqa: E402  (ours; found only once the root is on the path)
-from data import prepare, shards  # noqa: E402
+from config import UserError, run  # noqa: E402  (found only once the root is on the path)
+from data.chat_files import is_complete, print_report, write_records  # noqa: E402
+from data.download import note  # noqa: E402
+from data.sources import fingerprint, list_stdlib  # noqa: E402
+from data.stdlib_chat import build_stdlib_chat  # noqa: E402
+from formats.atomic import build_directory  # noqa: E402
+from tasks.skills import SPLITS, TASKS, generate  # noqa: E402
 
 VERSION = 2                             # of what is generated: a change builds it again
-CHATS, SPLITS = ("skills", "stdlib_chat"), ("train", "val", "test")  # corpora; files of each
-REFUSAL = "That cannot be answered."        # one sentence, so that it can be checked
+CHATS = ("skills", "stdlib_chat")
 
 
 @dataclass
@@ -61,506 +46,8 @@ class Config:
     rl: int = 4_000                     # RL prompts to train on; a tenth more to validate
 
 
-# --- the material ------------------------------------------------------------------------------
-# Words common in source code: one token each for a tokenizer trained on it, first or within a line.
-WORDS = ("list name file line value class index table code data path test type byte hash item user "
-         "word text time date node tree root host port lock task step page view menu font edit "
-         "save open read send call loop flag mask key map").split()
-KEYS = "main user root base last next self left open read port node".split()    # of a table
-ENTRIES = "true none float dict list max min sum set str int bool".split()
-ORDINALS = "first second third fourth fifth sixth seventh".split()
-CONSONANTS, VOWELS = "bdfgklmnprst", "aeiou"
-
-# Every way to ask, by task. The words in braces are what the task is about.
-LEADS = ("{}", "{}", "Please answer: {}", "A question: {}", "{} Answer briefly.")
-ASK = {
-    "add": ("What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "Compute {a} + {b}.",
-            "What is the sum of {a} and {b}?", "How much is {a} and {b} together?"),
-    "subtract": ("What is {a} minus {b}?", "Take {b} away from {a}.", "{a} - {b} = ?",
-                 "Compute {a} - {b}.", "Subtract {b} from {a}.",
-                 "What is left of {a} without {b}?"),
-    "count": ("How many times does {x} occur in {word}?", "Count the letter {x} in {word}.",
-              "How often is there {x} in {word}?", "In {word}, how many letters are {x}?",
-              "What is the number of {x} in {word}?"),
-    "reverse": ("Reverse {word}.", "Write {word} backwards.", "What is {word} from back to front?",
-                "Turn {word} around.", "Spell {word} in the opposite order."),
-    "sort_letters": ("Sort the letters {word}.", "Put {word} in alphabetical order.",
-                     "Order these letters: {word}.", "What is {word} from a to z?",
-                     "Arrange {word} by the alphabet."),
-    "sort": ("Sort these words: {words}.", "Put {words} in alphabetical order.",
-             "Order the words {words}.", "What is the order of {words} in a dictionary?",
-             "Arrange by the alphabet: {words}."),
-    "compare": ("Which is {more}, {a} or {b}?", "Of {a} and {b}, which is {more}?",
-                "Name the {more} number: {a}, {b}.", "Take {a} and {b}. Which one is {more}?",
-                "{a} or {b}: which is {more}?"),
-    "spell": ("Spell the {nth} word: {words}.", "Of the words {words}, spell the {nth}.",
-              "Here are some words: {words}. Spell the {nth}.",
-              "What are the letters of the {nth} word in {words}?",
-              "Take {words}. How is the {nth} one spelled?"),
-    "position": ("What is the {nth} letter of {word}?", "Name the {nth} letter in {word}.",
-                 "In {word}, which letter is {nth}?", "Which letter comes {nth} in {word}?",
-                 "Give me letter {n} of {word}."),
-    "lookup": ("{table}. What is the row of {name}?", "Table: {table}. Look up {name}.",
-               "Given {table}, what is there of {name}?", "{table}. And {name}?",
-               "Read this: {table}. Which row has {name}?"),
-    "impossible": (),                   # asks what another task asks, or one of these
-    "follow_up": (),                    # asks what another task asks, and goes on
-}
-TASKS = tuple(ASK)
-LENGTH = ("How many letters has {word}?", "Count the letters of {word}.", "How long is {word}?",
-          "In {word}, how many letters are there?", "What is the number of letters in {word}?")
-DIVIDE = ("What is {a} divided by 0?", "Divide {a} by 0.", "Compute {a} / 0.", "{a} / 0 = ?")
-STRANGE = ("Which is {more}, {a} or {word}?", "Of {word} and {a}, which is {more}?",
-           "Name the {more} number: {a}, {word}.", "{word} or {a}: which is {more}?")
-RAMBLE = ("Let me think about it step by step. It is interesting. I would say {}; hope this helps!",
-          "Sure! I am happy to help. The result is {}. Is there anything else you want to know?",
-          "{} is what I get first, but let me check it again. Yes, I believe that it is {}.",
-          "{0} {0} {0} {0} {0} {0}")
-FORMAT = ("The answer is {}.", "Answer: {}", '"{}"', "[{}]", "= {}", "**{}**", "{}!", "<{}>")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question, its one answer, and answers that look right and are wrong."""
-    ask: str
-    answer: str
-    wrong: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a task is about: `key` decides its split; `more` are questions that may follow."""
-    task: str
-    key: str
-    turn: Turn
-    more: tuple[Turn, ...] = ()
-
-
-def apart(text: Any) -> str:
-    """The characters of a word or number with spaces between them.
-
-    >>> apart("talp"), apart(34)
-    ('t a l p', '3 4')
-    """
-    return " ".join(str(text))
-
-
-def word_of(rng: random.Random, level: int) -> str:
-    """A made-up word that can be said aloud, of 3 to 2 + level letters: "tal", "ika", "bano"."""
-    first = rng.random() < 0.7          # opens with a consonant
-    return "".join(rng.choice(CONSONANTS if (i % 2 == 0) == first else VOWELS)
-                   for i in range(rng.randint(3, 2 + level)))
-
-
-def both_ways(word: str) -> str:
-    """The key of a word: reversed, it is the same one, or a test's answer is a train's question."""
-    return "word " + min(word, word[::-1])
-
-
-def near_number(n: int) -> tuple[str, ...]:
-    """Numbers that differ from `n` by a little, or in one digit."""
-    return tuple(apart(x) for x in sorted({n + 1, n + 2, abs(n - 1), n + 10, abs(n - 10)} - {n}))
-
-
-def near_letters(rng: random.Random, text: str) -> tuple[str, ...]:
-    """`text` with two neighbours swapped, a letter missing, or a letter twice."""
-    i = rng.randrange(len(text) - 1)    # of two neighbours, the left one
-    near = {text[:i] + text[i + 1] + text[i] + text[i + 2:], text[:i] + text[i + 1:],
-            text[:i] + text[i] + text[i:]}
-    return tuple(apart(x) for x in sorted(near - {text}))
-
-
-# --- one function a task -----------------------------------------------------------------------
-# Each draws a problem: (rng, level) -> Problem. ask() words it.
-def ask(rng: random.Random, wordings: tuple[str, ...], **about: Any) -> str:
-    """A question about `about`, worded at random."""
-    return rng.choice(LEADS).format(rng.choice(wordings).format(**about))
-
-
-def two(rng: random.Random, level: int) -> tuple[int, int]:
-    """Two numbers, the second of one digit at level 1; below level 3 no column goes beyond 9."""
-    while True:
-        a, b = rng.randrange(10, 100), rng.randrange(*((10, 100) if level > 1 else (1, 10)))
-        if level > 2 or a % 10 + b % 10 < 10 and a // 10 + b // 10 < 10:
-            return a, b
-
-
-def add(rng: random.Random, level: int) -> Problem:
-    a, b = two(rng, level)
-    turn = Turn(ask(rng, ASK["add"], a=apart(a), b=apart(b)), apart(a + b),
-                near_number(a + b))
-    return Problem("add", f"add {min(a, b)} {max(a, b)}", turn)  # b + a is no other task
-
-
-def subtract(rng: random.Random, level: int) -> Problem:
-    a, b = two(rng, level)
-    # (a + b) - b: no column borrows where none of the sum carried
-    turn = Turn(ask(rng, ASK["subtract"], a=apart(a + b), b=apart(b)), apart(a),
-                near_number(a))
-    return Problem("subtract", f"add {min(a, b)} {max(a, b)}", turn)     # nor is its inverse
-
-
-def count(rng: random.Random, level: int) -> Problem:
-    # of two or three letters, so that some are there more than once
-    letters = rng.sample(CONSONANTS + VOWELS, rng.randint(2, 3))
-    word, x = "".join(rng.choices(letters, k=rng.randint(3, 6))), rng.choice(letters)
-    # one letter among others takes a small model long to learn: at level 1 all of them count
-    n = len(word) if level == 1 else word.count(x)
-    asked = ask(rng, LENGTH if level == 1 else ASK["count"], x=x, word=apart(word))
-    near = tuple(str(m) for m in (n - 1, n + 1, n + 2) if m >= 0)
-    return Problem("count", both_ways(word), Turn(asked, str(n), near))
-
-
-def reverse(rng: random.Random, level: int) -> Problem:
-    word = word_of(rng, level)
-    back = word[::-1]
-    turn = Turn(ask(rng, ASK["reverse"], word=apart(word)), apart(back), near_letters(rng, back))
-    again = Turn(rng.choice(("Now turn it around again.", "And back?", "Reverse that once more.")),
-                 apart(word), near_letters(rng, word))
-    return Problem("reverse", both_ways(word), turn, (again,))
-
-
-def sort_letters(rng: random.Random, level: int) -> Problem:
-    letters = "".join(rng.sample(CONSONANTS + VOWELS, rng.randint(3, 2 + level)))
-    order = "".join(sorted(letters))    # also the key: any order of them is one task
-    turn = Turn(ask(rng, ASK["sort_letters"], word=apart(letters)), apart(order),
-                near_letters(rng, order))
-    last = Turn(rng.choice(("Which is the last of them?", "And the last one?")), order[-1],
-                tuple(order[:-1]))
-    return Problem("sort_letters", f"letters {order}", turn, (last,))
-
-
-def sort(rng: random.Random, level: int) -> Problem:
-    words = rng.sample(WORDS, 1 + level)    # none twice, so that one order is right
-    order = sorted(words)                   # code points: the words are lower case
-    swapped = (", ".join([order[1], order[0], *order[2:]]), ", ".join(order[1:]),
-               ", ".join([*order[:-2], order[-1], order[-2]]))
-    turn = Turn(ask(rng, ASK["sort"], words=", ".join(words)), ", ".join(order), swapped)
-    first = Turn(rng.choice(("Which comes first?", "And the first of them?")), order[0],
-                 tuple(order[1:]))
-    return Problem("sort", f"words {' '.join(order)}", turn, (first,))
-
-
-def compare(rng: random.Random, level: int) -> Problem:
-    a, b = rng.sample(range(10, 100), 2)
-    if level == 1 and a // 10 == b // 10:       # there the first digit says which
-        return compare(rng, level)
-    more = rng.choice(("larger", "smaller"))
-    right, other = (max(a, b), min(a, b)) if more == "larger" else (min(a, b), max(a, b))
-    wrong = (apart(other), apart(right + 1), apart(str(right)[::-1]), f"{apart(a)} {apart(b)}")
-    turn = Turn(ask(rng, ASK["compare"], a=apart(a), b=apart(b), more=more), apart(right),
-                tuple(w for w in wrong if w != apart(right)))
-    rest = Turn(rng.choice(("And the other one?", "Which one is left?")), apart(other),
-                (apart(right), apart(other + 1)))
-    return Problem("compare", f"compare {min(a, b)} {max(a, b)}", turn, (rest,))
-
-
-def spell(rng: random.Random, level: int) -> Problem:
-    # Which letters a token has cannot be guessed: all words are in train, in other company.
-    words = rng.sample(WORDS, max(2, level))
-
-    def turn(i: int) -> tuple[str, tuple[str, ...]]:
-        others = [apart(w) for w in words if w != words[i]]
-        return apart(words[i]), (*near_letters(rng, words[i]), *others)
-
-    first, then = rng.sample(range(len(words)), 2)
-    asked = ask(rng, ASK["spell"], words=", ".join(words), nth=ORDINALS[first])
-    more = rng.choice(("And the {}?", "Now the {} one.")).format(ORDINALS[then])
-    return Problem("spell", f"words {' '.join(sorted(words))}", Turn(asked, *turn(first)),
-                   (Turn(more, *turn(then)),))
-
-
-def position(rng: random.Random, level: int) -> Problem:
-    word = word_of(rng, level)
-
-    def turn(n: int, wordings: tuple[str, ...]) -> Turn:
-        asked = rng.choice(wordings).format(nth=ORDINALS[n], n=n + 1, word=apart(word))
-        return Turn(asked, word[n], tuple(sorted({*word, REFUSAL} - {word[n]})))
-
-    first, *rest = rng.sample(range(len(word)), 3)
-    more = tuple(turn(n, ("And the {nth}?", "Now letter {n}.", "What is the {nth}?")) for n in rest)
-    start = turn(first, tuple(rng.choice(LEADS).format(w) for w in ASK["position"]))
-    return Problem("position", both_ways(word), start, more)
-
-
-def table_of(rng: random.Random, level: int) -> tuple[dict[str, str], str]:
-    """(name -> its row of the table as it is written, the key of the table)."""
-    names = rng.sample(KEYS, rng.randint(2, 1 + level))
-    entries = rng.sample(ENTRIES if rng.random() < 0.5 else [*"123456789"], len(names))
-    has = dict(zip(names, entries))
-    mark = rng.choice((" has ", ": ", " = ", " - ")) if level > 1 else " "
-    return ({name: name + mark + entry for name, entry in has.items()},
-            "table " + " ".join(f"{n} {has[n]}" for n in sorted(has)))
-
-
-def lookup(rng: random.Random, level: int) -> Problem:
-    has, key = table_of(rng, level)
-    names = rng.sample(list(has), len(has))
-    missing = rng.choice([n for n in KEYS if n not in has])    # to ask for what is not there
-
-    def turn(asked: str, name: str) -> Turn:
-        right = has.get(name, REFUSAL)
-        # other rows, and theirs under this name
-        wrong = {*has.values(), REFUSAL, *(has[n].replace(n, name) for n in has)} - {right}
-        return Turn(asked, right, tuple(sorted(wrong)))
-
-    asked = ask(rng, ASK["lookup"], table=", ".join(has.values()), name=names[0])
-    then = [names[1], missing] if rng.random() < 0.3 else names[1:]
-    more = tuple(turn(rng.choice(("And {}?", "What about {}?", "Now {}.")).format(name), name)
-                 for name in then)
-    return Problem("lookup", key, turn(asked, names[0]), more)
-
-
-def impossible(rng: random.Random, level: int) -> Problem:
-    """A question without an answer, as like as possible to those that have one."""
-    kind, n = rng.choice(("table", "letter", "divide", "strange")), rng.randrange(10, 100)
-    if kind == "table":                 # a name that is not in it
-        has, key = table_of(rng, level)
-        name, table = rng.choice([n for n in KEYS if n not in has]), ", ".join(has.values())
-        asked, wrong = ask(rng, ASK["lookup"], table=table, name=name), tuple(has.values())
-    elif kind == "letter":              # beyond the end
-        word = word_of(rng, level)
-        at, key = rng.randrange(len(word), len(ORDINALS)), both_ways(word)
-        asked = ask(rng, ASK["position"], word=apart(word), nth=ORDINALS[at], n=at + 1)
-        wrong = (word[-1], word[0], apart(word))
-    elif kind == "divide":
-        asked, key = ask(rng, DIVIDE, a=apart(n)), f"divide {n}"
-        wrong = (apart(n), "0", "1")
-    else:                               # a number against a word
-        word, more = rng.choice(WORDS), rng.choice(("larger", "smaller"))
-        asked = ask(rng, STRANGE, a=apart(n), word=word, more=more)
-        wrong, key = (apart(n), word), f"strange {n} {word}"
-    return Problem("impossible", key, Turn(asked, REFUSAL, wrong))
-
-
-MAKERS: dict[str, Callable[[random.Random, int], Problem]] = {
-    make.__name__: make for make in (add, subtract, count, reverse, sort_letters, sort, compare,
-                                     spell, position, lookup, impossible)}
-
-
-# --- the checker -------------------------------------------------------------------------------
-def check(task: str, answer: str, text: str) -> bool:
-    """Whether `text`, what a model said, is the answer: in value and in form, nothing around it.
-
-    White space around it and one full stop are free; so are hyphens between letters ("t-a-l-p"),
-    "34" for "3 4", and words without their commas.
-
-    >>> check("reverse", "t a l p", "t-a-l-p."), check("reverse", "t a l p", "It is t a l p")
-    (True, False)
-    """
-    if task not in ASK:
-        raise ValueError(f"there is no task {task!r}; there are {', '.join(TASKS)}")
-    # What is many times as long is no answer, and must not cost time either.
-    if not isinstance(text, str) or len(text) > 4 * len(answer) + 16:
-        return False
-    return form(text) == form(answer)
-
-
-def form(text: str) -> list[str]:
-    """An answer as its parts, the same for all that check() takes for the same."""
-    text = text.strip(" \t\r\n").removesuffix(".")
-    if re.fullmatch(r"[0-9](?: ?[0-9])*", text):            # ASCII: int() takes more than that
-        return [text.replace(" ", "")]
-    if re.fullmatch(r"[a-z](?:-[a-z])+", text):
-        return text.split("-")
-    if re.fullmatch(r"[a-z]{2,}(?:,? [a-z]{2,})+", text):
-        return text.replace(",", "").split(" ")
-    return text.split(" ")              # two spaces give an empty part: not the same
-
-
-# --- problems -> records -----------------------------------------------------------------------
-def split_of(seed: int, key: str) -> str:
-    """The split of all that is about `key`: 80% train, 10% val, 10% test, by its hash."""
-    mark = blake2b(f"{seed}\n{key}".encode(), digest_size=6).digest()
-    share = int.from_bytes(mark, "big") / 2**48
-    return "test" if share < 0.1 else "val" if share < 0.2 else "train"
-
-
-def problems(seed: int, split: str, level: int, stream: str = "") -> Iterator[Problem]:
-    """Without end: problems of one split, all tasks in turn, each prompt once.
-
-    `stream` names another order, so that preferences are not the conversations again.
-    """
-    rng, seen = random.Random(f"{seed} {split} {level} {stream}"), set()
-    while True:
-        for task in TASKS:
-            bases = [task] if task in MAKERS else list(MAKERS)
-            for _ in range(20_000):
-                made = MAKERS[rng.choice(bases)](rng, level)
-                # a follow-up is any task that has one, and goes on with it
-                more = made.more[:rng.randint(1, 2)] if task == "follow_up" else ()
-                prompt = "\n".join(t.ask for t in (made.turn, *more))
-                if not more and task == "follow_up":
-                    continue            # sums and what is impossible have no more
-                if split_of(seed, made.key) == split and prompt not in seen:
-                    seen.add(prompt)
-                    yield Problem(task, made.key, made.turn, more)
-                    break
-            else:
-                raise UserError(f"there are no more than {len(seen):,} prompts to {split} at "
-                                f"level {level}: ask for fewer, or for a higher --level")
-
-
-def record(made: Problem, rng: random.Random | None = None) -> dict[str, Any]:
-    """A conversation; with `rng`, a preference pair whose rejected answer is drawn by it."""
-    *before, last = (made.turn, *made.more)     # turns that are history; the one to answer
-    prompt = [{"role": role, "content": text} for t in before
-              for role, text in (("user", t.ask), ("assistant", t.answer))]
-    prompt.append({"role": "user", "content": last.ask})
-    about = {"task": made.task, "answer": last.answer}
-    right = {"role": "assistant", "content": last.answer}
-    if rng is None:
-        return {"messages": [*prompt, right], **about}
-    kind, text = spoiled(rng, last)
-    wrong = {"role": "assistant", "content": text}
-    return {"chosen": [*prompt, right], "rejected": [*prompt, wrong], **about, "kind": kind}
-
-
-def spoiled(rng: random.Random, turn: Turn) -> tuple[str, str]:
-    """(what is wrong with it, an answer that check() refuses)."""
-    kind = rng.choice(("near_miss", "near_miss", "format", "rambling"))
-    if kind == "near_miss":
-        return kind, rng.choice(turn.wrong)     # the most instructive, so twice as often
-    text = turn.answer.removesuffix(".")
-    if kind == "rambling":
-        return kind, rng.choice(RAMBLE).format(text, text)
-    # letters and words lose what separates them; "34" is fine, so numbers never do
-    glued = [text.replace(", ", "").replace(" ", "")] * 4 if re.search(r"\b[a-z] |, ", text) else []
-    return kind, rng.choice(glued + [f.format(text) for f in FORMAT])
-
-
-def generate(seed: int, level: int = 1, train: int = Config.train, val: int = Config.val,
-             test: int = Config.test, pref: int = Config.pref, rl: int = Config.rl
-             ) -> dict[str, list[dict[str, Any]]]:
-    """File name without its end -> its records; the same for the same arguments, anywhere."""
-    def take(n: int, split: str, stream: str = "") -> list[Problem]:
-        return list(islice(problems(seed, split, level, stream), n))
-
-    out = {s: [record(p) for p in take(n, s)] for s, n in zip(SPLITS, (train, val, test))}
-    for split, share in (("train", 1), ("val", 10)):
-        rng = random.Random(f"{seed} {split} spoil")   # its own: pairs do not move problems
-        out[f"pref_{split}"] = [record(p, rng) for p in take(pref // share, split, "pref")]
-        rows = [record(p) for p in take(rl // share, split, "rl")]
-        out[f"rl_{split}"] = [{"prompt": r.pop("messages")[:-1], **r} for r in rows]
-    # In turn, the tasks would come in the same order: a batch should see any.
-    for name, records in out.items():
-        random.Random(f"{seed} {name} order").shuffle(records)
-    return out
-
-
-# --- the standard library, asked about ---------------------------------------------------------
-LONGEST = 400                           # characters of an answer; the rest is not asked
-ABOUT = ("What does {} do?", "Explain {} in a sentence or two.", "What is {} for?",
-         "Describe {}.", "Tell me about {} of the standard library.")
-SIGNATURE = ("Write the signature of {}.", "What is the signature of {}?", "How is {} called?",
-             "Which arguments does {} take?")
-
-
-def first_paragraph(docstring: str | None) -> str:
-    """The opening paragraph on one line; "" where there is none of 15 to LONGEST characters."""
-    text = " ".join((docstring or "").strip().split("\n\n")[0].split())
-    # It may open with the signature, be an example, or hold "\ud800", which no file can.
-    prose = re.match(r"[A-Z][\w' -]*[ ,.]", text) and ">>>" not in text and text.isprintable()
-    return text if prose and 15 <= len(text) <= LONGEST else ""
-
-
-def parse(path: Path) -> ast.Module | None:
-    """The syntax tree of a file; None where it is no valid Python. Nothing is run."""
-    try:
-        with tokenize.open(path) as f, warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # old escapes in old files
-            return ast.parse(f.read())
-    except (SyntaxError, ValueError, OSError, RecursionError, MemoryError):
-        return None
-
-
-def definitions(tree: ast.Module, module: str) -> Iterator[tuple[str, str, str]]:
-    """(dotted name, docstring's first paragraph, signature or "") of what is public."""
-    yield module, first_paragraph(ast.get_docstring(tree)), ""      # a module has no signature
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    # methods, too, but nothing inside a function
-    for node, prefix in [(n, module) for n in tree.body] + [
-            (n, f"{module}.{c.name}") for c in tree.body if isinstance(c, ast.ClassDef)
-            and not c.name.startswith("_") for n in c.body]:
-        if isinstance(node, (*functions, ast.ClassDef)) and not node.name.startswith("_"):
-            text, call = first_paragraph(ast.get_docstring(node)), ""
-            if isinstance(node, functions):
-                call = f"{node.name}({ast.unparse(node.args)})"      # no return type: short
-            yield f"{prefix}.{node.name}", text, call if len(call) <= LONGEST else ""
-
-
-def module_name(path: Path, root: Path) -> str:
-    """json/__init__.py -> json, json/decoder.py -> json.decoder; "" for what is private."""
-    parts = list(path.relative_to(root).with_suffix("").parts)      # ("json", "decoder")
-    parts = parts[:-1] if parts[-1] == "__init__" else parts
-    fine = parts and all(p.isidentifier() and not p.startswith("_") for p in parts)
-    return ".".join(parts) if fine else ""
-
-
-def stdlib_chat(seed: int, paths: list[Path], root: Path) -> dict[str, list[dict[str, Any]]]:
-    """Split -> conversations about the modules in `paths`; a package is in one split as a whole.
-
-    An answer that train gives is not asked for again in val and test: docstrings are copied, and
-    asyncio's futures say the same as those of concurrent.
-    """
-    out: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for path in sorted(paths):
-        module = module_name(path, root)
-        tree = parse(path) if module else None
-        if tree is None:
-            continue
-        rng = random.Random(f"{seed} {module}")     # another file changes nothing here
-        found = out[split_of(seed, "module " + module.partition(".")[0])]
-        for name, text, call in dict((d[0], d) for d in definitions(tree, module)).values():
-            # a signature in the question half of the time: then the name is not all there is
-            shown = f"`{call}` in {module}" if call and rng.random() < 0.5 else name
-            for wordings, about, answer in ((ABOUT, shown, text), (SIGNATURE, name, call)):
-                if answer:
-                    found.append({"messages": [
-                        {"role": "user", "content": rng.choice(wordings).format(about)},
-                        {"role": "assistant", "content": answer}]})
-    answers = {r["messages"][1]["content"] for r in out["train"]}
-    for split, records in out.items():
-        random.Random(f"{seed} {split} order").shuffle(records)
-        if split != "train":
-            out[split] = [r for r in records if r["messages"][1]["content"] not in answers]
-    return out
-
-
-# --- files -------------------------------------------------------------------------------------
-def write(folder: Path, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """name.jsonl, one record a line; returns what meta.json says of it."""
-    path = folder / f"{name}.jsonl"
-    with open(path, "w", encoding="utf-8", newline="\n") as f:
-        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    return {"file": path.name, "records": len(records), "bytes": path.stat().st_size,
-            "sha256": shards.hash_file(path)}
-
-
-def finished(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` holds what is asked for, byte for byte."""
-    try:
-        meta = json.loads((out / "meta.json").read_text(encoding="utf-8"))
-        return meta["settings"] == settings and all(
-            shards.hash_file(out / f"{name}.jsonl") == about["sha256"]
-            for name, about in meta["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
-
-
-def report(out: Path, script: str = "sft.py") -> None:
-    """What there is now and the script to go on with, on stdout."""
-    files = json.loads((out / "meta.json").read_text(encoding="utf-8"))["files"]
-    print(f"{out}: {sum(about['records'] for about in files.values()):,} records")
-    print("file            records           bytes")
-    for name, about in files.items():
-        print(f"{name:<10}{about['records']:>13,} {about['bytes']:>15,}")
-    home = out.resolve().parent == ROOT / "data"
-    print(f"next: python {script} --dataset={out.name if home else out}")
-
-
 def inherit(cfg: Any) -> Config:
-    """prepare.py's settings -> ours; one that means nothing here is a mistake, not ignored."""
+    """Return our settings from data/prepare.py's; UserError for one that has no effect here."""
     if wrong := sorted(getattr(cfg, "given", frozenset()) - {"source", "out", "seed", "force"}):
         raise UserError(f"--{wrong[0]} is for text, {cfg.source[0]} is made of chats; "
                         "`python data/skills.py --help` shows its settings")
@@ -569,7 +56,7 @@ def inherit(cfg: Any) -> Config:
 
 def main(cfg: Config) -> None:
     if cfg.source not in CHATS:
-        raise UserError(f"there is no chat corpus {cfg.source!r}: it is {' or '.join(CHATS)}")
+        raise UserError(f"unknown chat dataset {cfg.source!r}; choose {' or '.join(CHATS)}")
     counts = {name: getattr(cfg, name) for name in (*SPLITS, "pref", "rl")}
     if min(counts.values()) < 0 or not 1 <= cfg.level <= 3:
         raise UserError(f"counts must not be negative and level is 1, 2 or 3, not {cfg.level}")
@@ -579,21 +66,23 @@ def main(cfg: Config) -> None:
     if cfg.source == "skills":
         settings.update(counts, level=cfg.level)        # all that shapes the result
     else:
-        stdlib = prepare.Config(source=["stdlib"])
-        paths = [Path(p) for p, _ in prepare.resolve(stdlib, prepare.NAMES["stdlib"], out)]
+        paths = [Path(p) for p in list_stdlib()]
         settings["python"] = sys.version.split()[0]
-        settings["inputs"] = prepare.fingerprint([str(p) for p in paths])   # names, sizes, times
-    with prepare.building(out, lambda: not cfg.force and finished(out, settings)) as folder:
+        settings["inputs"] = fingerprint([str(p) for p in paths])   # names, sizes, times
+    with build_directory(out, lambda: not cfg.force and is_complete(out, settings)) as folder:
         if folder is None:
-            prepare.note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
-            return report(out)
-        files = generate(cfg.seed, cfg.level, **counts) if not paths else \
-            stdlib_chat(cfg.seed, paths, Path(sysconfig.get_paths()["stdlib"]))
+            note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
+            return print_report(out)
+        if paths:
+            files = build_stdlib_chat(cfg.seed, paths, Path(sysconfig.get_paths()["stdlib"]))
+        else:
+            files = generate(cfg.seed, cfg.level, **counts)
         meta = {"version": VERSION, "kind": "chat", "dataset": out.name, "source": cfg.source,
                 "settings": settings, "tasks": list(TASKS) if cfg.source == "skills" else [],
-                "files": {name: write(folder, name, rows) for name, rows in files.items()}}
+                "files": {name: write_records(folder, name, records)
+                          for name, records in files.items()}}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-    report(out)
+    print_report(out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from benchmarks import lifecycle
 import sft
 import tokenizer as tokenizers
 from config import UserError, configure
-from data import skills
+from tasks import skills
 from model import Transformer
 from families.presets import family
 
@@ -296,7 +296,7 @@ def test_a_life_may_begin_later_and_says_what_is_wrong(life, monkeypatch, capfd)
 
 
 def test_tasks_of_skills_are_the_ones_that_are_checked():
-    """A record's task and key go to data/skills.py, and only then."""
+    """A record's task and key go to tasks/skills.py, and only then."""
     record = {"messages": [{"content": "39"}], "task": "add", "answer": "3 9"}
     assert evaluation.right(record, "3 9") and evaluation.right(record, "39")
     assert not evaluation.right({**record, "task": "trivia"}, "3 9")

@@ -175,7 +175,7 @@ def test_a_folder_around_the_output_does_not_read_it_back(tmp_path, docs, bpe, c
     ("corpus/*.txt", "corpus"), ("corpus/**/*.md", "corpus"), ("corpus/x[12].txt", "corpus"),
     ("https://host/a/corpus.txt?x=1/2", "corpus"), ("https://host/", "text")])
 def test_what_a_dataset_is_called(word, name):
-    assert prepare.dataset_name(word) == name
+    assert prepare.name_dataset(word) == name
 
 
 def test_text_that_spells_a_control_token_stays_text(tmp_path, bpe):
@@ -491,9 +491,9 @@ def fill(folder):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["none.txt"], "no file, folder or dataset.*stdlib"),
-    (["stdlb"], "no file, folder or dataset.*stdlib"),
-    (["*.xyz"], "no file"),
+    (["none.txt"], "expected a file, folder, URL or dataset name.*stdlib"),
+    (["stdlb"], "expected a file, folder, URL or dataset name.*stdlib"),
+    (["*.xyz"], "expected a file"),
     (["empty.txt"], "there is no text in empty.txt"),
     (["blank.jsonl"], "no text in .*blank.jsonl"),
     (["short.txt"], "too few"),

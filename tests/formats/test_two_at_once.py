@@ -310,4 +310,4 @@ def test_a_dataset_of_odd_files_is_one_sentence(tmp_path, bpe):                 
         assert len(str(e.value)) < 800, number
     with pytest.raises(UserError, match="cannot be a folder|not prepared"):
         loader.Dataset(loader.find("a" * 300))
-    assert prepare.finished(out, {}) is False
+    assert prepare.is_complete(out, {}) is False

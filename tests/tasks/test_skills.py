@@ -14,7 +14,10 @@ import pytest
 
 from text import chat
 from config import UserError, configure
-from data import prepare, skills
+from data import prepare
+from data import skills as skills_script
+from data.stdlib_chat import build_stdlib_chat
+from tasks import skills
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COUNTS = dict(train=2400, val=360, test=360, pref=1200, rl=600)
@@ -281,7 +284,7 @@ def test_same_seed_same_corpus(made):
     assert skills.generate(1337, **COUNTS) == made
     assert skills.generate(1338, **COUNTS) != made
     small = dict(train=60, val=12, test=12, pref=24, rl=24)
-    code = "import sys, json; sys.path.insert(0, sys.argv[1]); from data import skills; " \
+    code = "import sys, json; sys.path.insert(0, sys.argv[1]); from tasks import skills; " \
            f"print(json.dumps(skills.generate(1337, **{small})))"
     out = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True,
                          env={**os.environ, "PYTHONHASHSEED": "7"}, check=True).stdout
@@ -319,7 +322,7 @@ def library(tmp_path):
 
 def test_docstrings_and_signatures(library):
     """What is public, as it is written; a broken or hostile file is left out, none is run."""
-    found = skills.stdlib_chat(1, list(library.rglob("*.py")), library)
+    found = build_stdlib_chat(1, list(library.rglob("*.py")), library)
     pairs = [tuple(m["content"] for m in r["messages"]) for rs in found.values() for r in rs]
     answers = [a for _, a in pairs]
     assert "go3(a, b=1, *, c: int=3)" in answers and "Go to place 3 by road." in answers
@@ -331,20 +334,20 @@ def test_docstrings_and_signatures(library):
 
 
 def test_a_module_is_in_one_split(library):
-    found = skills.stdlib_chat(1, list(library.rglob("*.py")), library)
+    found = build_stdlib_chat(1, list(library.rglob("*.py")), library)
     home = {}
     for split, records in found.items():
         for r in records:
             module = re.search(r"\b(mod\d+|pack|runs)\b", asked(r))[1]
             assert home.setdefault(module, split) == split, module
     # files in another order, as another disk lists them, change nothing
-    assert skills.stdlib_chat(1, sorted(library.rglob("*.py"), reverse=True), library) == found
+    assert build_stdlib_chat(1, sorted(library.rglob("*.py"), reverse=True), library) == found
 
 
 def test_copied_docstrings_do_not_leak(library):
     for i in range(40):
         (library / f"mod{i}.py").write_text('"""All modules say the very same here."""\n')
-    found = skills.stdlib_chat(1, list(library.rglob("*.py")), library)
+    found = build_stdlib_chat(1, list(library.rglob("*.py")), library)
     trained = {r["messages"][1]["content"] for r in found["train"]}
     for split in ("val", "test"):
         assert not trained & {r["messages"][1]["content"] for r in found[split]}
@@ -364,7 +367,7 @@ def test_prepare_skills_end_to_end(tmp_path, capsys):
         data = (out / about["file"]).read_bytes()
         assert about["sha256"] == hashlib.sha256(data).hexdigest() and about["bytes"] == len(data)
         assert about["records"] == data.count(b"\n")
-    usual = skills.Config()
+    usual = skills_script.Config()
     assert {n: a["records"] for n, a in meta["files"].items()} == {
         "train": usual.train, "val": usual.val, "test": usual.test, "pref_train": usual.pref,
         "pref_val": usual.pref // 10, "rl_train": usual.rl, "rl_val": usual.rl // 10}
@@ -403,16 +406,16 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     """Killed while it writes: the finished dataset stays whole, nothing half-made is left."""
     out = tmp_path / "skills"
     small = dict(out=str(out), train=60, val=12, test=12, pref=20, rl=20)
-    skills.main(skills.Config(**small))
+    skills_script.main(skills_script.Config(**small))
     before = {p.name: p.read_bytes() for p in out.iterdir()}
 
     def full(folder, name, records):
         (folder / f"{name}.jsonl").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(skills, "write", full)
+    monkeypatch.setattr(skills_script, "write_records", full)
     with pytest.raises(OSError):
-        skills.main(skills.Config(**small, seed=2))
+        skills_script.main(skills_script.Config(**small, seed=2))
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
@@ -427,13 +430,13 @@ def test_prepare_refuses_what_means_nothing(tmp_path, argv, message):
 
 
 @pytest.mark.parametrize("settings, message", [
-    (dict(source="poems"), "no chat corpus 'poems'"),
+    (dict(source="poems"), "unknown chat dataset 'poems'"),
     (dict(level=4), "level is 1, 2 or 3"),
     (dict(train=-1), "must not be negative"),
 ])
 def test_mistakes_are_one_sentence(tmp_path, settings, message):
     with pytest.raises(UserError, match=message):
-        skills.main(skills.Config(out=str(tmp_path / "x"), **settings))
+        skills_script.main(skills_script.Config(out=str(tmp_path / "x"), **settings))
     assert not (tmp_path / "x").exists()
 
 
