@@ -37,11 +37,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from config import Idle, UserError, refuse_idle, run
-from families.rows import FAMILIES, HANDMADE, Family, meta_file
+from families import HANDMADE, LAYOUTS
+from families.base import Family
 from formats import atomic
 from formats.match import match, count_tensors
 from formats.wrapped import take_text_tensors, unwrap
-from model import ModelConfig, Transformer
+from model import ModelConfig, Transformer, print_costs
 from text import tokenizer_files
 from formats.huggingface import (Slot, differences, disk_form, family_named, family_of,
                                  find_other_keys, hf_config, layout, model_config_from_hf,
@@ -49,6 +50,8 @@ from formats.huggingface import (Slot, differences, disk_form, family_named, fam
 from formats.safetensors import (DTYPE_NAMES, DTYPES, Stored, is_equal, note, read, read_header,
                                  read_json, shorten, weight_index, write_safetensors)
 
+# the family of a params.json, which names none
+PARAMS_FAMILY = next(row for row in LAYOUTS.values() if row.params_keys)
 SHARD_BYTES = 5 * 10 ** 9           # a file of weights is no larger, unless one tensor is
 TYPES = {str(t).removeprefix("torch."): t for t in DTYPE_NAMES}     # as --dtype says them
 
@@ -110,6 +113,17 @@ def save_checkpoint(path: str | Path, model: Any, tokenizer: Any, trainer: dict 
     return replace_directory(Path(os.path.realpath(path)), fill)
 
 
+def list_params(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """Return the content of params.json: its authors' program stops at a key it does not know.
+
+    head_dim and sliding_window, which a twin of that program reads, are written where needed.
+    """
+    extra = {"head_dim": config.head_dim * config.n_head != config.n_embd,
+             "sliding_window": config.sliding_window > 0}
+    return {key: value for key, value in to_family(config, family).items()
+            if key in family.params_keys or extra.get(key)}
+
+
 def write_model(directory: Path, config: ModelConfig, dtypes: dict[str, torch.dtype],
                 get: Callable[[str, int | None], Tensor], tokenizer: Any, shard_bytes: int,
                 family: Family | None = None, source: dict[str, Any] | None = None) -> None:
@@ -136,13 +150,15 @@ def write_model(directory: Path, config: ModelConfig, dtypes: dict[str, torch.dt
                              for p, shape in zip(slot.parts, slot.shapes)])
 
     specs = [(name, dtypes.get(slot.parts[0], main), slot.shape) for name, slot in slots.items()]
-    if family.model_type == "meta":
+    if family.params_keys:
         # one file, for which torch wants all of its tensors at once
         tensors = {name: make(name).to(dtype).contiguous().clone() for name, dtype, _ in specs}
-        # Meta's program and torchtune ask for it of a tied model, too: one storage, two names
-        tensors.setdefault("output.weight", tensors["tok_embeddings.weight"])
+        # its program and torchtune ask for it of a tied model, too: one storage, two names
+        output = f"{family.find_stem('lm_head')}.weight"
+        embedding = f"{family.find_stem('model.embed_tokens')}.weight"
+        tensors.setdefault(output, tensors[embedding])
         torch.save(tensors, directory / "consolidated.00.pth")
-        write_json(directory / "params.json", meta_file(config, to_family(config, family)))
+        write_json(directory / "params.json", list_params(config, family))
         if tokenizer is not None:
             tokenizer.save(directory)
         return
@@ -330,24 +346,28 @@ def read_settings(directory: Path) -> tuple[dict[str, Any], str]:
     if hf.get("model_type") not in (None, "transformer"):       # Mistral's files say it
         raise UserError(f"{file}: model_type = {shorten(hf['model_type'])} is not supported, only "
                         "'transformer'")
-    return {**hf, "model_type": "meta"}, str(file)
+    return {**hf, "model_type": PARAMS_FAMILY.model_type}, str(file)
 
 
-def complete(hf: dict[str, Any], stored: dict[str, Stored]) -> dict[str, Any]:
+def complete(hf: dict[str, Any], stored: dict[str, Stored], family: Family) -> dict[str, Any]:
     """Return the settings with what they leave to the weights: whether the output matrix is the
     embedding, where that is null; of Meta's files a vocabulary of -1 and the width of the MLP."""
-    meta, said = hf["model_type"] == "meta", dict(hf)
-    for key, name in [("vocab_size", "tok_embeddings.weight"),
-                      ("hidden_dim", "layers.0.feed_forward.w1.weight")] if meta else ():
+    settings = dict(hf)
+    for key, name in family.sizes.items():
         if hf.get(key) in (-1, None) and name in stored:
-            said[key] = (stored[name].shape or (0,))[0]
-    tie = "tied_embeddings" if meta else "tie_word_embeddings"
-    if hf.get(tie, None if meta else True) is None:
+            settings[key] = (stored[name].shape or (0,))[0]
+    # params.json has no key for it: there silence leaves it to the weights as null does
+    in_params = bool(family.params_keys)
+    tie = "tied_embeddings" if in_params else "tie_word_embeddings"
+    if hf.get(tie, None if in_params else True) is None:
         # the trap: Llama 3.2's small models are tied, and their files hold the matrix twice
-        output = stored.get("output.weight" if meta else "lm_head.weight")
-        embedding = stored.get("tok_embeddings.weight" if meta else "model.embed_tokens.weight")
-        said[tie] = output is None or embedding is None or is_equal(output, embedding)
-    return said
+        stems = ("lm_head", "model.embed_tokens")
+        if in_params:
+            stems = tuple(map(family.find_stem, stems))
+        output = stored.get(f"{stems[0]}.weight")
+        embedding = stored.get(f"{stems[1]}.weight")
+        settings[tie] = output is None or embedding is None or is_equal(output, embedding)
+    return settings
 
 
 def read_config(path: str | Path, which: str = "best") -> ModelConfig:
@@ -409,7 +429,7 @@ def open_checkpoint(path: str | Path, which: str = "best") -> Opened:
     stored = weight_index(directory)
     if wrapped:
         stored = take_text_tensors(stored, directory)
-    hf = complete(hf, stored)
+    hf = complete(hf, stored, family)
     config = model_config_from_hf(hf, file)
     # and do not build a billion layers first
     mixtures = max(0, config.n_layer - config.first_k_dense_replace)
@@ -479,16 +499,16 @@ def convert(source: str, target: str, dtype: str = "auto", form: str = "hf",
     """Write the checkpoint `source` as `target`, one tensor in memory at a time.
 
     dtype auto keeps the type of every tensor. form: hf, or the files as their authors published
-    them, meta for a Llama and chatglm for a GLM (one .pth file: all tensors in memory at once).
+    them: a name in LAYOUTS (params.json beside one .pth file, all tensors in memory at once; ...).
     """
     opened, wanted = open_checkpoint(source, which), type_of(dtype)
     config, family = opened.config, None
-    if form not in ("hf", "meta", "chatglm"):
-        raise UserError(f"--layout={form} does not exist: choose hf, meta, chatglm")
+    if form != "hf" and form not in LAYOUTS:
+        raise UserError(f"unknown --layout={form}; choose from hf, {', '.join(LAYOUTS)}")
     if not 0 < shard_gb < math.inf:
         raise UserError(f"--shard_gb={shard_gb} is no size: give gigabytes, as in --shard_gb=5")
     if form != "hf":
-        family = FAMILIES[form]
+        family = LAYOUTS[form]
         # the context and the initialisation are no part of the maths, nor of these files
         lost = sorted(differences(config, family) - {"block_size", "init_std"})
         if lost:
@@ -514,7 +534,7 @@ def convert(source: str, target: str, dtype: str = "auto", form: str = "hf",
     if tokenizer is not None and not any(f.name == "tokenizer.json" for f in copied):
         copied = []
     generation = opened.directory / "generation_config.json"
-    copied += [generation] if generation.is_file() and form != "meta" else []
+    copied += [generation] if generation.is_file() and not (family and family.params_keys) else []
 
     def fill(directory: Path) -> None:
         write_model(directory, config, dtypes, get, tokenizer, int(shard_gb * 1e9), family,
@@ -530,15 +550,23 @@ class Config:
     words: list[str] = field(default_factory=list)      # DIR, or: convert IN OUT
     model: str = "out"          # a checkpoint's directory, or the out_dir of a training run
     which: str = "best"         # of a training run: best or last
+    costs: bool = False         # print what the model costs instead: parameters, FLOPs, memory
+    block_size: int = 0         # with --costs: context to count FLOPs at; 0: the model's
     # --- of convert
     dtype: str = "auto"         # float32, bfloat16, float16; auto: as it is
-    layout: str = "hf"          # hf (Hugging Face), meta (Llama's own), chatglm (its own)
+    layout: str = "hf"          # hf (Hugging Face), or the authors' own: see families/
     shard_gb: float = 5.0       # a file of weights is no larger
     IDLE = (                    # which of these have no effect, and when
         Idle("model", "", lambda c, m: c.words, "beside the folder that is named"),
         Idle("dtype layout shard_gb", "", lambda c, m: not converts(c), "without convert"),
-        Idle("shard_gb", "layout", lambda c, m: c.layout == "meta",
-             "with --layout=meta, which is one file"))
+        Idle("shard_gb", "layout", lambda c, m: is_single_file(c.layout),
+             "with a --layout that is one file"),
+        Idle("block_size", "costs", lambda c, m: not c.costs, "without --costs"))
+
+
+def is_single_file(layout: str) -> bool:
+    """Return whether a --layout is params.json beside one file of weights."""
+    return layout in LAYOUTS and bool(LAYOUTS[layout].params_keys)
 
 
 def converts(cfg: Config) -> bool:
@@ -554,7 +582,10 @@ def main(cfg: Config) -> None:
         out = convert(*cfg.words[1:], cfg.dtype, cfg.layout, cfg.shard_gb, cfg.which)
         print(f"wrote {out}", file=sys.stderr)
     elif len(cfg.words) > 1:
-        raise UserError(f"{cfg.words[1]!r} is one word too many; --help shows the usage")
+        raise UserError(f"unexpected argument {cfg.words[1]!r}; --help shows the usage")
+    elif cfg.costs:
+        path = cfg.words[0] if cfg.words else cfg.model
+        print_costs(path, read_config(path, cfg.which), cfg.block_size)
     else:
         show(*cfg.words[:1] or [cfg.model], cfg.which)
 

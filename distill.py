@@ -49,9 +49,9 @@ from formats import atomic, run_folder
 from inference.generate import Sampling, generate
 from training.machine import Machine
 from model import ModelConfig, Transformer
-from families.presets import from_settings
 from inference.quantize import pack
 from training import effects
+from training.start import from_settings
 from training.hidden_states import Matching, spread, watch
 from training.cooperate import alone, get_ranks, progress, together, write_lines
 

@@ -44,7 +44,7 @@ import kernels
 from checkpoint import (is_checkpoint, load_model, load_tokenizer, raw, resolve, save_model, sync,
                         write_json)
 from config import UserError, run
-from families.rows import FAMILIES
+from families import FAMILIES
 from formats import run_folder
 from layers.lora import (  # noqa: F401  (all of it is to be had from here)
     Adapter, FromInt8, LoraLinear, activate, adapters, add_lora, attach, check_model, describe,

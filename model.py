@@ -1,22 +1,24 @@
 """The decoder: ids -> hidden states, one Transformer whose flags make it any family of today.
 
     from model import ModelConfig, Transformer
-    from presets import preset
-    model = Transformer(preset("gpt2"))              # random weights, GPT-2's shape
+    model = Transformer(ModelConfig.preset("gpt2"))  # random weights, GPT-2's shape
+    config = ModelConfig.family("gemma3", n_layer=6, n_embd=384, n_head=6, vocab_size=16384)
     loss = model(ids, head=lambda h, w: kernels.linear_cross_entropy(h, w, targets))
 
     python model.py --show=qwen3-0.6b                # parameters, FLOPs, memory of a preset
 
-A family (GPT-2, Llama, Qwen, Gemma, GLM, …) is a row of flags in presets.py, never a subclass.
-Parameter names are those of Hugging Face's Llama; families.py translates what is spelt otherwise.
+A family (GPT-2, Llama, Qwen, Gemma, GLM, …) is a row of flags in families/, never a subclass.
+Parameter names in memory are those of Hugging Face's Llama.
 The maths itself is in kernels.py; this file says what is connected to what.
 """
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ from backends import cpu
 import kernels
 from layers.kv_cache import Cache
 from config import UserError, run
+from families import DEFAULT, PRESETS, SCRATCH
 from layers.flops import count_flops
 
 
@@ -86,6 +89,26 @@ class ModelConfig:
     # --- training
     dropout: float = 0.0
     init_std: float = 0.02
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> ModelConfig:
+        """Return the ModelConfig of a published shape, with `changes` laid over it."""
+        if name not in PRESETS:
+            raise UserError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}, or give "
+                            "a checkpoint directory")
+        return cls(**{**PRESETS[name], **changes})
+
+    @classmethod
+    def family(cls, name: str, **shape) -> ModelConfig:
+        """Return a ModelConfig with a family's flags and a shape of your own."""
+        if name not in SCRATCH:
+            raise UserError(f"unknown family {name!r}; choose from {', '.join(SCRATCH)}")
+        row = SCRATCH[name]
+        values = {**row.flags, **row.from_shape(shape), **shape}
+        if values.get("num_experts") and values.get("num_experts_per_tok", 2) == 1:
+            # one expert's share of itself is 1 whatever its score: the router would not learn
+            values["norm_topk_prob"] = False
+        return cls(**values)
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -560,19 +583,48 @@ class Transformer(Module):
         return count_flops(self, T, training, targets)
 
 
+def estimate_costs(config: ModelConfig, block_size: int = 0) -> dict[str, str]:
+    """Return what a model costs, as a table: parameters, FLOPs, and memory in GB (1e9 bytes)."""
+    with torch.device("meta"):                         # shapes without memory
+        model = Transformer(config)
+    T = block_size or config.block_size
+    N = model.parameter_count()
+    # a window's layers keep no more keys than it holds
+    tokens = sum(min(T, config.window(i) or T) for i in range(config.n_layer))
+    cache = 2 * config.n_kv_head * config.head_dim * tokens * 2
+    rows = {"parameters": f"{N:,}"}
+    if config.num_experts:
+        rows["active parameters per token"] = f"{model.parameter_count(active=True):,}"
+    rows |= {"context": f"{T:,}",
+             "forward GFLOPs per token": f"{model.flops_per_token(T, training=False) / 1e9:.3f}",
+             "training GFLOPs per token": f"{model.flops_per_token(T) / 1e9:.3f}",
+             "GB to train (fp32 weights, grads, AdamW)": f"{16 * N / 1e9:.2f}",
+             "GB to serve (bf16)": f"{2 * N / 1e9:.2f}",
+             "GB to serve (int8)": f"{N / 1e9:.2f}",
+             "GB of KV cache per sequence (bf16)": f"{cache / 1e9:.3f}"}
+    return rows
+
+
+def print_costs(title: str, config: ModelConfig, block_size: int = 0) -> None:
+    """Print the table of estimate_costs()."""
+    print(title)
+    for name, value in estimate_costs(config, block_size).items():
+        print(f"  {name:42s}{value:>20s}")
+
+
 @dataclass
 class Config:
-    show: str = "gpt2"          # a preset, a checkpoint or a run: print what it costs
-    block_size: int = 0         # context to count FLOPs at; 0: the preset's own
+    show: str = DEFAULT                 # a preset, a checkpoint or a run: print what it costs
+    block_size: int = 0                 # context to count FLOPs at; 0: the preset's own
 
 
 def main(cfg: Config) -> None:
-    from families import presets                  # both are built on this file: known here only to the script
-    from checkpoint import read_config, resolve
-    folder = cfg.show not in presets.PRESETS and Path(cfg.show).is_dir()
-    shape = read_config(resolve(cfg.show)) if folder else presets.preset(cfg.show)
-    rows = presets.costs(shape, cfg.block_size)
-    print(cfg.show, *(f"  {name:42s}{value:>20s}" for name, value in rows.items()), sep="\n")
+    if cfg.show not in PRESETS and Path(cfg.show).is_dir():
+        # checkpoints are read above this file: that is its script's work
+        script = Path(__file__).with_name("checkpoint.py")
+        command = [sys.executable, str(script), cfg.show, "--costs=1"]
+        sys.exit(subprocess.run([*command, f"--block_size={cfg.block_size}"]).returncode)
+    print_costs(cfg.show, ModelConfig.preset(cfg.show), cfg.block_size)
 
 
 if __name__ == "__main__":

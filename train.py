@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import kernels
 import tokenizer as tokenizers
+from families import DEFAULT
 from config import Stopped, UserError, check_values, refuse_idle, run, show
 from data import loader
 from formats import atomic
@@ -42,7 +43,6 @@ from inference.generate import Sampling, encode, sample_text
 from training.machine import Machine, find_machine, memory_used, utilisation
 from model import ModelConfig, Transformer
 from training.optim import Optimizer, clip_grad_norm
-from families.presets import from_settings
 from training import effects, router, start
 from training.faults import Stop, check_finite, together
 from training.log import Journal, clock
@@ -64,8 +64,8 @@ class Config:
     # --- model
     init_from: str = "scratch"          # scratch, resume, a folder, or OpenAI's gpt2, gpt2-xl, …
     hub_dir: str = ""                   # where these are; empty: Hugging Face's cache
-    preset: str = ""                    # a published shape from scratch: a key of presets.PRESETS
-    family: str = "gpt2"                # a key of presets.FAMILIES: the flags of a scratch model
+    preset: str = ""                    # a published shape from scratch: a key of families.PRESETS
+    family: str = DEFAULT               # the flags of a model from scratch: see families/
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int = 0                  # key and value heads; 0: n_head
@@ -459,7 +459,7 @@ def build_model(cfg: Config, vocab_size: int, machine: Machine) -> Transformer:
     """The model of cfg.init_from, in float32 on the machine's device."""
     torch.manual_seed(cfg.seed)
     if cfg.init_from == "scratch":
-        config = from_settings(cfg, vocab_size)
+        config = start.from_settings(cfg, vocab_size)
         return Transformer(config).to(machine.device)
     source = cfg.out_dir if cfg.init_from == "resume" else cfg.init_from
     which = "last" if cfg.init_from == "resume" else "best"
@@ -483,7 +483,7 @@ def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> tuple[ModelConfi
     """
     name, cfg.init_from = cfg.init_from, start.find_pretrained(cfg.init_from, cfg.hub_dir)
     if cfg.init_from == "scratch":
-        return from_settings(cfg, vocab_size), tokenizer
+        return start.from_settings(cfg, vocab_size), tokenizer
     resume = cfg.init_from == "resume"
     directory = checkpoint.resolve(cfg.out_dir if resume else cfg.init_from,
                                    "last" if resume else "best")

@@ -22,10 +22,9 @@ import kernels
 from benchmarks.common import Results
 from checkpoint import load_model, load_tokenizer, save_model
 from config import refuse_to_run
-from families.presets import preset
 from inference.generate import Sampling, generate
 from inference.quantize import pack
-from model import Transformer
+from model import ModelConfig, Transformer
 
 QUESTIONS = ("What is the capital of France?", "Write a short poem about the sea.",
              "Explain photosynthesis in simple words.", "What is 17 plus 25?",
@@ -129,7 +128,7 @@ def run_section(cfg: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         where = Path(cfg.model or folder)
         if not cfg.model:
-            save_model(where, Transformer(preset("smollm2-135m")).bfloat16(), None)
+            save_model(where, Transformer(ModelConfig.preset("smollm2-135m")).bfloat16(), None)
         tokenizer = load_tokenizer(where) if cfg.model else None
         for name, (dtype, quantize) in TYPES.items():
             start = time.perf_counter()

@@ -4,8 +4,8 @@
     hf = hf_config(config, tokenizer)                               # ModelConfig -> config.json
     slots = layout(config, family_of(config))                       # names and shapes on disk
 
-families.py is the table, this file reads it, both ways. A model is saved as the first family whose
-config.json, read back, describes the same model; if there is none, as one of our own.
+The rows of families/ are the table; this file reads and writes by them. A model is saved as the
+first family whose config.json, read back, describes the same model; if none does, as our own.
 """
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch import Tensor
 
 from config import UserError, field_types, refuse_to_run
 from formats.config_keys import check_keys
-from families.rows import FAMILIES, HANDMADE, LARGEST_DEPTH, ROWS, WRAPPERS, Family
+from families import FAMILIES, HANDMADE, ROWS, WRAPPERS
+from families.base import LARGEST_DEPTH, Family
 from model import ModelConfig, Transformer, rope_frequencies
 from text.tokenizer_files import is_misread
 from formats.safetensors import note, shorten
@@ -401,7 +402,7 @@ def model_config_from_hf(hf: dict[str, Any], where: str = "config.json") -> Mode
         if not isinstance(own, dict):
             raise UserError(f"{where}: its section \"handmade\" is not an object: delete it")
         own = checked(dict(own), where)
-        if kind == "handmade":
+        if kind == HANDMADE.model_type:
             check_keys(hf, (), kind, where)
             return own
     family = family_named(hf, where)

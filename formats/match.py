@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from config import UserError
-from families.rows import Family
+from families.base import Family
 from formats.huggingface import Slot
 from formats.safetensors import DTYPES, Stored, is_equal, note, shorten
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
-from families.rows import WRAPPERS
+from families import FAMILIES, WRAPPERS
 from formats.config_keys import check_keys
 from formats.huggingface import family_named
 from formats.safetensors import Stored, note, shorten
@@ -44,12 +44,13 @@ def unwrap(hf: dict[str, Any], where: str) -> tuple[dict[str, Any], bool]:
     if text.get("model_type") is None:
         text["model_type"] = WRAPPERS[kind]
     inner = text["model_type"]
-    if kind == "gemma3" and inner != WRAPPERS[kind]:
-        raise UserError(f"{where}: expected {WRAPPERS[kind]} as the text model of a gemma3 model, "
+    if FAMILIES[WRAPPERS[kind]].name and inner != WRAPPERS[kind]:   # its class takes no other
+        raise UserError(f"{where}: expected {WRAPPERS[kind]} as the text model of a {kind} model, "
                         f"got {shorten(inner)}")
-    if kind == "gemma3" and text.get("final_logit_softcapping"):    # the text model alone has it
+    # of the wrapped model transformers does not apply it: the text model alone has it
+    if inner == WRAPPERS[kind] and text.get("final_logit_softcapping"):
         raise UserError(f"{where}, text_config: final_logit_softcapping = "
-                        f"{shorten(text['final_logit_softcapping'])} is not supported in a gemma3 "
+                        f"{shorten(text['final_logit_softcapping'])} is not supported in a {kind} "
                         "model, where transformers does not apply it")
     if not family_named(text, f"{where}, text_config").writable:    # files of another kind
         raise UserError(f"{where}: a text model of the type {shorten(inner)} is not supported in "

@@ -23,7 +23,7 @@ import kernels
 from inference import quantize
 from checkpoint import raw
 from config import UserError, refuse_to_run
-from families.rows import Family
+from families.base import Family
 from model import Linear, Transformer
 from formats.huggingface import Slot, disk_form, family_of, layout
 

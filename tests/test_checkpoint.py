@@ -25,7 +25,7 @@ from conftest import ROOT
 from formats import run_folder
 from formats.huggingface import family_of, hf_config, model_config_from_hf
 from model import ModelConfig, Transformer
-from families.presets import GPT2, LLAMA
+from families import SCRATCH
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -38,22 +38,22 @@ ROPE3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fact
 
 # name -> (ModelConfig, the model_type it is saved as)
 MODELS = {
-    "gpt2": (dict(GPT2, **SHAPE), "gpt2"),
-    "gpt2 exact gelu": (dict(GPT2, **SHAPE) | {"activation": "gelu"}, "gpt2"),
+    "gpt2": (dict(SCRATCH["gpt2"].flags, **SHAPE), "gpt2"),
+    "gpt2 exact gelu": (dict(SCRATCH["gpt2"].flags, **SHAPE) | {"activation": "gelu"}, "gpt2"),
     "gpt2 without biases": (dict(SHAPE), "gpt2"),
-    "gpt2 untied": (dict(GPT2, **SHAPE, tie_word_embeddings=False), "gpt2"),
-    "llama": (dict(LLAMA, **SHAPE), "llama"),
-    "llama gqa, wide heads": (dict(LLAMA, **SHAPE, n_kv_head=2, head_dim=16), "llama"),
-    "llama tied": (dict(LLAMA, **SHAPE) | {"tie_word_embeddings": True}, "llama"),
-    "llama biases": (dict(LLAMA, **SHAPE, qkv_bias=True, o_bias=True, mlp_bias=True), "llama"),
-    "llama 3 rope": (dict(LLAMA, **SHAPE, rope_scaling=ROPE3, rope_theta=5e5), "llama"),
-    "llama linear rope": (dict(LLAMA, **SHAPE,
+    "gpt2 untied": (dict(SCRATCH["gpt2"].flags, **SHAPE, tie_word_embeddings=False), "gpt2"),
+    "llama": (dict(SCRATCH["llama"].flags, **SHAPE), "llama"),
+    "llama gqa, wide heads": (dict(SCRATCH["llama"].flags, **SHAPE, n_kv_head=2, head_dim=16), "llama"),
+    "llama tied": (dict(SCRATCH["llama"].flags, **SHAPE) | {"tie_word_embeddings": True}, "llama"),
+    "llama biases": (dict(SCRATCH["llama"].flags, **SHAPE, qkv_bias=True, o_bias=True, mlp_bias=True), "llama"),
+    "llama 3 rope": (dict(SCRATCH["llama"].flags, **SHAPE, rope_scaling=ROPE3, rope_theta=5e5), "llama"),
+    "llama linear rope": (dict(SCRATCH["llama"].flags, **SHAPE,
                                rope_scaling=dict(rope_type="linear", factor=2.0)), "llama"),
-    "llama o_bias alone": (dict(LLAMA, **SHAPE, o_bias=True), "llama"),
-    "qwen2": (dict(LLAMA, **SHAPE, qkv_bias=True, n_kv_head=2), "qwen2"),
-    "qwen3": (dict(LLAMA, **SHAPE, qk_norm=True, head_dim=16, n_kv_head=1, norm_eps=1e-6,
+    "llama o_bias alone": (dict(SCRATCH["llama"].flags, **SHAPE, o_bias=True), "llama"),
+    "qwen2": (dict(SCRATCH["llama"].flags, **SHAPE, qkv_bias=True, n_kv_head=2), "qwen2"),
+    "qwen3": (dict(SCRATCH["llama"].flags, **SHAPE, qk_norm=True, head_dim=16, n_kv_head=1, norm_eps=1e-6,
                    rope_theta=1e6) | {"tie_word_embeddings": True}, "qwen3"),
-    "arcee": (dict(LLAMA, **SHAPE) | {"gated": False, "activation": "relu2"}, "arcee"),
+    "arcee": (dict(SCRATCH["llama"].flags, **SHAPE) | {"gated": False, "activation": "relu2"}, "arcee"),
 }
 
 
@@ -378,7 +378,7 @@ HEADERS = {
 
 @pytest.fixture
 def saved(tmp_path):
-    save_model(tmp_path / "m", build(dict(GPT2, **TINY)))
+    save_model(tmp_path / "m", build(dict(SCRATCH["gpt2"].flags, **TINY)))
     return tmp_path / "m"
 
 
@@ -638,7 +638,7 @@ def test_killed_between_the_renames_the_old_one_is_found_and_then_healed(saved):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_sigkill_at_random_moments_leaves_a_whole_checkpoint(tmp_path):
     """Each version's weights are all one number: a mixture of two versions would show."""
-    path, model, rng = tmp_path / "m", build(dict(GPT2, **TINY)), random.Random(3)
+    path, model, rng = tmp_path / "m", build(dict(SCRATCH["gpt2"].flags, **TINY)), random.Random(3)
     config = replace(model.config)
 
     def save(k: int) -> None:

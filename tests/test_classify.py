@@ -14,9 +14,7 @@ import sft
 import tokenizer as tokenizers
 from config import UserError, configure
 from inference import classify
-from model import Transformer
-from families.presets import family
-# the fixtures of the stages' tests: a model, a vocabulary, and a run of sft.py
+from model import ModelConfig, Transformer
 from test_sft import base, go, mail, talk, words        # noqa: F401
 
 LABELS = ("ham", "spam", "a b")
@@ -33,7 +31,7 @@ def classifier(request, words, tmp_path_factory):                               
     tokenizer = tokenizers.load(folder)
     tokenizer.add_special_tokens([sft.LABEL.format(name) for name in LABELS])
     tokenizer.settings["model_max_length"] = 40
-    model = Transformer(family(request.param, n_layer=2, n_head=2, n_embd=32, block_size=64,
+    model = Transformer(ModelConfig.family(request.param, n_layer=2, n_head=2, n_embd=32, block_size=64,
                                vocab_size=tokenizer.vocab_size))
     with torch.no_grad():
         for p in model.parameters():            # far from a tie, and soft-capped ones capped

@@ -29,8 +29,7 @@ from config import UserError, configure
 from data import chats, prepare
 from inference.generate import Sampling, generate
 from training.machine import Machine
-from model import Transformer
-from families.presets import family
+from model import ModelConfig, Transformer
 from test_sft import sums
 from runs import (assert_same_run, close, complaint, curve, forks_of, last, log, quiet_machine,
                   ranks, starter, weights)
@@ -67,7 +66,7 @@ def model(words, tmp_path_factory):
             torch.manual_seed(seed)
             flags = dict(dict(n_layer=3, n_head=2, n_embd=32, vocab_size=tokenizer.vocab_size,
                               block_size=64, init_std=0.15), **shape)
-            one = Transformer(family(name, **flags))
+            one = Transformer(ModelConfig.family(name, **flags))
             for p in one.parameters():              # norms and biases as well
                 p.data += 0.1 * torch.randn_like(p)
             if tokenizer is words and not one.config.tie_word_embeddings:

@@ -12,8 +12,7 @@ import sample
 import tokenizer as tokenizers
 from config import UserError, configure
 from data import prepare
-from model import Transformer
-from families.presets import family
+from model import ModelConfig, Transformer
 
 PLAIN = "the cat sat on the mat\n" * 40
 WORDS = {"sample": (sample, ()), "checkpoint": (checkpoint, ("words",)),
@@ -51,7 +50,7 @@ def place(tmp_path_factory):
     words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     words.template = "chatml"
     torch.manual_seed(0)
-    shape = family("llama", n_layer=1, n_head=2, n_embd=16, block_size=64,
+    shape = ModelConfig.family("llama", n_layer=1, n_head=2, n_embd=16, block_size=64,
                    vocab_size=words.vocab_size)
     checkpoint.save_model(folder / "base", Transformer(shape), words)
     (folder / "a.txt").write_text(PLAIN)

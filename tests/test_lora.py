@@ -17,9 +17,8 @@ from inference import quantize
 from checkpoint import load_model, save_model
 from config import UserError
 from conftest import ROOT
-from model import Linear, Transformer
+from model import ModelConfig, Linear, Transformer
 from training.optim import Optimizer
-from families.presets import family
 
 peft = pytest.importorskip("peft")
 T.logging.set_verbosity_error()
@@ -42,7 +41,7 @@ def seeded():
 
 def build(name="llama", **changes) -> Transformer:
     """A tiny model, the same at every call, every weight random, norms and biases included."""
-    model = Transformer(family(name, **{**SHAPE, **MORE.get(name, {}), **changes}))
+    model = Transformer(ModelConfig.family(name, **{**SHAPE, **MORE.get(name, {}), **changes}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, p in model.named_parameters():

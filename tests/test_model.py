@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from config import UserError
 from model import ModelConfig, Transformer, rope_frequencies
-from families.presets import FAMILIES, PRESETS, preset
+from families import PRESETS
+from families import SCRATCH
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(vocab_size=61, block_size=24, n_layer=2, n_head=4, n_embd=32)
@@ -39,18 +40,18 @@ FLAGS = {
     "learned, grouped": dict(position="learned", n_kv_head=2, qk_norm=True),
     "linear scaling": dict(LLAMA, rope_scaling=dict(rope_type="linear", factor=2.0)),
     "mistral": dict(LLAMA, n_kv_head=2, sliding_window=6),
-    "gemma2": dict(FAMILIES["gemma2"], n_kv_head=2, head_dim=16, sliding_window=6,
+    "gemma2": dict(SCRATCH["gemma2"].flags, n_kv_head=2, head_dim=16, sliding_window=6,
                    attention_multiplier=0.2),
-    "gemma3": dict(FAMILIES["gemma3"], n_kv_head=2, sliding_window=6, sliding_window_pattern=2),
-    "glm4": dict(FAMILIES["glm4"], n_kv_head=2),
+    "gemma3": dict(SCRATCH["gemma3"].flags, n_kv_head=2, sliding_window=6, sliding_window_pattern=2),
+    "glm4": dict(SCRATCH["glm4"].flags, n_kv_head=2),
     "minicpm": dict(LLAMA, embedding_multiplier=12.0, residual_multiplier=0.3, logits_scaling=3.0),
-    "parallel": dict(FAMILIES["cohere"], n_kv_head=2),
-    "post-norm": FAMILIES["olmo2"],
+    "parallel": dict(SCRATCH["cohere"].flags, n_kv_head=2),
+    "post-norm": SCRATCH["olmo2"].flags,
     "a layer without positions": dict(LLAMA, nope_layers=[0]),
     "yarn": dict(LLAMA, rope_scaling=dict(rope_type="yarn", factor=4.0,
                                           original_max_position_embeddings=16)),
-    "experts": dict(FAMILIES["qwen3_moe"], num_experts=4, moe_intermediate_size=24),
-    "shared expert": dict(FAMILIES["glm4_moe"], num_experts=4, moe_intermediate_size=24),
+    "experts": dict(SCRATCH["qwen3_moe"].flags, num_experts=4, moe_intermediate_size=24),
+    "shared expert": dict(SCRATCH["glm4_moe"].flags, num_experts=4, moe_intermediate_size=24),
 }
 
 
@@ -113,7 +114,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
-        model = Transformer(preset(name))
+        model = Transformer(ModelConfig.preset(name))
     assert model.parameter_count() == PUBLISHED[name]
     # nanoGPT's N: a learned position table is a look-up, and not counted
     table = model.config.block_size * model.config.n_embd
@@ -122,10 +123,10 @@ def test_a_preset_has_the_published_number_of_parameters(name):
 
 
 def test_preset_with_changes_and_of_a_wrong_name():
-    assert preset("gpt2", dropout=0.1, block_size=64).block_size == 64
-    assert preset("gpt2").block_size == 1024            # the table itself is untouched
+    assert ModelConfig.preset("gpt2", dropout=0.1, block_size=64).block_size == 64
+    assert ModelConfig.preset("gpt2").block_size == 1024            # the table itself is untouched
     with pytest.raises(UserError, match="gpt-2.*choose.*gpt2-medium.*directory"):
-        preset("gpt-2")
+        ModelConfig.preset("gpt-2")
 
 
 COUNTED = {
@@ -656,26 +657,24 @@ def test_the_script_shows_what_a_preset_costs():
     assert (done.returncode, done.stderr) == (0, "")
     assert "124,439,808" in done.stdout and "1,024" in done.stdout
     with torch.device("meta"):
-        model = Transformer(preset("gpt2"))
+        model = Transformer(ModelConfig.preset("gpt2"))
     assert f"{model.flops_per_token(1024) / 1e9:.3f}" in done.stdout
 
 
-def test_the_script_shows_what_a_checkpoint_costs(tmp_path, capsys):
+def test_the_script_shows_what_a_checkpoint_costs(tmp_path):
     """A directory or a run: its own shape, equal to that of the model as it was built."""
     import checkpoint
-    import model as module
-    from families.presets import family
-    built = Transformer(family("qwen3_moe", n_layer=2, n_head=2, n_embd=32, block_size=48,
+    from model import ModelConfig
+    built = Transformer(ModelConfig.family("qwen3_moe", n_layer=2, n_head=2, n_embd=32, block_size=48,
                                vocab_size=77))
     folder = checkpoint.save_model(tmp_path / "run/m", built)
     (tmp_path / "run/checkpoints.json").write_text('{"last": "m", "best": "m"}')
     for where in (folder, tmp_path / "run"):
-        module.main(module.Config(show=str(where)))
-        out = capsys.readouterr().out
+        out = script(f"--show={where}").stdout
         assert f"{built.parameter_count():,}" in out and f"{built.parameter_count(True):,}" in out
         assert f"{built.flops_per_token(48) / 1e9:.3f}" in out
-    with pytest.raises(module.UserError, match="no checkpoint at"):
-        module.main(module.Config(show=str(tmp_path)))
+    done = script(f"--show={tmp_path}")
+    assert done.returncode == 2 and "no checkpoint at" in done.stderr and "\n" not in done.stderr[:-1]
 
 
 def test_the_script_with_an_unknown_preset():

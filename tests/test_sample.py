@@ -23,12 +23,12 @@ from conftest import ROOT
 from inference import generate as generation
 from inference.generate import Sampling, Text, generate, next_token, prefill, warp
 from model import ModelConfig, Transformer
-from families.presets import GPT2, LLAMA
+from families import SCRATCH
 
 V = 61
 SHAPE = dict(vocab_size=V, block_size=24, n_layer=2, n_head=4, n_embd=32)
-KINDS = {"gpt2": dict(GPT2, **SHAPE), "llama": dict(LLAMA, **SHAPE, n_kv_head=2),
-         "qwen3": dict(LLAMA, **SHAPE, n_kv_head=2, qk_norm=True, head_dim=16),
+KINDS = {"gpt2": dict(SCRATCH["gpt2"].flags, **SHAPE), "llama": dict(SCRATCH["llama"].flags, **SHAPE, n_kv_head=2),
+         "qwen3": dict(SCRATCH["llama"].flags, **SHAPE, n_kv_head=2, qk_norm=True, head_dim=16),
          "no position": dict(SHAPE, position="none")}
 
 

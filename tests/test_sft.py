@@ -25,8 +25,7 @@ import train
 from config import UserError, configure
 from data import chats
 from training.machine import Machine
-from model import Transformer
-from families.presets import family
+from model import ModelConfig, Transformer
 from runs import (Grads, assert_same_run, close, complaint, curve, forks_of, last, log,
                   quiet_machine, ranks, said, same, starter, trainer, weights)
 
@@ -68,7 +67,7 @@ def base(words, tmp_path_factory):
             flags = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=words.vocab_size,
                          block_size=64, **shape)
             made[key] = checkpoint.save_model(tmp_path_factory.mktemp("base") / name,
-                                              Transformer(family(name, **flags)), words)
+                                              Transformer(ModelConfig.family(name, **flags)), words)
         return made[key]
     return make
 
@@ -322,7 +321,7 @@ def test_new_tokens_get_rows_and_the_old_ones_stay(base, talk):
 def test_rows_that_pad_the_matrix_are_used():
     """A vocabulary rounded up to a multiple has room: the matrix keeps its size."""
     torch.manual_seed(0)
-    model = Transformer(family("llama", n_layer=1, n_head=2, n_embd=32, vocab_size=320))
+    model = Transformer(ModelConfig.family("llama", n_layer=1, n_head=2, n_embd=32, vocab_size=320))
     before = model.model.embed_tokens.weight.clone()
     stage.grow(model, 292, 290)
     after = model.model.embed_tokens.weight

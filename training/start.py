@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
+from families import PRESETS, PRETRAINED, SCRATCH
+from families.base import set_biases
 from formats import run_folder
 from training.machine import Machine
 from model import ModelConfig
-from families.presets import FAMILIES, PRESETS
 from training import faults
 from formats.huggingface import family_of
-
-OPENAI = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 # Some tokens of their vocabulary: what tells it from others where a folder brings no tokenizer
 GPT2_TOKENS = {0: b"!", 220: b" ", 262: b" the", 995: b" world", 15496: b"Hello",
@@ -54,18 +53,20 @@ def find_pretrained(name: str, hub_dir: str = "") -> str:
     in the layout of Hugging Face's cache. Other presets have no weights: --preset is meant.
     """
     local = Path(name)
-    if hub_dir and name not in OPENAI and name != "resume":
-        raise UserError(f"--hub_dir={hub_dir} has no effect without --init_from=gpt2, gpt2-medium, "
-                        "gpt2-large or gpt2-xl: leave it out")
+    if hub_dir and name not in PRETRAINED and name != "resume":
+        *others, last = PRETRAINED
+        raise UserError(f"--hub_dir={hub_dir} has no effect without --init_from="
+                        f"{', '.join(others)} or {last}: leave it out")
     if name not in PRESETS or any((local / f).is_file() for f in
                                   ("config.json", "params.json", "checkpoints.json")):
         return name
-    if name not in OPENAI:
+    if name not in PRETRAINED:
         raise UserError(f"--init_from={name} is no folder here; for random weights of that "
                         f"published shape say --preset={name}")
     hub = find_hub(hub_dir)
-    places = [hub / name, hub / "openai-community" / name, *([hub] if hub.name == name else [])]
-    for cache in (hub / f"models--openai-community--{name}", hub / f"models--{name}"):
+    owner = PRETRAINED[name]
+    places = [hub / name, hub / owner / name, *([hub] if hub.name == name else [])]
+    for cache in (hub / f"models--{owner}--{name}", hub / f"models--{name}"):
         main = cache / "refs" / "main"          # which of the snapshots is the current one
         if main.is_file():
             places.append(cache / "snapshots" / main.read_text(encoding="utf-8").strip())
@@ -74,10 +75,32 @@ def find_pretrained(name: str, hub_dir: str = "") -> str:
     found = next((p for p in places if (p / "config.json").is_file()), None)
     if found is None:
         raise UserError(f"--init_from={name} means OpenAI's weights, and there are none in {hub}: "
-                        f"download them with `hf download openai-community/{name}`, name the "
+                        f"download them with `hf download {owner}/{name}`, name the "
                         f"folder that has {name}/ with --hub_dir=DIR, or say --preset={name} for "
                         "random weights of that shape")
     return str(found)
+
+
+def from_settings(cfg: Any, vocab_size: int) -> ModelConfig:
+    """Return the ModelConfig that a run's settings (train.Config) describe: of a family or a preset."""
+    shape = {k: getattr(cfg, k) for k in
+             ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size")}
+    flags = {k: getattr(cfg, k) for k in
+             ("qk_norm", "tie_word_embeddings", "rope_theta", "activation", "gated",
+              "sliding_window", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+              "n_shared_experts") if getattr(cfg, k) is not None}
+    common = {"block_size": cfg.block_size, "dropout": cfg.dropout, "init_std": cfg.init_std}
+    if cfg.preset:
+        given = {k: v for k, v in shape.items() if k in getattr(cfg, "given", ())}
+        config = ModelConfig.preset(cfg.preset, **given, **flags, **common)
+        if vocab_size > config.vocab_size:
+            raise UserError(f"the data's vocabulary of {vocab_size} is larger than "
+                            f"{cfg.preset}'s {config.vocab_size}: leave out --preset, or prepare "
+                            "the data with another tokenizer")
+        return config
+    biases = SCRATCH[cfg.family].from_bias(cfg.bias) if cfg.family in SCRATCH else {}
+    return ModelConfig.family(cfg.family, **{**biases, **shape, **flags, **common,
+                                             "vocab_size": vocab_size})
 
 
 def fits_family(cfg: Any, shape: ModelConfig) -> bool:
@@ -85,12 +108,13 @@ def fits_family(cfg: Any, shape: ModelConfig) -> bool:
     name, settled = cfg.family, set(getattr(cfg, "given", ()))
     if name == family_of(shape).model_type or name == getattr(cfg, "saved", {}).get("family"):
         return True
-    if name not in FAMILIES:
+    if name not in SCRATCH:
         return False
-    if name == "gpt2" or "bias" in settled:         # nanoGPT's switch, and its GELU
+    row = SCRATCH[name]
+    if row.from_bias is not set_biases or "bias" in settled:    # nanoGPT's switch, and its GELU
         settled |= {"qkv_bias", "o_bias", "mlp_bias", "norm_bias", "activation"}
     default = ModelConfig()
-    wanted = {**{key: getattr(default, key) for key in FIXED}, **FAMILIES[name]}
+    wanted = {**{key: getattr(default, key) for key in FIXED}, **row.flags}
     return all(value == getattr(shape, key) for key, value in wanted.items() if key not in settled)
 
 

@@ -28,7 +28,7 @@ from backends import triton_optim
 from config import UserError
 from conftest import ROOT
 from model import ModelConfig, Transformer
-from families.presets import FAMILIES
+from families import SCRATCH
 from test_kernels import (GATES, LOSS_OPTIONS, ORACLES, backend, close, distance, f64,
                           forward_backward, fresh, rotation, strided, targets_for)
 
@@ -438,7 +438,7 @@ def test_a_model_trains_the_same_on_these_kernels(family, checkpointing):
 
     def losses(form):
         torch.manual_seed(0)
-        model = Transformer(ModelConfig(**{**FAMILIES[family], **dict(
+        model = Transformer(ModelConfig(**{**SCRATCH[family].flags, **dict(
             vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16)}))
         model.checkpointing = checkpointing
         optimizer = optim.Optimizer(model.named_parameters(), learning_rate=1e-2)

@@ -13,14 +13,14 @@ from config import UserError                            # noqa: E402
 from training.machine import join_ranks                          # noqa: E402
 from model import ModelConfig, Transformer              # noqa: E402
 from training.optim import Optimizer, clip_grad_norm             # noqa: E402
-from families.presets import FAMILIES, GPT2, LLAMA               # noqa: E402
+from families import SCRATCH
 
 V, T = 31, 16
 # small: the interpreter takes a millisecond for what a GPU does in a microsecond
 SHAPE = dict(vocab_size=V, block_size=T, n_layer=1, n_head=2, n_embd=16)
-KINDS = {"gpt2": dict(GPT2, **SHAPE), "llama": dict(LLAMA, **SHAPE, n_kv_head=1),
-         "gemma": dict(FAMILIES["gemma3"], **SHAPE, n_kv_head=1, head_dim=16, sliding_window=5),
-         "mixture": dict(FAMILIES["qwen3_moe"], **SHAPE, n_kv_head=1, head_dim=8, num_experts=3,
+KINDS = {"gpt2": dict(SCRATCH["gpt2"].flags, **SHAPE), "llama": dict(SCRATCH["llama"].flags, **SHAPE, n_kv_head=1),
+         "gemma": dict(SCRATCH["gemma3"].flags, **SHAPE, n_kv_head=1, head_dim=16, sliding_window=5),
+         "mixture": dict(SCRATCH["qwen3_moe"].flags, **SHAPE, n_kv_head=1, head_dim=8, num_experts=3,
                          num_experts_per_tok=2, moe_intermediate_size=8)}
 
 

@@ -21,9 +21,7 @@ import kernels
 import train
 from config import UserError
 from data import chats, loader
-from model import Transformer
-from families.presets import family
-# the fixtures of the stages' tests: a vocabulary, conversations, and the form of the operations
+from model import ModelConfig, Transformer
 from runs import quiet_machine
 from test_sft import sums, talk, words      # noqa: F401
 
@@ -44,7 +42,7 @@ def small(words, tmp_path_factory):                                             
     words.template = "chatml"
     words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     torch.manual_seed(0)
-    model = Transformer(family("llama", n_layer=1, n_head=2, n_embd=32, block_size=640,
+    model = Transformer(ModelConfig.family("llama", n_layer=1, n_head=2, n_embd=32, block_size=640,
                                vocab_size=words.vocab_size))
     return checkpoint.save_model(tmp_path_factory.mktemp("small") / "m", model, words)
 

@@ -23,10 +23,11 @@ import checkpoint
 import tokenizer
 from checkpoint import complete, load_model, read_settings, save_model
 from config import UserError, configure
+from model import ModelConfig
 from conftest import ROOT
-from families.rows import FAMILIES, META_KEYS, ROWS
-from families.presets import preset
-from formats.huggingface import effective, model_config_from_hf
+from families import FAMILIES, ROWS
+from families.meta import META_KEYS
+from formats.huggingface import effective, family_named, model_config_from_hf
 from formats.safetensors import weight_index
 
 T.logging.set_verbosity_error()
@@ -373,7 +374,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_config_json_is_read_as_the_preset(name):
-    read, known = effective(model_config_from_hf(PUBLISHED[name])), effective(preset(name))
+    read, known = effective(model_config_from_hf(PUBLISHED[name])), effective(ModelConfig.preset(name))
     assert {k for k in known if known[k] != read[k]} <= {"init_std"}
 
 
@@ -715,7 +716,9 @@ def test_any_value_of_any_setting_loads_or_is_one_sentence(name, oracle, tmp_pat
         try:
             if name == "meta":                      # what the weights say is filled in first
                 (path / file).write_text(json.dumps(case))
-                config = model_config_from_hf(complete(read_settings(path)[0], stored))
+                settings = read_settings(path)[0]
+                settings = complete(settings, stored, family_named(settings))
+                config = model_config_from_hf(settings)
             else:
                 config = model_config_from_hf(json.loads(json.dumps(case)))
             if repr(config) not in seen:            # most settings change nothing
@@ -851,7 +854,7 @@ def test_convert_mistakes_are_one_sentence(oracle, tmp_path):
             (["convert", good, tmp_path / "o", "--layout=gguf"], "--layout=gguf"),
             (["convert", good, tmp_path / "o", "--layout=meta"], "qkv_bias"),
             (["convert", good, tmp_path / "o", "--shard_gb=-1"], "shard_gb is -1"),
-            ([good, good], "one word too many")]:
+            ([good, good], "unexpected argument")]:
         if argv[0] == "convert" and len(argv) == 3 or "--layout=meta" in argv:
             done = run(*argv)                           # as a user would; the others in here
             assert done.returncode == 2 and done.stdout == ""

@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 
 from checkpoint import convert, load_model
 from config import UserError
-from families.rows import FAMILIES, ROWS
+from families import FAMILIES, ROWS
 from formats.huggingface import KINDS, effective, model_config_from_hf
 from formats.safetensors import note
 

@@ -13,8 +13,7 @@ import transformers as T
 import checkpoint
 from checkpoint import load_model, save_model
 from config import UserError
-from model import Transformer, rope_frequencies
-from families.presets import family
+from model import ModelConfig, Transformer, rope_frequencies
 
 V = 48
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=V, block_size=64, init_std=0.4)
@@ -26,7 +25,7 @@ YARN = dict(factor=16.0, original_max_position_embeddings=16, beta=8.0, alpha=2.
 def meta(tmp_path):
     """A Llama in Meta's layout: change(**keys) edits its params.json and gives the folder."""
     torch.manual_seed(0)
-    model = Transformer(family("llama", **SHAPE))
+    model = Transformer(ModelConfig.family("llama", **SHAPE))
     save_model(tmp_path / "hf", model)
     checkpoint.convert(tmp_path / "hf", tmp_path / "meta", form="meta")
     file = tmp_path / "meta" / "params.json"

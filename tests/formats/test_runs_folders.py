@@ -24,8 +24,7 @@ import train
 from config import UserError, configure
 from data import prepare
 from formats import run_folder
-from model import Transformer
-from families.presets import family
+from model import ModelConfig, Transformer
 from runs import curve, last, quiet_machine, said, trainer, weights
 from training import effects, start
 
@@ -51,7 +50,7 @@ def made(words, name="llama", seed=0, **shape):
     torch.manual_seed(seed)
     flags = dict(n_layer=1, n_head=2, n_embd=16, block_size=64, init_std=0.2,
                  vocab_size=words.vocab_size)
-    return Transformer(family(name, **{**flags, **shape}))
+    return Transformer(ModelConfig.family(name, **{**flags, **shape}))
 
 
 @pytest.fixture(scope="module")
@@ -489,7 +488,7 @@ LAYOUTS = {"name": "{name}", "organisation": "openai-community/{name}",
            "old cache": "models--{name}/snapshots/5f91d94"}
 
 
-@pytest.mark.parametrize("name", start.OPENAI)
+@pytest.mark.parametrize("name", start.PRETRAINED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gpt2_means_openais_weights(place, tmp_path, layout, name, monkeypatch):
     folder = tmp_path / LAYOUTS[layout].format(name=name)

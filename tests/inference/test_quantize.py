@@ -14,8 +14,8 @@ from inference import quantize
 from checkpoint import load_model, save_model
 from config import UserError
 from conftest import ROOT
-from model import Linear, Transformer
-from families.presets import FAMILIES, family
+from model import ModelConfig, Linear, Transformer
+from families import SCRATCH
 from inference.quantize import Blocked, Int4, Int8, Integer, Packed, Plain, pack
 from inference.generate import Sampling, generate
 
@@ -38,7 +38,7 @@ def seeded():
 
 def build(name="llama", dtype=torch.float32, **changes) -> Transformer:
     """A tiny model of a family, the same at every call, every weight random, norms included."""
-    model = Transformer(family(name, **{**SHAPE, **MORE.get(name, {}), **changes}))
+    model = Transformer(ModelConfig.family(name, **{**SHAPE, **MORE.get(name, {}), **changes}))
     generator, c = torch.Generator().manual_seed(1), model.config
     with torch.no_grad():
         for key, p in model.named_parameters():
@@ -88,7 +88,7 @@ def grid(packed: Integer) -> torch.Tensor:
 # ------------------------------------------------------------------ the same numbers, packed
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SCRATCH)
 def test_packing_changes_no_logit_of_any_family(name):
     """float32: the same to rounding; whole texts, a prompt and single tokens, two rows."""
     ids, model, packed = ids_of(2, 20), build(name), build(name)
@@ -102,7 +102,7 @@ def test_packing_changes_no_logit_of_any_family(name):
     assert not left
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SCRATCH)
 def test_packing_in_bfloat16_is_within_its_rounding(name):
     """Held against float32: the packed model is no further from the truth than the model is."""
     ids = ids_of(2, 20)
@@ -274,7 +274,7 @@ def matrices(model: Transformer) -> list:
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SCRATCH)
 def test_a_quantised_model_is_its_dequantised_twin(name, kind):
     """Every matrix unpacked and put back into an ordinary model gives the same logits, with a
     cache and without: no layer is confused with another, whatever the family."""
@@ -312,12 +312,13 @@ def trained() -> tuple[Transformer, torch.Tensor]:
     """A model of bytes that has learned some Python, and text it has not seen (N, T + 1)."""
     torch.manual_seed(0)
     T, steps, rate = 64, 150, 1e-2
-    text = b"".join((ROOT / name).read_bytes() for name in ("model.py", "layers/kv_cache.py", "families/presets.py"))
+    text = b"".join((ROOT / name).read_bytes() for name in (
+        "model.py", "layers/kv_cache.py", "families/base.py"))
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     rows = data[:len(data) // (T + 1) * (T + 1)].view(-1, T + 1)
     rows = rows[torch.randperm(len(rows))]
     held, rows = rows[:100], rows[100:]
-    model = Transformer(family("llama", vocab_size=256, block_size=T, n_layer=2, n_head=4,
+    model = Transformer(ModelConfig.family("llama", vocab_size=256, block_size=T, n_layer=2, n_head=4,
                                n_embd=64, intermediate_size=192))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(steps):
@@ -404,7 +405,7 @@ class Peak(TorchDispatchMode):
 def test_memory_never_holds_two_copies(kind, dtype, tied):
     """While packing, at most one layer is there twice; afterwards what was promised is there."""
     size = TYPES[dtype].itemsize
-    model = Transformer(family("llama", **{**SHAPE, "n_layer": 24, "vocab_size": 512},
+    model = Transformer(ModelConfig.family("llama", **{**SHAPE, "n_layer": 24, "vocab_size": 512},
                                tie_word_embeddings=tied)).to(TYPES[dtype])
     largest = max(2 * SHAPE["intermediate_size"], 512) * SHAPE["n_embd"]
     with Peak(model) as peak:
@@ -471,7 +472,7 @@ def test_a_loaded_checkpoint_is_packed(tmp_path):
 # --------------------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", SCRATCH)
 def test_generation_is_the_same_token_by_token(name):
     """Greedy, float32, ragged prompts, beyond the context and its re-encoding."""
     prompts = [ids_of(n, seed=n).tolist() for n in (3, 11)]

@@ -11,10 +11,9 @@ from test_added_tokens import TEXT, trained
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import checkpoint
-from families import presets
 import tokenizer as T
 from config import UserError
-from model import Transformer
+from model import ModelConfig, Transformer
 
 FLAGS = dict(lstrip=False, rstrip=False, single_word=False, normalized=False)
 TEXTS = [TEXT, "The fox 123 <|endoftext|>it's <|im_start|>x<|im_end|><think>y <tool_call>",
@@ -255,7 +254,7 @@ def test_a_listing_of_added_tokens_grows_with_them(tmp_path):
 
 
 def small(tok: T.Tokenizer, family: str = "llama", **settings) -> Transformer:
-    return Transformer(presets.family(family, n_layer=1, n_head=2, n_embd=16, block_size=64,
+    return Transformer(ModelConfig.family(family, n_layer=1, n_head=2, n_embd=16, block_size=64,
                                       vocab_size=tok.vocab_size, **settings))
 
 

@@ -6,7 +6,7 @@ import kernels
 from training import optim
 from config import UserError
 from model import ModelConfig, Transformer
-from families.presets import FAMILIES
+from families import SCRATCH
 from training.optim import Optimizer, adamw, clip_grad_norm, muon, newton_schulz
 
 SHAPES = [(7, 5), (5, 7), (3, 3), (11,), (1, 4), (2, 3, 4)]
@@ -31,7 +31,7 @@ def relative(got, want):
 
 def small(family="gpt2", **changes):
     torch.manual_seed(0)
-    return Transformer(ModelConfig(**{**FAMILIES[family], **dict(
+    return Transformer(ModelConfig(**{**SCRATCH[family].flags, **dict(
         vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16), **changes}))
 
 

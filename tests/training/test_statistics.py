@@ -22,9 +22,8 @@ import train
 from config import UserError, configure
 from data import chats, loader
 from training.machine import Machine
-from model import Transformer
+from model import ModelConfig, Transformer
 from training.optim import Optimizer
-from families.presets import family
 from runs import Grads, quiet_machine       # noqa: F401
 from test_dpo import base, packed, pairs, words      # noqa: F401
 from training import router
@@ -37,7 +36,7 @@ EXPERTS = dict(num_experts=4, moe_intermediate_size=16)
 def make(name="qwen3_moe", **changes):
     torch.manual_seed(0)
     experts = EXPERTS if name.endswith("moe") or name == "mixtral" else {}
-    model = Transformer(family(name, **{**SMALL, **experts, **changes})).train()
+    model = Transformer(ModelConfig.family(name, **{**SMALL, **experts, **changes})).train()
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
