@@ -432,8 +432,8 @@ def open_checkpoint(path: str | Path, which: str = "best") -> Opened:
     hf = complete(hf, stored, family)
     config = model_config_from_hf(hf, file)
     # and do not build a billion layers first
-    mixtures = max(0, config.n_layer - config.first_k_dense_replace)
-    if max(config.n_layer, mixtures * config.num_experts) > count_tensors(stored):
+    moe_layers = sum(map(config.is_moe, range(config.n_layer)))
+    if max(config.n_layer, moe_layers * config.num_experts) > count_tensors(stored):
         raise UserError(f"{file} has {config.n_layer} layers and {config.num_experts} experts, the "
                         f"weights only {len(stored)} tensors: they belong to different models")
     # GLM-4.5 and others come with one layer more, which predicts the token after next

@@ -1,8 +1,8 @@
 """The decoder: ids -> hidden states, one Transformer whose flags make it any family of today.
 
     from model import ModelConfig, Transformer
-    model = Transformer(ModelConfig.preset("gpt2"))  # random weights, GPT-2's shape
-    config = ModelConfig.family("gemma3", n_layer=6, n_embd=384, n_head=6, vocab_size=16384)
+    model = Transformer(ModelConfig.from_preset("gpt2"))  # random weights, GPT-2's shape
+    config = ModelConfig.from_family("gemma3", n_layer=6, n_embd=384, n_head=6, vocab_size=16384)
     loss = model(ids, head=lambda h, w: kernels.linear_cross_entropy(h, w, targets))
 
     python model.py --show=qwen3-0.6b                # parameters, FLOPs, memory of a preset
@@ -18,7 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -82,6 +82,7 @@ class ModelConfig:
     moe_intermediate_size: int = 0      # width of an expert; 0: intermediate_size
     n_shared_experts: int = 0           # experts that see every token, as one MLP
     first_k_dense_replace: int = 0      # the first k layers have an ordinary MLP
+    mlp_only_layers: list | None = None     # numbers of further layers with an ordinary MLP
     scoring_func: str = "softmax"       # of the router's logits, or sigmoid (DeepSeek-V3)
     router_bias: bool = False           # a correction that counts for the choice alone
     norm_topk_prob: bool = False        # the chosen scores are divided by their sum
@@ -89,9 +90,10 @@ class ModelConfig:
     # --- training
     dropout: float = 0.0
     init_std: float = 0.02
+    saved_as: str = ""                  # model_type to write, where several families fit
 
     @classmethod
-    def preset(cls, name: str, **changes) -> ModelConfig:
+    def from_preset(cls, name: str, **changes) -> ModelConfig:
         """Return the ModelConfig of a published shape, with `changes` laid over it."""
         if name not in PRESETS:
             raise UserError(f"unknown preset {name!r}; choose from {', '.join(PRESETS)}, or give "
@@ -99,12 +101,13 @@ class ModelConfig:
         return cls(**{**PRESETS[name], **changes})
 
     @classmethod
-    def family(cls, name: str, **shape) -> ModelConfig:
+    def from_family(cls, name: str, **shape) -> ModelConfig:
         """Return a ModelConfig with a family's flags and a shape of your own."""
         if name not in SCRATCH:
             raise UserError(f"unknown family {name!r}; choose from {', '.join(SCRATCH)}")
         row = SCRATCH[name]
         values = {**row.flags, **row.from_shape(shape), **shape}
+        values["saved_as"] = row.saved_as
         if values.get("num_experts") and values.get("num_experts_per_tok", 2) == 1:
             # one expert's share of itself is 1 whatever its score: the router would not learn
             values["norm_topk_prob"] = False
@@ -175,7 +178,8 @@ class ModelConfig:
             self.layer_types[layer] == "sliding_attention") else 0
 
     def is_moe(self, layer: int) -> bool:
-        return self.num_experts > 0 and layer >= self.first_k_dense_replace
+        dense = layer < self.first_k_dense_replace or layer in (self.mlp_only_layers or ())
+        return self.num_experts > 0 and not dense
 
 # ------------------------------------------------------------------------------- position
 
@@ -453,7 +457,8 @@ class Transformer(Module):
         self.output: Callable | None = None             # hidden -> logits, by quantize.pack()
         self.checkpointing = False                      # recompute blocks in the backward
         self.tables: dict = {}                          # rope_table by (length, device)
-        if not self.model.norm.weight.is_meta: self.init_weights()
+        if not self.model.norm.weight.is_meta:
+            self.init_weights()
 
     def init_weights(self) -> None:
         """GPT-2's: N(0, 0.02), and residual projections divided by sqrt(2 n_layer), so that the
@@ -624,7 +629,7 @@ def main(cfg: Config) -> None:
         script = Path(__file__).with_name("checkpoint.py")
         command = [sys.executable, str(script), cfg.show, "--costs=1"]
         sys.exit(subprocess.run([*command, f"--block_size={cfg.block_size}"]).returncode)
-    print_costs(cfg.show, ModelConfig.preset(cfg.show), cfg.block_size)
+    print_costs(cfg.show, ModelConfig.from_preset(cfg.show), cfg.block_size)
 
 
 if __name__ == "__main__":

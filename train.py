@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import kernels
 import tokenizer as tokenizers
-from families import DEFAULT
+from families import DEFAULT, PRETRAINED
 from config import Stopped, UserError, check_values, refuse_idle, run, show
 from data import loader
 from formats import atomic
@@ -491,7 +491,7 @@ def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> tuple[ModelConfi
         own = checkpoint.load_tokenizer(directory)
         start.check_tokens(cfg.dataset, tokenizer, directory, own)
         tokenizer = own
-    elif name in start.OPENAI:
+    elif name in PRETRAINED:
         start.check_gpt2_tokens(cfg.dataset, tokenizer, name)
     else:
         checkpoint.note(f"{directory} has no tokenizer to compare with that of {cfg.dataset}")

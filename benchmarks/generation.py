@@ -128,7 +128,7 @@ def run_section(cfg: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         where = Path(cfg.model or folder)
         if not cfg.model:
-            save_model(where, Transformer(ModelConfig.preset("smollm2-135m")).bfloat16(), None)
+            save_model(where, Transformer(ModelConfig.from_preset("smollm2-135m")).bfloat16(), None)
         tokenizer = load_tokenizer(where) if cfg.model else None
         for name, (dtype, quantize) in TYPES.items():
             start = time.perf_counter()

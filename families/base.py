@@ -41,7 +41,9 @@ class Family:
     write: Callable[[Any, dict], None] = lambda config, hf: None
     rope: str = "plain"             # plain, partial, nested by layer type, own: by read
     writable: bool = True           # False: read only, saved as another family that fits
-    rank: int = 1                   # of rows that fit a model equally, the lowest is written
+    rank: int = 1                   # of rows that fit a model equally, the lowest is written;
+    #                                 2: written for models that were read as this family
+    null_ids: bool = True           # whether its class opens with bos_token_id null
     reads: tuple[str, ...] = ()     # keys that `read` looks at
     ignores: tuple[str, ...] = ()   # keys of the family that change no logit (config_keys.py has
     #                                 those of all families)
@@ -72,6 +74,11 @@ class Family:
     def title(self) -> str:
         """The name of --family."""
         return self.name or self.model_type
+
+    @property
+    def saved_as(self) -> str:
+        """ModelConfig.saved_as of a model of this family: "" where the first that fits will do."""
+        return self.model_type if self.rank > 1 else ""
 
     def find_stem(self, module: str) -> str:
         """Return the name on disk of one of our modules that is not joined with others."""
@@ -163,17 +170,18 @@ def read_window(hf: dict, silent: int | None) -> int:
     return window or 0
 
 
-def by_layer(default: Callable[[int, dict], bool], asks: bool) -> dict[str, Any]:
+def by_layer(default: Callable[[int, dict], bool], asks: bool,
+             window: int | None = 4096) -> dict[str, Any]:
     """Return read and write of `layer_types`.
 
     default(layer, config.json): which layers have the window where the file does not say.
-    asks: none has it unless use_sliding_window says so.
+    asks: none has it unless use_sliding_window says so. window: where the file does not say.
     """
     def read(hf: dict, values: dict) -> None:
         if asks and not hf.get("use_sliding_window"):
             no_windows(hf, values)      # transformers ends there without an explanation
             return
-        values["sliding_window"] = read_window(hf, 4096)
+        values["sliding_window"] = read_window(hf, window)
         if hf.get("layer_types") is not None:
             values["layer_types"] = hf["layer_types"]
         elif values["sliding_window"] and type(values["n_layer"]) is int:
@@ -191,6 +199,23 @@ def by_layer(default: Callable[[int, dict], bool], asks: bool) -> dict[str, Any]
 
     return {"read": read, "write": write, "reads": (
         "sliding_window", "layer_types", *("use_sliding_window", "max_window_layers") * asks)}
+
+
+def read_dense_layers(hf: dict, values: dict) -> None:
+    """Read mlp_layer_types: which layers have an ordinary MLP; by default the first."""
+    types = hf.get("mlp_layer_types")
+    if types is None:
+        types = ["dense"]
+    elif not isinstance(types, list) or set(types) - {"dense", "sparse"} or (
+            len(types) != values["n_layer"]):
+        raise UserError("expected dense or sparse for each layer in mlp_layer_types")
+    values["mlp_only_layers"] = [i for i, kind in enumerate(types) if kind == "dense"] or None
+
+
+def write_dense_layers(config: Any, hf: dict) -> None:
+    """Write mlp_layer_types."""
+    hf["mlp_layer_types"] = ["sparse" if config.is_moe(i) else "dense"
+                             for i in range(config.n_layer)]
 
 
 def needs_experts(hf: dict, values: dict) -> None:

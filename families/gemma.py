@@ -1,7 +1,8 @@
-"""Gemma 2 and 3 (Gemma team 2024, 2025): norms x (1 + w) around each branch, embedding x sqrt(d).
+"""Gemma 1 to 3 and VaultGemma (Gemma team 2024, 2025): norms x (1 + w), embedding x sqrt(d).
 
-Layers with and without a window alternate: 1:1 in Gemma 2, which caps logits with tanh; 5:1 in
-Gemma 3, which has QK-norm and a rotary base of its own for the layers with a window.
+Gemma 2 and 3 have norms before and after each branch, and layers with and without a window: 1:1
+in Gemma 2, which caps logits with tanh, and VaultGemma, which lacks the norms after; 5:1 in Gemma
+3, which has QK-norm and a rotary base of its own for the layers with a window.
 """
 from __future__ import annotations
 
@@ -40,8 +41,8 @@ def make_gemma(model_type: str, architecture: str, pattern: int, **changes) -> F
 
     return like(
         LLAMA, model_type, architecture,
-        fixed=dict(NO_BIAS, norm_offset=1.0, norm_placement="sandwich", embedding_multiplier=0.0,
-                   **changes["fixed"]),
+        fixed=dict(NO_BIAS, norm_offset=1.0, embedding_multiplier=0.0,
+                   **{"norm_placement": "sandwich", **changes["fixed"]}),
         fields={"activation": "hidden_activation"},
         defaults=dict(head_dim=256, hidden_activation="gelu_pytorch_tanh",
                       tie_word_embeddings=True, num_key_value_heads=4,
@@ -49,13 +50,15 @@ def make_gemma(model_type: str, architecture: str, pattern: int, **changes) -> F
                       **changes.get("defaults", {})),
         only={"attention_bias": (False,), "use_bidirectional_attention": (False,),
               **changes.get("only", {})},
-        keys={L + "post_attention_layernorm": (L + "post_self_attn_layernorm",),
+        keys=changes.get("keys") or {
+              L + "post_attention_layernorm": (L + "post_self_attn_layernorm",),
               L + "pre_feedforward_layernorm": (L + "post_attention_layernorm",),
               L + "post_feedforward_layernorm": (L + "post_mlp_layernorm",)},
         read=read, write=write, rope=changes["rope"],
-        reads=("query_pre_attn_scalar", *changes["caps"], *layers["reads"], *asked),
+        reads=("query_pre_attn_scalar", *("rope_local_base_freq",) * bool(asked), *changes["caps"],
+               *layers["reads"], *asked),
         ignores=("hidden_act",), **{key: value for key, value in changes.items() if key in (
-            "name", "scratch", "presets", "wraps")})
+            "name", "scratch", "presets", "wraps", "rank")})
 
 
 GEMMA2 = dict(norm_eps=1e-6, activation="gelu_pytorch_tanh", sliding_window=4096,
@@ -64,6 +67,16 @@ GEMMA2 = dict(norm_eps=1e-6, activation="gelu_pytorch_tanh", sliding_window=4096
 GEMMA3 = dict(GEMMA2, sliding_window=512, sliding_window_pattern=6, rope_theta=1e6,
               rope_local_theta=1e4, attn_logit_softcapping=0.0, final_logit_softcapping=0.0)
 SHAPE = dict(vocab_size=262144, block_size=32768, head_dim=256, attention_multiplier=256 ** -0.5)
+GEMMA = like(LLAMA, "gemma", "GemmaForCausalLM",
+             dict(mlp_bias=False, norm_offset=1.0, embedding_multiplier=0.0),
+             defaults=dict(head_dim=256, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
+                           num_key_value_heads=16, max_position_embeddings=8192),
+             scratch=dict(norm_eps=1e-6, activation="gelu_pytorch_tanh", tie_word_embeddings=True),
+             only={"use_bidirectional_attention": (False,)}, ignores=("hidden_activation",), rank=2,
+             presets={"gemma-2b": dict(vocab_size=256000, block_size=8192, head_dim=256,
+                                       **make_size(18, 8, 1, 2048, 16384)),
+                      "gemma-7b": dict(vocab_size=256000, block_size=8192, head_dim=256,
+                                       **make_size(28, 16, 16, 3072, 24576))})
 ROWS = (
     make_gemma("gemma3_text", "Gemma3ForCausalLM", 6, fixed=dict(qk_norm=True), rope="nested",
           # subtle: transformers has a setting for a cap on attention and ignores it
@@ -79,6 +92,12 @@ ROWS = (
         scratch=GEMMA2,
         presets={"gemma2-2b": dict(SHAPE | {"vocab_size": 256000, "block_size": 8192},
                                    **make_size(26, 8, 4, 2304, 9216))}),
+    GEMMA,
+    make_gemma("vaultgemma", "VaultGemmaForCausalLM", 2, fixed=dict(norm_placement="pre"),
+               rope="plain", context=8192, keys={
+                   L + "pre_feedforward_layernorm": (L + "post_attention_layernorm",)},
+               caps=dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+               scratch=GEMMA2, rank=2),
 )
 
 

@@ -25,18 +25,21 @@ from model import ModelConfig, Transformer, rope_frequencies
 from text.tokenizer_files import is_misread
 from formats.safetensors import note, shorten
 
+LATER_SETTINGS = ("mlp_only_layers", "saved_as")
+LAYER_NUMBERS = ("nope_layers", "mlp_only_layers")      # lists of numbers of layers
 ABOVE_ZERO = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "logits_scaling")
 KINDS = field_types(ModelConfig)
 LARGEST = 2 ** 24           # of any size in a file: tensors beyond it are an attack, or damage
 LARGEST_NUMBER = 1e18       # of any other number
 BIASES = ("qkv_bias", "o_bias", "mlp_bias", "norm_bias")
 EXPERTS = ("num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "scoring_func",
-           "first_k_dense_replace", "router_bias", "norm_topk_prob", "routed_scaling_factor")
+           "router_bias", "norm_topk_prob", "routed_scaling_factor")
 # Settings that a rope_type needs beside its name, and those that it may have
 ROPE_KEYS = {"default": (), "linear": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor",
                         "original_max_position_embeddings"),
              "yarn": ("factor", "original_max_position_embeddings")}
+LOCAL_KEY = "rope_local_base_freq"         # the base of layers with a window, outside the object
 ROPE_OPTIONS = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale",
                          "mscale_all_dim", "truncate")}
 
@@ -57,14 +60,18 @@ def effective(config: ModelConfig) -> dict[str, Any]:
         values["rope_local_theta"] = None               # settings that nothing reads
     if kinds == {False}:
         values["layer_types"] = values["sliding_window"] = None
+    dense = [i for i in range(config.n_layer) if not config.is_moe(i)]
+    del values["first_k_dense_replace"]
+    values["mlp_only_layers"] = dense if config.num_experts else None
     if not config.num_experts:
         values.update(dict.fromkeys(EXPERTS))
-    elif not config.first_k_dense_replace:
+    elif not dense:
         values["intermediate_size"] = None              # every layer has experts instead
     if config.norm == "layernorm" and not config.qk_norm:
         values["norm_offset"] = None
     values["nope_layers"] = sorted(set(config.nope_layers or ()))
     del values["dropout"]
+    del values["saved_as"]
     # a reciprocal there and back is off in the sixteenth digit
     return {k: float(f"{v:.12g}") if isinstance(v, float) else v for k, v in values.items()}
 
@@ -81,13 +88,16 @@ def to_family(config: ModelConfig, family: Family) -> dict[str, Any]:
         # transformers 5 reads rope_parameters; 4 and most other programs read the other two
         hf["rope_theta"], hf["rope_scaling"] = config.rope_theta, scaling
         rope = {"rope_theta": config.rope_theta, "rope_type": "default", **(scaling or {})}
-        if family.rope == "partial":
-            hf["partial_rotary_factor"] = config.partial_rotary_factor
-            rope["partial_rotary_factor"] = config.partial_rotary_factor
+        share = config.partial_rotary_factor
+        if family.rope == "partial" and (share != 1 or "partial_rotary_factor" in family.defaults):
+            hf["partial_rotary_factor"] = share
+            rope["partial_rotary_factor"] = share
         if family.rope == "nested":
-            hf["rope_local_base_freq"] = config.rope_local_theta or config.rope_theta
+            local = config.rope_local_theta or config.rope_theta
+            if LOCAL_KEY in family.reads:
+                hf[LOCAL_KEY] = local
             rope = {"full_attention": rope, "sliding_attention": {
-                "rope_type": "default", "rope_theta": hf["rope_local_base_freq"]}}
+                "rope_type": "default", "rope_theta": local}}
         hf["rope_parameters"] = rope
     family.write(config, hf)
     return hf
@@ -104,6 +114,7 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
     hf = resolve_synonyms(hf, family, where)
     check_keys(hf, list_known_keys(family), family.model_type, where)
     values = dict(family.fixed)             # what the architecture is, then what the file says
+    values["saved_as"] = family.saved_as
     for ours, theirs in family.fields:
         if ours == "dropout":                   # a choice of the run, not of the model
             continue
@@ -148,8 +159,9 @@ def list_known_keys(family: Family) -> frozenset[str]:
     keys = {theirs for _, theirs in family.fields}
     # the context of the first training may stand outside of a flat rotary object
     if family.fixed["position"] == "rope" and family.rope != "own":
-        keys |= {*ROPE, {"nested": "rope_local_base_freq"}.get(
-            family.rope, "original_max_position_embeddings")}
+        keys |= set(ROPE)
+        if family.rope != "nested":
+            keys.add("original_max_position_embeddings")
     return frozenset(keys | {*family.reads, *family.ignores, *family.only, "quantization_config"})
 
 
@@ -183,7 +195,7 @@ def read_rope(hf: dict, family: Family, values: dict, where: str) -> None:
             rope["original_max_position_embeddings"] = outer
     share = rope.pop("partial_rotary_factor", None)
     if share is None:                       # the trap: an explicit null is transformers' 1
-        share = hf.get("partial_rotary_factor", 0.5 if family.rope == "partial" else 1.0)
+        share = hf.get("partial_rotary_factor", family.defaults.get("partial_rotary_factor", 1.0))
     share = 1.0 if share is None else share
     if family.rope == "partial":
         values["partial_rotary_factor"] = share
@@ -231,8 +243,10 @@ def merge_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, 
         raise UserError(f"{where}: of its rotary settings only full_attention's can scale")
     # the layers with a window keep a base of their own, unscaled (Gemma 3 report, 2025)
     local = slide.get("rope_theta")
-    local = hf.get("rope_local_base_freq") if local is None else local
-    values["rope_local_theta"] = 10000.0 if local is None else local
+    if local is None and LOCAL_KEY in family.reads:
+        local = hf.get(LOCAL_KEY)
+    silent = family.defaults.get("rope_local_theta", 10000.0)
+    values["rope_local_theta"] = silent if local is None else local
     return {**full, **old}
 
 
@@ -263,7 +277,7 @@ def checked(values: dict[str, Any], where: str,
             good = isinstance(value, kind)
         if isinstance(value, list):             # of layers: their numbers, or their kinds
             good = good and len(value) <= LARGEST_DEPTH and all(
-                type(v) is (int if name == "nope_layers" else str) for v in value)
+                type(v) is (int if name in LAYER_NUMBERS else str) for v in value)
         if not good:
             key = (keys or {}).get(name, name)
             raise UserError(f"{where}: {key} = {reprlib.repr(value)} is not possible, it cannot be "
@@ -333,9 +347,12 @@ def padding(config: ModelConfig, family: Family) -> int | None:
 
 def family_of(config: ModelConfig, but: str = "") -> Family:
     """The row that `config` is saved as, not the type `but`: HANDMADE if there is none."""
+    own = FAMILIES.get(config.saved_as)
+    if own is not None and own.model_type != but and padding(config, own) is not None:
+        return own
     fits = [(n, row) for row in ROWS if row.writable and row.model_type != but
             and (n := padding(config, row)) is not None]
-    return min(fits, key=lambda fit: fit[0])[1] if fits else HANDMADE
+    return min(fits, key=lambda fit: (fit[1].rank > 1, fit[0]))[1] if fits else HANDMADE
 
 
 def readable_family(config: ModelConfig, tokenizer: Any) -> tuple[Family, str]:
@@ -354,11 +371,17 @@ def readable_family(config: ModelConfig, tokenizer: Any) -> tuple[Family, str]:
 def hf_config(config: ModelConfig, tokenizer: Any = None,
               family: Family | None = None) -> dict[str, Any]:
     """The content of config.json: the family's words, and our own for an exact return."""
-    hf = to_family(config, family or family_of(config))
+    family = family or family_of(config)
+    hf = to_family(config, family)
     # explicit nulls: where the key is missing transformers takes the family's published ids
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     ids.update(tokenizer.token_ids() if tokenizer is not None else {})
-    return {**hf, **ids, "handmade": asdict(config)}
+    if not family.null_ids:
+        ids = {key: value for key, value in ids.items() if value is not None}
+    # settings that came later are written where they say something
+    own = {key: value for key, value in asdict(config).items()
+           if key not in LATER_SETTINGS or value}
+    return {**hf, **ids, "handmade": own}
 
 
 # Keys that are not true of a copy: where the code lies that opens it, what it was computed in
@@ -466,8 +489,10 @@ def layout(config: ModelConfig, family: Family) -> dict[str, Slot]:
     for stem, modules in family.keys.items():
         for i in range(config.n_layer if "{i}" in stem else 1):
             ours, theirs = [m.format(i=i) for m in modules], stem.replace("{i}", str(i))
-            if ours[0] in shapes:
+            if ours[0] in shapes and "{e}" in stem:
                 stacked(theirs, ours[0])
+            elif ours[0] in shapes:                     # a tensor with a name of its own
+                slots[theirs] = Slot((ours[0],), (shapes.pop(ours[0]),))
             for kind in ("weight", "bias", "e_score_correction_bias"):
                 parts = tuple(f"{m}.{kind}" for m in ours)
                 if parts[0] in shapes:

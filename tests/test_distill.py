@@ -66,7 +66,7 @@ def model(words, tmp_path_factory):
             torch.manual_seed(seed)
             flags = dict(dict(n_layer=3, n_head=2, n_embd=32, vocab_size=tokenizer.vocab_size,
                               block_size=64, init_std=0.15), **shape)
-            one = Transformer(ModelConfig.family(name, **flags))
+            one = Transformer(ModelConfig.from_family(name, **flags))
             for p in one.parameters():              # norms and biases as well
                 p.data += 0.1 * torch.randn_like(p)
             if tokenizer is words and not one.config.tie_word_embeddings:

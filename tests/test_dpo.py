@@ -69,7 +69,7 @@ def base(words, tmp_path_factory):
     def make(name="qwen3", seed=1):
         if (name, seed) not in made:
             torch.manual_seed(seed)
-            model = Transformer(ModelConfig.family(name, n_layer=2, n_head=2, n_embd=32, block_size=128,
+            model = Transformer(ModelConfig.from_family(name, n_layer=2, n_head=2, n_embd=32, block_size=128,
                                        vocab_size=words.vocab_size))
             for p in model.parameters():                    # norms and biases as well
                 torch.nn.init.normal_(p, 1.0 if p.ndim < 2 else 0.0, 0.1)
@@ -638,7 +638,7 @@ def test_another_model_as_the_reference(go, base, words, taste):
 def test_a_reference_with_another_tokenizer_is_refused(go, base, tmp_path):
     other = tokenizers.train(["it is what it is, and that is what is said: 1 + 1 = 2." * 30], 270,
                              workers=1)
-    theirs = checkpoint.save_model(tmp_path / "theirs", Transformer(ModelConfig.family(
+    theirs = checkpoint.save_model(tmp_path / "theirs", Transformer(ModelConfig.from_family(
         "llama", n_layer=1, n_head=2, n_embd=32, block_size=128, vocab_size=270)), other)
     with pytest.raises(UserError, match="has another tokenizer"):
         go("out", f"--reference={theirs}")

@@ -50,7 +50,7 @@ def place(tmp_path_factory):
     words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     words.template = "chatml"
     torch.manual_seed(0)
-    shape = ModelConfig.family("llama", n_layer=1, n_head=2, n_embd=16, block_size=64,
+    shape = ModelConfig.from_family("llama", n_layer=1, n_head=2, n_embd=16, block_size=64,
                    vocab_size=words.vocab_size)
     checkpoint.save_model(folder / "base", Transformer(shape), words)
     (folder / "a.txt").write_text(PLAIN)

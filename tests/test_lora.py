@@ -41,7 +41,7 @@ def seeded():
 
 def build(name="llama", **changes) -> Transformer:
     """A tiny model, the same at every call, every weight random, norms and biases included."""
-    model = Transformer(ModelConfig.family(name, **{**SHAPE, **MORE.get(name, {}), **changes}))
+    model = Transformer(ModelConfig.from_family(name, **{**SHAPE, **MORE.get(name, {}), **changes}))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for key, p in model.named_parameters():

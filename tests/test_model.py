@@ -96,6 +96,8 @@ def close(a, b, tolerance=1e-5):
 # What the models' authors, or Hugging Face's model cards, count
 PUBLISHED = {
     "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
+    "gemma-2b": 2_506_172_416, "gemma-7b": 8_537_680_896, "olmoe-1b-7b": 6_919_161_856,
+    "phi-3-mini-4k": 3_821_079_552, "ernie-4.5-0.3b": 360_748_032,
     "gpt2-xl": 1_557_611_200, "llama-7b": 6_738_415_616, "llama2-7b": 6_738_415_616,
     "llama3-8b": 8_030_261_248, "llama3.1-8b": 8_030_261_248, "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824, "llama2-70b": 68_976_648_192, "mistral-7b": 7_241_732_096,
@@ -114,7 +116,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
-        model = Transformer(ModelConfig.preset(name))
+        model = Transformer(ModelConfig.from_preset(name))
     assert model.parameter_count() == PUBLISHED[name]
     # nanoGPT's N: a learned position table is a look-up, and not counted
     table = model.config.block_size * model.config.n_embd
@@ -123,10 +125,10 @@ def test_a_preset_has_the_published_number_of_parameters(name):
 
 
 def test_preset_with_changes_and_of_a_wrong_name():
-    assert ModelConfig.preset("gpt2", dropout=0.1, block_size=64).block_size == 64
-    assert ModelConfig.preset("gpt2").block_size == 1024            # the table itself is untouched
+    assert ModelConfig.from_preset("gpt2", dropout=0.1, block_size=64).block_size == 64
+    assert ModelConfig.from_preset("gpt2").block_size == 1024            # the table itself is untouched
     with pytest.raises(UserError, match="gpt-2.*choose.*gpt2-medium.*directory"):
-        ModelConfig.preset("gpt-2")
+        ModelConfig.from_preset("gpt-2")
 
 
 COUNTED = {
@@ -657,7 +659,7 @@ def test_the_script_shows_what_a_preset_costs():
     assert (done.returncode, done.stderr) == (0, "")
     assert "124,439,808" in done.stdout and "1,024" in done.stdout
     with torch.device("meta"):
-        model = Transformer(ModelConfig.preset("gpt2"))
+        model = Transformer(ModelConfig.from_preset("gpt2"))
     assert f"{model.flops_per_token(1024) / 1e9:.3f}" in done.stdout
 
 
@@ -665,7 +667,7 @@ def test_the_script_shows_what_a_checkpoint_costs(tmp_path):
     """A directory or a run: its own shape, equal to that of the model as it was built."""
     import checkpoint
     from model import ModelConfig
-    built = Transformer(ModelConfig.family("qwen3_moe", n_layer=2, n_head=2, n_embd=32, block_size=48,
+    built = Transformer(ModelConfig.from_family("qwen3_moe", n_layer=2, n_head=2, n_embd=32, block_size=48,
                                vocab_size=77))
     folder = checkpoint.save_model(tmp_path / "run/m", built)
     (tmp_path / "run/checkpoints.json").write_text('{"last": "m", "best": "m"}')

@@ -67,7 +67,7 @@ def base(words, tmp_path_factory):
             flags = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=words.vocab_size,
                          block_size=64, **shape)
             made[key] = checkpoint.save_model(tmp_path_factory.mktemp("base") / name,
-                                              Transformer(ModelConfig.family(name, **flags)), words)
+                                              Transformer(ModelConfig.from_family(name, **flags)), words)
         return made[key]
     return make
 
@@ -321,7 +321,7 @@ def test_new_tokens_get_rows_and_the_old_ones_stay(base, talk):
 def test_rows_that_pad_the_matrix_are_used():
     """A vocabulary rounded up to a multiple has room: the matrix keeps its size."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig.family("llama", n_layer=1, n_head=2, n_embd=32, vocab_size=320))
+    model = Transformer(ModelConfig.from_family("llama", n_layer=1, n_head=2, n_embd=32, vocab_size=320))
     before = model.model.embed_tokens.weight.clone()
     stage.grow(model, 292, 290)
     after = model.model.embed_tokens.weight

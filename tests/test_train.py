@@ -805,7 +805,7 @@ def base(data, tmp_path_factory):
     ("--backend=cudnn", "choose auto, reference, torch, triton"),
     ("--schedule=step", "cosine, linear, constant, wsd"),
     ("--optimizer=sgd", "choose adamw or muon"),
-    ("--family=bert", "choose one of gpt2, llama, mistral"),
+    ("--family=bert", "choose from gpt2, llama, "),
     ("--activation=tanh", "activation='tanh' does not exist"),
     ("--dtype=int8", "auto, float32, bfloat16, float16"),
     ("--device=gpu", "--device=gpu is not usable here"),

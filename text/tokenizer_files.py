@@ -290,12 +290,12 @@ def build_generation_config(tokenizer: Any, ids: dict[str, Any]) -> dict[str, An
     document does.
     """
     out = dict(tokenizer.facts.generation) if tokenizer is not None else {}
-    out["bos_token_id"] = ids["bos_token_id"]
+    out["bos_token_id"] = ids.get("bos_token_id")
     stops = tokenizer.stop_ids if tokenizer is not None else []
-    out["eos_token_id"] = ids["eos_token_id"]
+    out["eos_token_id"] = ids.get("eos_token_id")
     if len(stops) > 1 or stops and out["eos_token_id"] is None:
         out["eos_token_id"] = stops if len(stops) > 1 else stops[0]
-    if ids["pad_token_id"] is not None:
+    if ids.get("pad_token_id") is not None:
         out["pad_token_id"] = ids["pad_token_id"]
     return out
 

@@ -44,7 +44,7 @@ TRAIN = (
     Idle("num_experts_per_tok moe_intermediate_size n_shared_experts", "family num_experts",
          lambda c, m: not m.num_experts, "without --num_experts"),
     Idle("intermediate_size", "family num_experts", lambda c, m: m.num_experts
-         and not m.first_k_dense_replace and c.moe_intermediate_size,
+         and all(map(m.is_moe, range(m.n_layer))) and c.moe_intermediate_size,
          "where every MLP is experts, whose width is --moe_intermediate_size"),
     Idle("router_aux_loss_coef router_z_loss_coef router_sequence_wise", "family num_experts",
          lambda c, m: not m.num_experts, "on a model without experts"),

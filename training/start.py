@@ -92,14 +92,14 @@ def from_settings(cfg: Any, vocab_size: int) -> ModelConfig:
     common = {"block_size": cfg.block_size, "dropout": cfg.dropout, "init_std": cfg.init_std}
     if cfg.preset:
         given = {k: v for k, v in shape.items() if k in getattr(cfg, "given", ())}
-        config = ModelConfig.preset(cfg.preset, **given, **flags, **common)
+        config = ModelConfig.from_preset(cfg.preset, **given, **flags, **common)
         if vocab_size > config.vocab_size:
             raise UserError(f"the data's vocabulary of {vocab_size} is larger than "
                             f"{cfg.preset}'s {config.vocab_size}: leave out --preset, or prepare "
                             "the data with another tokenizer")
         return config
     biases = SCRATCH[cfg.family].from_bias(cfg.bias) if cfg.family in SCRATCH else {}
-    return ModelConfig.family(cfg.family, **{**biases, **shape, **flags, **common,
+    return ModelConfig.from_family(cfg.family, **{**biases, **shape, **flags, **common,
                                              "vocab_size": vocab_size})
 
 

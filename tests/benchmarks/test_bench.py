@@ -42,7 +42,7 @@ def small(words, tmp_path_factory):                                             
     words.template = "chatml"
     words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     torch.manual_seed(0)
-    model = Transformer(ModelConfig.family("llama", n_layer=1, n_head=2, n_embd=32, block_size=640,
+    model = Transformer(ModelConfig.from_family("llama", n_layer=1, n_head=2, n_embd=32, block_size=640,
                                vocab_size=words.vocab_size))
     return checkpoint.save_model(tmp_path_factory.mktemp("small") / "m", model, words)
 

@@ -34,6 +34,7 @@ T.logging.set_verbosity_error()
 T.logging.disable_progress_bar()
 
 V, BLOCK = 96, 64
+ROUTER_BIASES = ("correction_bias", "expert_bias")      # which no gradient moves
 BASE = dict(vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=BLOCK,
             attention_dropout=0.0, bos_token_id=0, eos_token_id=1, pad_token_id=None)
@@ -102,8 +103,48 @@ VARIANTS = {
     "granite": ("Granite", dict(embedding_multiplier=12.0, residual_multiplier=0.3,
                                 attention_multiplier=0.2, logits_scaling=3.0), "granite"),
     "arcee": ("Arcee", {}, "arcee"),
+    # --- added as files alone: the flags were there
+    "gemma": ("Gemma", dict(head_dim=8), "gemma"),
+    "phi3": ("Phi3", dict(rope_parameters=dict(rope_type="default", rope_theta=1e4,
+                                               partial_rotary_factor=0.5)), "phi3"),
+    "phi3 window": ("Phi3", dict(sliding_window=7), "phi3"),
+    "seed_oss": ("SeedOss", dict(head_dim=8), "seed_oss"),
+    "helium": ("Helium", dict(head_dim=8), "helium"),
+    "ernie4_5": ("Ernie4_5", dict(head_dim=16), "ernie4_5"),
+    "ernie4_5 biases": ("Ernie4_5", dict(head_dim=16, use_bias=True), "ernie4_5"),
+    "cwm": ("Cwm", dict(head_dim=16, sliding_window=7), "cwm"),
+    "ministral": ("Ministral", dict(head_dim=16, sliding_window=7, layer_types=[
+        "sliding_attention", "full_attention", "sliding_attention"]), "ministral"),
+    "starcoder2": ("Starcoder2", dict(sliding_window=7), "starcoder2"),
+    "stablelm": ("StableLm", dict(use_qkv_bias=True), "stablelm"),
+    "stablelm parallel": ("StableLm", dict(use_parallel_residual=True), "stablelm"),
+    "jais2": ("Jais2", dict(head_dim=16), "jais2"),
+    "internlm3": ("InternLM3", dict(head_dim=16, attention_bias=True, mlp_bias=True), "internlm3"),
+    "iquestcoder": ("IQuestCoder", dict(head_dim=16), "iquestcoder"),
+    "olmo3": ("Olmo3", dict(sliding_window=7, num_hidden_layers=4), "olmo3"),
+    "olmoe": ("Olmoe", dict(num_experts=4, num_experts_per_tok=2), "olmoe"),
+    "cohere2": ("Cohere2", dict(sliding_window=7, num_hidden_layers=4), "cohere2"),
+    "exaone4": ("Exaone4", dict(sliding_window=7, num_hidden_layers=4), "exaone4"),
+    "exaone4 full": ("Exaone4", dict(sliding_window=None, layer_types=["full_attention"] * 3),
+                     "exaone4"),
+    "vaultgemma": ("VaultGemma", dict(head_dim=16, sliding_window=7, query_pre_attn_scalar=24),
+                   "vaultgemma"),
+    "hyperclovax": ("HyperCLOVAX", dict(head_dim=16, residual_multiplier=0.5, logits_scaling=2.0,
+                                        embedding_multiplier=3.0), "hyperclovax"),
+    "dots1": ("Dots1", dict(MOE, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1,
+                            routed_scaling_factor=1.5, sliding_window=7, max_window_layers=1),
+              "dots1"),
+    "solar_open": ("SolarOpen", dict(MOE, head_dim=16, n_routed_experts=4), "solar_open"),
+    "minimax_m2": ("MiniMaxM2", dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+                                     rotary_dim=8), "minimax_m2"),
+    "hy_v3": ("HYV3", dict(MOE, head_dim=16, num_experts=4), "hy_v3"),
+    "qwen3_moe dense layers": ("Qwen3Moe", dict(MOE, num_experts=4, mlp_only_layers=[2],
+                                                decoder_sparse_step=1), "qwen3_moe"),
+    "qwen3_moe every second": ("Qwen3Moe", dict(MOE, num_experts=4, decoder_sparse_step=2),
+                               "qwen3_moe"),
 }
-WINDOWS = [n for n in VARIANTS if "window" in n or n.startswith("gemma")]
+WINDOWS = [n for n in VARIANTS if "window" in n or n.startswith(("gemma2", "gemma3"))
+           or n in ("cwm", "ministral", "olmo3", "cohere2", "exaone4", "vaultgemma", "starcoder2")]
 
 
 def scramble(model, seed=0):
@@ -198,7 +239,7 @@ def test_the_logits_are_transformers_in_both_directions(name, oracle, tmp_path):
 def test_bfloat16_on_disk_stays_bfloat16_and_is_read_alike(name, oracle, tmp_path):
     theirs = copy.deepcopy(oracle(name).model).to(torch.bfloat16)
     for key, buffer in theirs.named_buffers():
-        if key.endswith("correction_bias"):         # transformers keeps the correction in float32
+        if key.endswith(ROUTER_BIASES):             # transformers keeps the correction in float32
             buffer.data = dict(oracle(name).model.named_buffers())[key].clone()
     theirs.save_pretrained(tmp_path / "m")
     ids = some_ids()
@@ -212,7 +253,7 @@ def test_bfloat16_on_disk_stays_bfloat16_and_is_read_alike(name, oracle, tmp_pat
                      for d in ("m", "ours"))
     assert before.keys() == after.keys()
     for key, tensor in before.items():
-        kept = torch.float32 if key.endswith("correction_bias") else torch.bfloat16
+        kept = torch.float32 if key.endswith(ROUTER_BIASES) else torch.bfloat16
         assert after[key].dtype == tensor.dtype == kept and torch.equal(after[key], tensor), key
 
 
@@ -241,7 +282,7 @@ def test_the_gradients_of_a_step_are_transformers(name, oracle, tmp_path):
     assert a.keys() == b.keys()
     for key in b:
         assert error(a[key], b[key]) <= 1e-4, key
-        assert bool(b[key].any()) or key.endswith("correction_bias") or "experts" in key, key
+        assert bool(b[key].any()) or key.endswith(ROUTER_BIASES) or "experts" in key, key
 
 # ----------------------------------------------------------------------------------- the cache
 
@@ -374,7 +415,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_config_json_is_read_as_the_preset(name):
-    read, known = effective(model_config_from_hf(PUBLISHED[name])), effective(ModelConfig.preset(name))
+    read, known = effective(model_config_from_hf(PUBLISHED[name])), effective(ModelConfig.from_preset(name))
     assert {k for k in known if known[k] != read[k]} <= {"init_std"}
 
 
@@ -411,6 +452,15 @@ def test_what_config_json_does_not_say_is_transformers_default(kind):
                  num_attention_heads=32)
     if kind == "gpt2":
         sizes = dict(vocab_size=V, n_embd=32, n_layer=3, n_head=4)
+    if kind == "helium":                    # whose heads are 128 wide: its o_proj is square
+        sizes["num_attention_heads"] = 1
+        sizes["num_key_value_heads"] = 1
+    if kind == "jais2":
+        sizes.update(num_attention_heads=26, hidden_size=26 * 8)
+    if kind == "stablelm":
+        sizes["num_attention_heads"] = sizes["num_key_value_heads"] = 4
+    if kind == "dots1":                     # whose default is no expert at all
+        sizes.update(n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1)
     silent = {"model_type": kind, **sizes}
     said = json.loads(T.AutoConfig.for_model(kind, **sizes).to_json_string(use_diff=False))
     assert effective(model_config_from_hf(silent)) == effective(model_config_from_hf(said))
@@ -522,8 +572,8 @@ def test_the_predictor_of_the_token_after_next_is_left_out_with_a_note(oracle, t
                 load_model(tmp_path / "m", "cpu")
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "llama4", "phi3", "qwen2_moe", "gemma3", "mamba",
-                                  "olmo3", "cohere2", "glm4v"])
+@pytest.mark.parametrize("kind", ["deepseek_v3", "llama4", "phimoe", "qwen2_moe", "gemma3", "mamba",
+                                  "olmo_hybrid", "cohere2_moe", "glm4v"])
 def test_an_architecture_that_is_not_supported_is_refused_with_the_list(kind):
     with pytest.raises(UserError) as e:
         model_config_from_hf({**PUBLISHED["llama2-7b"], "model_type": kind})

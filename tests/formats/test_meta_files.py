@@ -25,7 +25,7 @@ YARN = dict(factor=16.0, original_max_position_embeddings=16, beta=8.0, alpha=2.
 def meta(tmp_path):
     """A Llama in Meta's layout: change(**keys) edits its params.json and gives the folder."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig.family("llama", **SHAPE))
+    model = Transformer(ModelConfig.from_family("llama", **SHAPE))
     save_model(tmp_path / "hf", model)
     checkpoint.convert(tmp_path / "hf", tmp_path / "meta", form="meta")
     file = tmp_path / "meta" / "params.json"

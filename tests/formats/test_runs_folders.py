@@ -50,7 +50,7 @@ def made(words, name="llama", seed=0, **shape):
     torch.manual_seed(seed)
     flags = dict(n_layer=1, n_head=2, n_embd=16, block_size=64, init_std=0.2,
                  vocab_size=words.vocab_size)
-    return Transformer(ModelConfig.family(name, **{**flags, **shape}))
+    return Transformer(ModelConfig.from_family(name, **{**flags, **shape}))
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def seeded():
 
 def build(name="llama", dtype=torch.float32, **changes) -> Transformer:
     """A tiny model of a family, the same at every call, every weight random, norms included."""
-    model = Transformer(ModelConfig.family(name, **{**SHAPE, **MORE.get(name, {}), **changes}))
+    model = Transformer(ModelConfig.from_family(name, **{**SHAPE, **MORE.get(name, {}), **changes}))
     generator, c = torch.Generator().manual_seed(1), model.config
     with torch.no_grad():
         for key, p in model.named_parameters():
@@ -318,7 +318,7 @@ def trained() -> tuple[Transformer, torch.Tensor]:
     rows = data[:len(data) // (T + 1) * (T + 1)].view(-1, T + 1)
     rows = rows[torch.randperm(len(rows))]
     held, rows = rows[:100], rows[100:]
-    model = Transformer(ModelConfig.family("llama", vocab_size=256, block_size=T, n_layer=2, n_head=4,
+    model = Transformer(ModelConfig.from_family("llama", vocab_size=256, block_size=T, n_layer=2, n_head=4,
                                n_embd=64, intermediate_size=192))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(steps):
@@ -405,7 +405,7 @@ class Peak(TorchDispatchMode):
 def test_memory_never_holds_two_copies(kind, dtype, tied):
     """While packing, at most one layer is there twice; afterwards what was promised is there."""
     size = TYPES[dtype].itemsize
-    model = Transformer(ModelConfig.family("llama", **{**SHAPE, "n_layer": 24, "vocab_size": 512},
+    model = Transformer(ModelConfig.from_family("llama", **{**SHAPE, "n_layer": 24, "vocab_size": 512},
                                tie_word_embeddings=tied)).to(TYPES[dtype])
     largest = max(2 * SHAPE["intermediate_size"], 512) * SHAPE["n_embd"]
     with Peak(model) as peak:

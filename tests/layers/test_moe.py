@@ -21,7 +21,7 @@ SMALL = dict(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=32, num_e
 
 def make(name="qwen3_moe", **changes):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig.family(name, **{**SMALL, **changes})).train()
+    model = Transformer(ModelConfig.from_family(name, **{**SMALL, **changes})).train()
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
@@ -142,7 +142,7 @@ def test_the_routers_losses_reach_the_gradient_with_their_weight(aux, checkpoint
 def test_a_softcapped_models_loss_is_that_of_its_logits():
     """Gemma 2 caps its logits: training on the bare ones would teach another distribution."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig.family("gemma2", **{**SMALL, "num_experts": 0, "sliding_window": 8,
+    model = Transformer(ModelConfig.from_family("gemma2", **{**SMALL, "num_experts": 0, "sliding_window": 8,
                                             "final_logit_softcapping": 2.0}))
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=1.0)
     ids = some_ids(2, 24)

@@ -254,7 +254,7 @@ def test_a_listing_of_added_tokens_grows_with_them(tmp_path):
 
 
 def small(tok: T.Tokenizer, family: str = "llama", **settings) -> Transformer:
-    return Transformer(ModelConfig.family(family, n_layer=1, n_head=2, n_embd=16, block_size=64,
+    return Transformer(ModelConfig.from_family(family, n_layer=1, n_head=2, n_embd=16, block_size=64,
                                       vocab_size=tok.vocab_size, **settings))
 
 

@@ -37,5 +37,5 @@ def test_nothing_in_nanogpts_config_files_is_without_effect(name, tmp_path):
     """On OpenAI's checkpoints, where they start from these, as on a new model."""
     cfg = configure(train.Config, [config_file(tmp_path, NANOGPT[name], name + ".py")])
     pretrained = effects.is_pretrained(cfg)
-    shape = ModelConfig.preset(cfg.init_from) if pretrained else from_settings(cfg, 50257)
+    shape = ModelConfig.from_preset(cfg.init_from) if pretrained else from_settings(cfg, 50257)
     refuse_idle(cfg, shape, start.get_in_force(cfg, shape, pretrained))

@@ -36,7 +36,7 @@ EXPERTS = dict(num_experts=4, moe_intermediate_size=16)
 def make(name="qwen3_moe", **changes):
     torch.manual_seed(0)
     experts = EXPERTS if name.endswith("moe") or name == "mixtral" else {}
-    model = Transformer(ModelConfig.family(name, **{**SMALL, **experts, **changes})).train()
+    model = Transformer(ModelConfig.from_family(name, **{**SMALL, **experts, **changes})).train()
     for p in model.parameters():
         if p.ndim > 1:
             torch.nn.init.normal_(p, std=0.2)
