@@ -134,12 +134,12 @@ class Tokenizer:
     @property
     def prefix(self) -> list[int]:
         """The ids that begin every text of this model, as in transformers: [<s>] for Llama 2."""
-        return chat.affixes(self.post)[0]
+        return tokenizer_json.read_affixes(self.post)[0]
 
     @property
     def suffix(self) -> list[int]:
         """The ids that end every text of this model; few have any."""
-        return chat.affixes(self.post)[1]
+        return tokenizer_json.read_affixes(self.post)[1]
 
     @property
     def stop_ids(self) -> list[int]:
@@ -382,9 +382,9 @@ class Tokenizer:
         if model and wanted != [None, None]:
             first, last = ({n: self.special[n]} if on and n in self.special else {}
                            for on, n in zip(wanted, (self.bos_token, self.eos_token)))
-            if chat.affixes(self.post) != ([*first.values()], [*last.values()]):
-                self.post = chat.surround(first, last)
-        chat.affixes(self.post)        # ValueError now, not in the middle of a run
+            if tokenizer_json.read_affixes(self.post) != ([*first.values()], [*last.values()]):
+                self.post = tokenizer_json.surround_text(first, last)
+        tokenizer_json.read_affixes(self.post)        # ValueError now, not in the middle of a run
         self.template = chat.find_row(self.jinja, self.eot_token or EOT)
         self._index()
         self._names(frozenset(self.special))        # and so for names that cannot be looked for

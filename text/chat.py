@@ -20,17 +20,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Protocol
 
 from config import UserError, refuse_to_run
 from text import chat_template
 from text.chat_template import ROLES, Rendered, split_thoughts
 from text.sandbox import compile_template
 
-if TYPE_CHECKING:
-    from tokenizer import Tokenizer
-
 EOT = "<|endoftext|>"           # the end of text where a tokenizer names none
+
+
+class Tokenizer(Protocol):
+    """What rendering reads of a tokenizer; tokenizer.py has the class."""
+    eot_token: str | None           # the end of text, if it has one
+    added: dict[str, dict]          # added tokens -> their flags
+    template: str | None            # a name in TEMPLATES
+    jinja: str                      # the directory's own template; "": none
+    jinjas: dict[str, str]          # all of its templates by name
 
 
 @dataclass(frozen=True)
@@ -467,46 +473,6 @@ def jinja(row: Template, eot: str) -> str:
                 "{% endif %}"]
     out.append("{% elif messages[-1]['role'] == 'assistant' %}" + say(row.closing))
     return "".join(out) + "{% endif %}"
-
-
-# --- what stands around a text that is no conversation ---------------------------------------
-
-def surround(first: dict[str, int], last: dict[str, int] = {}) -> dict | None:
-    """Return a post_processor that puts these tokens before and after a text; None for none."""
-    # type_id tells the two texts of a pair apart (BERT's); no decoder looks at it
-    def token(name: str, which: int) -> dict:
-        return {"SpecialToken": {"id": name, "type_id": which}}
-
-    def around(name: str, which: int) -> list[dict]:
-        return [*(token(n, which) for n in first), {"Sequence": {"id": name, "type_id": which}},
-                *(token(n, which) for n in last)]
-
-    both = {n: {"id": n, "ids": [i], "tokens": [n]} for n, i in {**first, **last}.items()}
-    return both and {"type": "TemplateProcessing", "single": around("A", 0),
-                     "pair": around("A", 0) + around("B", 1), "special_tokens": both} or None
-
-
-def affixes(post: dict | None) -> tuple[list[int], list[int]]:
-    """Return the ids that a post_processor puts before and after a text."""
-    kind = (post or {}).get("type")
-    before: list[int] = []
-    after: list[int] = []
-    if kind == "Sequence":              # the last step is the outermost
-        for step in post["processors"]:
-            first, last = affixes(step)
-            before, after = first + before, after + last
-    elif kind == "TemplateProcessing":
-        target = before
-        for item in post["single"]:
-            if "Sequence" in item:
-                target = after
-            else:
-                target += post["special_tokens"][item["SpecialToken"]["id"]]["ids"]
-    elif kind in ("BertProcessing", "RobertaProcessing"):
-        before, after = [post["cls"][1]], [post["sep"][1]]
-    elif kind not in (None, "ByteLevel"):
-        raise ValueError(f"the post_processor {kind} is not supported")
-    return [int(i) for i in before], [int(i) for i in after]
 
 
 if __name__ == "__main__":

@@ -29,10 +29,9 @@ from operator import add
 from typing import Any, Iterable, Iterator, Mapping
 
 from text.bpe import PATTERNS, PieceCache, any_of, bpe, mend
-from text.chat import surround
 from config import UserError, refuse_to_run
 from text.added_tokens import cut, flags_of, number
-from text.tokenizer_json import list_added
+from text.tokenizer_json import list_added, surround_text
 
 SPACE = "\u2581"
 SEP = "\ud800"          # between the halves of a merge: half a surrogate pair is never in a text
@@ -440,7 +439,7 @@ def from_model(data: bytes, family: str = "", added: Mapping[str, dict] = {}) ->
     special = {n: len(ranks) + k for k, n in enumerate(GLM4 if glm else LLAMA3)}
     first = ["[gMASK]", "<sop>"] if glm else ["<|begin_of_text|>"]
     return dict(ranks=ranks, special=special, pattern=PATTERNS["cl100k"],
-                post=surround({n: special[n] for n in first}))
+                post=surround_text({n: special[n] for n in first}))
 
 
 def from_sentencepiece(data: bytes, more: list[str], added: Mapping[str, dict]) -> dict[str, Any]:
@@ -507,7 +506,7 @@ def from_sentencepiece(data: bytes, more: list[str], added: Mapping[str, dict]) 
         "added_tokens": list(listed.values()), "pre_tokenizer": None,
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "post_processor": surround({n: listed[n]["id"] for n in first if n in listed}),
+        "post_processor": surround_text({n: listed[n]["id"] for n in first if n in listed}),
         "model": {"type": "BPE", "dropout": None, "unk_token": unknown[0], "fuse_unk": True,
                   "continuing_subword_prefix": None, "end_of_word_suffix": None,
                   "byte_fallback": falls_back, "ignore_merges": False, "vocab": vocab,

@@ -221,3 +221,42 @@ def write(tokenizer: Any) -> dict[str, Any]:
              "merges": [" ".join(map(printable, h)) for h in halves if len(h) == 2]}
     return {**parts, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, byte_level]},
             "post_processor": tokenizer.post, "decoder": byte_level, "model": model}
+
+
+def surround_text(first: dict[str, int], last: dict[str, int] = {}) -> dict | None:
+    """Return a post_processor that puts these tokens before and after a text; None for none."""
+    # type_id tells the two texts of a pair apart (BERT's); no decoder looks at it
+    def token(name: str, which: int) -> dict:
+        return {"SpecialToken": {"id": name, "type_id": which}}
+
+    def around(name: str, which: int) -> list[dict]:
+        return [*(token(n, which) for n in first), {"Sequence": {"id": name, "type_id": which}},
+                *(token(n, which) for n in last)]
+
+    both = {n: {"id": n, "ids": [i], "tokens": [n]} for n, i in {**first, **last}.items()}
+    return both and {"type": "TemplateProcessing", "single": around("A", 0),
+                     "pair": around("A", 0) + around("B", 1), "special_tokens": both} or None
+
+
+def read_affixes(post: dict | None) -> tuple[list[int], list[int]]:
+    """Return the ids that a post_processor puts before and after a text."""
+    kind = (post or {}).get("type")
+    before: list[int] = []
+    after: list[int] = []
+    if kind == "Sequence":              # the last step is the outermost
+        for step in post["processors"]:
+            first, last = read_affixes(step)
+            before, after = first + before, after + last
+    elif kind == "TemplateProcessing":
+        target = before
+        for item in post["single"]:
+            if "Sequence" in item:
+                target = after
+            else:
+                target += post["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+    elif kind in ("BertProcessing", "RobertaProcessing"):
+        before = [post["cls"][1]]
+        after = [post["sep"][1]]
+    elif kind not in (None, "ByteLevel"):
+        raise ValueError(f"the post_processor {kind} is not supported")
+    return [int(i) for i in before], [int(i) for i in after]
