@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import config  # noqa: F401  first, so that what fails while importing is a sentence
 import hashlib
-import json
 import math
 import os
 import re
@@ -40,14 +39,18 @@ from config import Idle, UserError, refuse_idle, run
 from families import HANDMADE, LAYOUTS
 from families.base import Family
 from formats import atomic
+from formats.atomic import name_aside, sync, write_json
 from formats.match import match, count_tensors
-from formats.wrapped import take_text_tensors, unwrap
+from formats.run_folder import is_checkpoint, resolve
+from formats.wrapped import take_text_tensors, unwrap_settings
+from layers.unwrap import unwrap
 from model import ModelConfig, Transformer, print_costs
 from text import tokenizer_files
-from formats.huggingface import (Slot, differences, disk_form, family_named, family_of,
+from tokenizer import load
+from formats.huggingface import (Slot, differences, disk_form, family_named,
                                  find_other_keys, hf_config, layout, model_config_from_hf,
                                  readable_family, to_family)
-from formats.safetensors import (DTYPE_NAMES, DTYPES, Stored, is_equal, note, read, read_header,
+from formats.safetensors import (DTYPE_NAMES, DTYPES, Stored, is_equal, note, read,
                                  read_json, shorten, weight_index, write_safetensors)
 
 # the family of a params.json, which names none
@@ -62,12 +65,6 @@ OURS = re.compile(r"(config|generation_config|tokenizer\w*|special_tokens_map|ad
                   r"|consolidated.*\.(pth|safetensors)"
                   r"|adapter")                  # lora.py's folder
 
-
-def raw(model: Any) -> Transformer:
-    """The model inside DDP and torch.compile, whose wrappers would get into the names."""
-    while hasattr(model, "_orig_mod") or not hasattr(model, "config"):
-        model = getattr(model, "_orig_mod", None) or model.module
-    return model
 
 # -------------------------------------------------------------------------------- saving
 
@@ -88,7 +85,7 @@ def save_checkpoint(path: str | Path, model: Any, tokenizer: Any, trainer: dict 
                     shard_bytes: int = SHARD_BYTES) -> Path:
     """save_model, with `trainer` (tensors and plain values: what resuming needs) as trainer.pt."""
     def fill(directory: Path) -> None:
-        model_ = raw(model)
+        model_ = unwrap(model)
         # what a LoRA layer holds as integers or halves is saved as what it amounts to, float32
         amounts = {f"{n}.weight": torch.float32 for n, m in model_.named_modules()
                    if isinstance(getattr(m, "kind", None), torch.dtype)}
@@ -196,38 +193,13 @@ def write_model(directory: Path, config: ModelConfig, dtypes: dict[str, torch.dt
         tokenizer.save(directory)
 
 
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def sync(path: Path) -> None:
-    """Have the disk, and not only the kernel, know the content of a file or a directory."""
-    # Windows opens no directory and syncs no read-only file; some file systems sync no directory
-    lenient = path.is_dir() or path.exists() and not os.access(path, os.W_OK)
-    handle = None
-    try:
-        handle = os.open(path, os.O_RDONLY if lenient else os.O_RDWR)
-        os.fsync(handle)
-    except OSError:
-        if not lenient:
-            raise
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def aside(path: Path) -> Path:
-    """Where the previous directory stands while the new one takes its name."""
-    return path.with_name(f".{path.name}.old")
-
-
 def replace_directory(path: Path, fill: Callable[[Path], None]) -> Path:
     """Make `path` the directory that fill() writes, or leave it as it was.
 
     The new one is built under another name on the same disk, synced, and renamed. Two renames are
     not one: killed between them, the old directory is found under its name aside (see resolve).
     """
-    new, old, lock = path.with_name(f".{path.name}.new"), aside(path), None
+    new, old, lock = path.with_name(f".{path.name}.new"), name_aside(path), None
     try:
         new.mkdir(parents=True, exist_ok=True)
         lock = atomic.try_lock(new)                     # it ends with the process
@@ -283,41 +255,6 @@ def other_files(path: Path) -> list[Path]:
     return [entry for entry in entries if not OURS.fullmatch(entry.name)]
 
 # ------------------------------------------------------------------------------- loading
-
-
-def is_checkpoint(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("config.json", "params.json"))
-
-
-def resolve(path: str | Path, which: str = "best") -> Path:
-    """The checkpoint directory meant by `path`: itself, or the best / last of a training run.
-
-    A run's out_dir names its checkpoints in checkpoints.json: {"last": "step_500", "best": …}.
-    """
-    path = Path(path)
-    if is_checkpoint(path):
-        return path
-    index = path / "checkpoints.json"
-    if index.is_file():
-        names = read_json(index)
-        for name in (names.get(which), names.get("last")):      # the best may have been pruned
-            if name is None:
-                continue
-            if not isinstance(name, str) or Path(name).name != name:
-                raise UserError(f"{index} names {name!r}, outside its folder: refused")
-            for found in (path / name, aside(path / name)):
-                if is_checkpoint(found):
-                    return found
-        raise UserError(f"{index} names no checkpoint that is there: train again, or give one of "
-                        f"the folders in {path}")
-    if path.name and is_checkpoint(aside(path)) and not path.exists():
-        return aside(path)                              # a save was killed between its renames
-    if (path / "adapter_config.json").is_file():
-        raise UserError(f"{path} is an adapter, not a model: name its base, or merge both with "
-                        f"`python lora.py merge {path} OUT` and name that")
-    state = "has no config.json" if path.is_dir() else "does not exist"
-    raise UserError(f"no checkpoint at {path}, which {state}: give the directory of a model or "
-                    "the out_dir of a training run")
 
 
 def digest(*parts: Any) -> str:
@@ -377,7 +314,6 @@ def read_config(path: str | Path, which: str = "best") -> ModelConfig:
 
 def load_tokenizer(path: str | Path, which: str = "best") -> Any:
     """The tokenizer that lies with a checkpoint."""
-    from tokenizer import load
     return load(str(resolve(path, which)))
 
 
@@ -424,7 +360,7 @@ def open_checkpoint(path: str | Path, which: str = "best") -> Opened:
     """Compare config.json with the weights; UserError names the tensor that is wrong."""
     directory = resolve(path, which)
     hf, file = read_settings(directory)
-    hf, wrapped = unwrap(hf, file)
+    hf, wrapped = unwrap_settings(hf, file)
     family = family_named(hf, file)             # before the rest is looked for
     stored = weight_index(directory)
     if wrapped:

@@ -45,9 +45,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layers.lora import disabled
+from layers.unwrap import unwrap
 import checkpoint
 import kernels
-import lora
 import stage
 import train
 from config import Idle, UserError, run
@@ -103,7 +104,7 @@ def log_probs(model: Any, batch: train.Batch, D: int, routed: bool = False
     targets, doc = batch["targets"].flatten(), batch["doc"].flatten()
     live = (targets >= 0).nonzero()[:, 0]
     live = live if len(live) else live.new_zeros(1)         # no kernel likes an empty tensor
-    right, softcap = targets[live], checkpoint.raw(model).config.final_logit_softcapping
+    right, softcap = targets[live], unwrap(model).config.final_logit_softcapping
 
     def head(h: Tensor, w: Tensor) -> Tensor:
         return kernels.linear_cross_entropy(h.flatten(0, 1).index_select(0, live), w, right,
@@ -207,7 +208,7 @@ def unpaired_loss(cfg: Config) -> train.Loss:
     accuracy: the share whose reward is on its label's side of z; margin: how far, on average.
     """
     def loss(model: Any, batch: train.Batch) -> tuple[Tensor, Tensor, dict]:
-        routed = router.needs_routes(checkpoint.raw(model).config)
+        routed = router.needs_routes(unwrap(model).config)
         seen_by = log_probs(model, batch, batch["reference"].shape[1], routed)
         policy, sizes, routes = seen_by                     # (B, D), (B, D), of the routers
         there = sizes > 0
@@ -232,7 +233,7 @@ def pair_loss(cfg: Config) -> train.Loss:
     the routers' losses of pretraining."""
     def loss(model: Any, batch: train.Batch) -> tuple[Tensor, Tensor, dict]:
         reference = batch["reference"]                      # (B, D), two of D to a pair
-        routed = router.needs_routes(checkpoint.raw(model).config)
+        routed = router.needs_routes(unwrap(model).config)
         *found, routes = log_probs(model, batch, reference.shape[1], routed)
         policy, sizes = (x.view(len(x), -1, 2) for x in found)
         there = (sizes > 0).all(-1)                         # (B, pairs of a row)
@@ -450,7 +451,7 @@ def add_reference(cfg: Config, model: Transformer, packs: list[chats.Packed], da
         here = not cfg.reference and (cfg.init_from != "resume" or bool(cfg.lora_rank)
                                       and not cfg.eval_only)
         judge = model if here else load_reference(cfg, tokenizer, data, machine)
-        with lora.disabled(judge):
+        with disabled(judge):
             values = np.concatenate([of_conversations(judge, p, cfg.batch_size, machine,
                                                       "reference") for p in packs])
     if machine.main and not cfg.eval_only and not (known and file.exists()):

@@ -45,11 +45,12 @@ import torch
 
 from text.chat import find_stop_ids, fit, refuse_unread
 import kernels
-import lora
 from checkpoint import load_model, load_tokenizer, resolve
 from config import Idle, UserError, refuse_idle, run
+from formats.peft import CONFIG, FOLDER, find_base, load_adapter
 from inference import classify
 from inference.generate import TURN, Memory, Sampling, Text, encode, generate
+from layers.lora import activate, merge
 from training.machine import Meter
 from inference.quantize import pack
 from text import files
@@ -155,12 +156,12 @@ def find_adapters(cfg: Config) -> dict[str, Path]:
         if name in found:
             raise UserError(f"--adapter: two are called {name}: say --adapter=ONE=DIR,OTHER=DIR")
         found[name] = folder = Path(path)
-        if not (folder / lora.CONFIG).is_file():
+        if not (folder / CONFIG).is_file():
             with contextlib.suppress(UserError):
-                found[name] = resolve(folder, cfg.which) / lora.FOLDER
-        if not (found[name] / lora.CONFIG).is_file():
+                found[name] = resolve(folder, cfg.which) / FOLDER
+        if not (found[name] / CONFIG).is_file():
             raise UserError(f"--adapter: there is none at {path}: give a folder that has "
-                            f"{lora.CONFIG}, or the out_dir of a run with --lora_rank")
+                            f"{CONFIG}, or the out_dir of a run with --lora_rank")
     return found
 
 
@@ -173,7 +174,7 @@ def find_model(cfg: Config, adapters: dict[str, Path]) -> Path:
                         " or name the base with --model=DIR")
     if not adapters:
         return directory
-    return lora.find_base(list(adapters.values()), str(directory or ""), "--model", cfg.which)
+    return find_base(list(adapters.values()), str(directory or ""), "--model", cfg.which)
 
 
 class Served:
@@ -182,10 +183,10 @@ class Served:
     def __init__(self, cfg: Config, directory: Path, adapters: dict[str, Path]):
         self.model = model = load_model(directory, cfg.device, cfg.dtype)
         for name, path in adapters.items():
-            lora.load_adapter(path, model, name)
+            load_adapter(path, model, name)
         if adapters:
-            lora.activate(model, *adapters)
-            lora.merge(model)
+            activate(model, *adapters)
+            merge(model)
         weight, count = model.output_weight, model.parameter_count()
         if weight.device.type == "cpu" and count < SMALL:
             # a step is microseconds of work: threads would wait for each other

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import checkpoint
+from layers.unwrap import unwrap
 import kernels
 import stage
 import train
@@ -91,7 +91,7 @@ def class_loss(cfg: Config, ids: list[int], confusion: Tensor | None = None) -> 
     confusion (labels, labels), where given, is counted up: [truth, answer].
     """
     def loss(model: Any, batch: train.Batch) -> tuple[Tensor, Tensor, dict]:
-        targets, config = batch["targets"].flatten(), checkpoint.raw(model).config
+        targets, config = batch["targets"].flatten(), unwrap(model).config
         routed = router.needs_routes(config)
         options = dict(softcap=config.final_logit_softcapping)
         if torch.is_grad_enabled():             # a score is that of the labels as they are

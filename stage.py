@@ -10,7 +10,9 @@ setting that is not given is the saved run's; adapters, ranks, --show and --eval
 """
 from __future__ import annotations
 
+import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,17 +25,19 @@ from torch.nn import Parameter
 from text.chat import find
 import checkpoint
 import kernels
-import lora
 import train
 from config import UserError, refuse_idle, refuse_to_run, show
 from data import chats, loader
 from formats import atomic
+from formats.peft import FOLDER, find_base, load_adapter, read_base, save_adapter
+from formats.run_folder import GROWN, fingerprint as fingerprint_model
 from inference.classify import label_ids
 from inference.generate import Sampling, sample_text
 from training.machine import Machine, find_machine
+from layers.lora import add_lora, describe, halve, select
 from model import ModelConfig, Transformer
 from training import effects
-from training import start as begin
+from training import start
 
 # what makes the models that the stages' configs start from
 BEFORE = {"out/demo": "train.py config/demo.py", "out/sft": "sft.py config/sft_skills.py"}
@@ -41,7 +45,21 @@ CONTEXT = 1024          # a row is no longer by default, though many a model cou
 
 
 @dataclass
-class Config(train.Config, lora.Settings):
+class Lora:
+    """What any stage may be asked to do with adapters; its Config inherits them."""
+    lora_rank: int = 0          # of LoRA adapters, which train instead of the model; 0: none
+    lora_alpha: float = 0.0     # their changes are scaled by alpha / rank; 0: twice the rank
+    lora_dropout: float = 0.0   # before A
+    targets: str = ""           # as q_proj,lm_head:8 (rank 8); empty: attention's and MLP's
+    rslora: bool = False        # scale by alpha / sqrt(rank)
+    dora: bool = False          # train the length of each row of W as well
+    lora_int8: bool = False     # hold the frozen weights beside the adapters in int8
+    base: str = ""              # of a resumed run: the frozen model, where it was moved elsewhere
+    IDLE = effects.LORA         # which of these have no effect, and when
+
+
+@dataclass
+class Config(train.Config, Lora):
     ranges = {"warmup_iters": "-1 or [0, 1e12]"}
     # --- data
     dataset: str = "skills"             # a name under data/, a folder, or a file of conversations
@@ -109,7 +127,7 @@ def inherit(cfg: Config, shape: ModelConfig, tokenizer: Any, chat: bool = True) 
     if done:
         said.append(own or f"template {tokenizer.template}")
     # what the saved settings say of the model shall be true of it
-    begin.take_shape(cfg, shape)
+    start.take_shape(cfg, shape)
     said = ["inherited from the checkpoint: " + ", ".join(said)]
     if done or not chat:
         return said
@@ -154,7 +172,7 @@ def start_from(cfg: Config) -> tuple[ModelConfig, Any]:
     """(shape, tokenizer) of the checkpoint that training starts from, which cfg.init_from names
     from here on: the run that it belongs to may be moved aside."""
     resume = cfg.init_from == "resume"
-    cfg.init_from = begin.find_pretrained(cfg.init_from, cfg.hub_dir)
+    cfg.init_from = start.find_pretrained(cfg.init_from, cfg.hub_dir)
     source, which = (cfg.out_dir, "last") if resume else (cfg.init_from, "best")
     try:
         directory = checkpoint.resolve(source, which)
@@ -198,6 +216,57 @@ def steps_of(epochs: float, rows: int, batch: int) -> int:
     """
     return max(1, math.ceil(round(epochs * rows / batch, 9)))    # 0.1 x 30 is 3.0000000000000004
 
+# ------------------------------------------------------------------------------- adapters
+
+
+def find_frozen(cfg: Any) -> Any:
+    """The settings to build a stage's model by: on resume with adapters it is the base again."""
+    if cfg.init_from == "resume" and cfg.lora_rank:
+        last = checkpoint.resolve(cfg.out_dir, "last") / FOLDER
+        cfg = replace(cfg, init_from=str(find_base([last], cfg.base)))
+    return cfg
+
+
+def place_base(cfg: Any) -> Path:
+    """Return where a base with rows for new tokens is saved; UserError if that is not a run's."""
+    base = Path(cfg.out_dir) / "base"
+    if base.exists() and not (base / GROWN).is_file():
+        raise UserError(f"the model with rows for new tokens is to be saved as {base}, which no "
+                        "run has made: choose another --out_dir")
+    return base
+
+
+def add_adapters(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False,
+          dtype: torch.dtype | None = None, base: str = "") -> str:
+    """What a stage does with its model before fit(), if cfg.lora_rank: new adapters, or on resume
+    those of the last checkpoint, which holds the merged weights and has them as a folder.
+
+    grown: the model is no longer what lies at cfg.init_from, it has rows for new tokens, say: then
+    it is saved as out_dir/base. dtype: of the activations; see halve(). base: of a resumed run,
+    as start_from() found it. Returns describe()."""
+    fingerprint = ""
+    if cfg.init_from == "resume":
+        last = checkpoint.resolve(cfg.out_dir, "last") / FOLDER
+        base = base or find_frozen(cfg).init_from
+        fingerprint = read_base(last).get("fingerprint", "")
+        load_adapter(last, model, int8=cfg.lora_int8)
+    else:
+        base = os.path.abspath(place_base(cfg) if grown else checkpoint.resolve(cfg.init_from))
+        if os.environ.get("RANK", "0") == "0":
+            if grown:
+                checkpoint.save_model(base, model, tokenizer, extra={GROWN: json.dumps(
+                    {"init_from": cfg.init_from}) + "\n"})
+            fingerprint = fingerprint_model(Path(base))
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2.0 * cfg.lora_rank, cfg.lora_dropout,
+                 cfg.targets, cfg.rslora, cfg.dora, int8=cfg.lora_int8)
+    base = os.path.abspath(base)
+    if dtype == torch.bfloat16:
+        halve(model)
+    # called by save_checkpoint(), which itself saves what the layers amount to
+    model.save_beside = lambda checkpoint: save_adapter(checkpoint / FOLDER, model, base=base,
+                                                        fingerprint=fingerprint)
+    return describe(model)
+
 # ----------------------------------------------------------------------------- the way it goes
 
 
@@ -222,7 +291,7 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
         raise UserError(f"{cfg.init_from} is a classifier, and what is made of it would be taken "
                         "for one: start from the model that it was trained from, or say "
                         "--task=classify to sft.py")
-    refuse_idle(cfg, shape, begin.get_in_force(cfg, shape, effects.is_pretrained(cfg)
+    refuse_idle(cfg, shape, start.get_in_force(cfg, shape, effects.is_pretrained(cfg)
                                            or getattr(cfg, "layers_from_teacher", False)))
     known = tokenizer.vocab_size
     notes = inherit(cfg, shape, tokenizer, chat)
@@ -232,7 +301,7 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
         rows = train.rows_of_step(cfg, machine)
         data = read(cfg, shape, tokenizer, rows, notes)
         file = Path(cfg.dataset).expanduser()
-        begin.check_data(cfg, file if file.is_file() else loader.find(cfg.dataset))
+        start.check_data(cfg, file if file.is_file() else loader.find(cfg.dataset))
         # how many steps follows from the size of the data
         cfg.max_iters = cfg.max_iters or steps_of(cfg.epochs, len(data.batches), rows)
         notes.append(f"{cfg.max_iters:,} steps of {rows:,} rows are "
@@ -248,17 +317,17 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
             return None
         # ------ the model, with rows for new tokens, and what of it trains
         adapters = cfg.lora_rank > 0 and not cfg.eval_only      # to evaluate, they are merged
-        base = lora.start_from(cfg) if adapters else cfg
+        base = find_frozen(cfg) if adapters else cfg
         fresh = cfg.init_from == "scratch"
         model = train.build_model(base, tokenizer.vocab_size if fresh else 0, machine)
         grow(model, tokenizer.vocab_size, known)
         if adapters:                    # a target that is not there is told before a folder is made
-            lora.select(model, cfg.targets)
+            select(model, cfg.targets)
             if tokenizer.vocab_size > known:
-                lora.place_base(cfg)
-        begin.prepare_out_dir(cfg, machine)
+                place_base(cfg)
+        start.prepare_out_dir(cfg, machine)
         if adapters:
-            notes = [lora.begin(cfg, model, tokenizer, grown=tokenizer.vocab_size > known,
+            notes = [add_adapters(cfg, model, tokenizer, grown=tokenizer.vocab_size > known,
                                 dtype=machine.dtype, base=base.init_from)]
         if machine.main:
             print(show(cfg), *notes[:adapters], f"{model.parameter_count():,} parameters | "

@@ -32,9 +32,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from layers.unwrap import unwrap
 import checkpoint
 import kernels
-import tokenizer as tokenizers
+from tokenizer import load
 from families import DEFAULT, PRETRAINED
 from config import Stopped, UserError, check_values, refuse_idle, run, show
 from data import loader
@@ -247,7 +248,7 @@ def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
     """
     # a step's randomness is its own: a resumed run needs no generator state
     seed = (cfg.seed * 1_000_003 + state.step) * machine.world + machine.rank
-    mine, net = machine.rows(batch), checkpoint.raw(model)
+    mine, net = machine.rows(batch), unwrap(model)
     parts = [{k: v[i:i + cfg.batch_size] for k, v in mine.items()}
              for i in range(0, len(mine["ids"]), cfg.batch_size)]
     whole = router.GlobalBatch(batch, machine) if net.config.num_experts else None
@@ -432,7 +433,7 @@ def next_token_loss(cfg: Config, masked: bool = False) -> Loss:
     """
     def loss(model, batch: Batch) -> tuple[Tensor, Tensor, dict]:
         targets, learn = batch["targets"], torch.is_grad_enabled()
-        config = checkpoint.raw(model).config
+        config = unwrap(model).config
         options = dict(z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing) if learn else {}
         options["softcap"] = config.final_logit_softcapping
         routed = router.needs_routes(config)
@@ -550,7 +551,7 @@ def main(cfg: Config) -> State:
     check(cfg)
     machine = find_machine(cfg)
     dataset = loader.Dataset(loader.find(cfg.dataset))
-    tokenizer = tokenizers.load(loader.find(cfg.dataset))
+    tokenizer = load(loader.find(cfg.dataset))
     shape, tokenizer = start_from(cfg, tokenizer, dataset.vocab_size)
     start.check_data(cfg, dataset.directory)
     refuse_idle(cfg, shape, start.get_in_force(cfg, shape, effects.is_pretrained(cfg)))

@@ -26,7 +26,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-import tokenizer as tokenizers  # noqa: E402  (ours; found only once the root is on the path)
+import tokenizer  # noqa: E402  (found only once the root is on the path)
 from config import UserError, refuse_to_run  # noqa: E402
 from data import loader  # noqa: E402
 from data.download import Progress, note  # noqa: E402
@@ -61,7 +61,7 @@ class Corpus:
             for where, record in self.reader.records(path):
                 text = record.get(self.cfg.key)
                 if isinstance(text, str):
-                    yield [tokenizers.mend(text)]       # "\ud800" is legal JSON, but no text
+                    yield [tokenizer.mend(text)]       # "\ud800" is legal JSON, but no text
                 else:
                     self.reader.fault(f"{where}: no text under {self.cfg.key!r} but "
                                       f"{', '.join(map(str, record))}; --key=NAME takes another")
@@ -140,11 +140,11 @@ class Corpus:
         """
         what, size = "training the tokenizer", self.cfg.vocab_size
         if self.cfg.tokenizer == "char":        # as nanoGPT: of all text, or val has unknown ones
-            return tokenizers.train_chars(text for _, _, text in self.pieces(what))
+            return tokenizer.train_chars(text for _, _, text in self.pieces(what))
         if adapt:
             size = min(size, max(SMALLEST, self.chars // EVIDENCE // 64 * 64))
         pieces = self.pieces(what, limit=self.cfg.tokenizer_chars)
-        tok = tokenizers.train((text for split, _, text in pieces if split == "train"),
+        tok = tokenizer.train((text for split, _, text in pieces if split == "train"),
                                size, self.cfg.pattern, fewer=adapt)
         if tok.vocab_size < self.cfg.vocab_size:
             note(f"a vocabulary of {tok.vocab_size:,} entries, not {self.cfg.vocab_size:,}, suits "
@@ -159,7 +159,7 @@ TOKENIZER: Any = None                   # of this process, once start_worker() h
 def start_worker(folder: Path) -> None:
     """Make this process ready to encode."""
     global TOKENIZER
-    TOKENIZER = tokenizers.load(str(folder))
+    TOKENIZER = tokenizer.load(str(folder))
     if parent := multiprocessing.parent_process():
         signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the parent to answer
         # without this, workers would outlive a parent that was killed

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -273,3 +274,29 @@ def move_up(folder: Path, out: Path) -> None:
             old.unlink()
     for name in sorted(new, key="meta.json".__eq__):
         os.replace(folder / name, out / name)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write an object as indented JSON in UTF-8."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a directory to the disk (fsync)."""
+    # Windows opens no directory and syncs no read-only file; some file systems sync no directory
+    lenient = path.is_dir() or path.exists() and not os.access(path, os.W_OK)
+    handle = None
+    try:
+        handle = os.open(path, os.O_RDONLY if lenient else os.O_RDWR)
+        os.fsync(handle)
+    except OSError:
+        if not lenient:
+            raise
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def name_aside(path: Path) -> Path:
+    """Return where the previous directory is while the new one takes its name."""
+    return path.with_name(f".{path.name}.old")

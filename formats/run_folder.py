@@ -21,6 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from config import UserError
+from formats.atomic import name_aside
+from formats.safetensors import read_json
+
 # What train.fit() and the stages write into out_dir, and the temporary files of that
 OWN = re.compile(r"\.?(step_\d{6,}|checkpoints|log(?=\.(jsonl|tmp))|reference_[0-9a-f]{16})(\..*)?"
                  r"|events\.out\.tfevents\..*")
@@ -150,3 +154,39 @@ def find_model(folder: str | os.PathLike, wanted: str, *nearby: Path) -> Path | 
             if fingerprint(place) == wanted:
                 return place
     return None
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a folder holds a model's settings."""
+    return any((path / name).is_file() for name in ("config.json", "params.json"))
+
+
+def resolve(path: str | Path, which: str = "best") -> Path:
+    """Return the checkpoint directory meant by `path`: itself, or the best / last of a training run.
+
+    A run's out_dir names its checkpoints in checkpoints.json: {"last": "step_500", "best": …}.
+    """
+    path = Path(path)
+    if is_checkpoint(path):
+        return path
+    index = path / "checkpoints.json"
+    if index.is_file():
+        names = read_json(index)
+        for name in (names.get(which), names.get("last")):      # the best may have been pruned
+            if name is None:
+                continue
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{index} names {name!r}, outside its folder: refused")
+            for folder in (path / name, name_aside(path / name)):
+                if is_checkpoint(folder):
+                    return folder
+        raise UserError(f"{index} names no checkpoint that is there: train again, or give one of "
+                        f"the folders in {path}")
+    if path.name and is_checkpoint(name_aside(path)) and not path.exists():
+        return name_aside(path)                              # a save was killed between its renames
+    if (path / "adapter_config.json").is_file():
+        raise UserError(f"{path} is an adapter, not a model: name its base, or merge both with "
+                        f"`python lora.py merge {path} OUT` and name that")
+    state = "has no config.json" if path.is_dir() else "does not exist"
+    raise UserError(f"no checkpoint at {path}, which {state}: give the directory of a model or "
+                    "the out_dir of a training run")

@@ -30,7 +30,7 @@ TEXT = ((re.compile(r"language_model\.(model|lm_head)\."), r"\1."),
         (re.compile(r"model\.language_model\."), "model."))
 
 
-def unwrap(hf: dict[str, Any], where: str) -> tuple[dict[str, Any], bool]:
+def unwrap_settings(hf: dict[str, Any], where: str) -> tuple[dict[str, Any], bool]:
     """Return (the settings of the text model, whether they were wrapped) of a config.json."""
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in WRAPPERS:

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backends.cpu import rms_norm_at, rope_at
+from backends.cpu import rms_norm_at
 import kernels
 from config import UserError, refuse_to_run
 from model import MLP, Attention, Linear, MoE, Norm, Transformer

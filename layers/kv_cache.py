@@ -12,15 +12,12 @@ step, for every family (tests/test_model.py).
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from config import UserError, refuse_to_run
-
-if TYPE_CHECKING:
-    from model import ModelConfig
 
 
 class Store:
@@ -31,7 +28,7 @@ class Store:
     """
     SPARE = 64                      # tokens that trim() may take back although a window was full
 
-    def __init__(self, config: ModelConfig, layers: list[int], window: int, batch: int,
+    def __init__(self, config: Any, layers: list[int], window: int, batch: int,
                  length: int, device, dtype):
         self.room = min(length, 2 * window + self.SPARE) if window else length
         self.keep = self.room - window              # tokens that stay when it overflows
@@ -96,7 +93,7 @@ class Cache:
     its own position. Lengths live on the host: a uniform batch never makes a GPU wait.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, device, dtype):
+    def __init__(self, config: Any, batch: int, length: int, device, dtype):
         windows = [config.window(i) for i in range(config.n_layer)]
         stores = {w: Store(config, [i for i, x in enumerate(windows) if x == w], w, batch, length,
                            device, dtype) for w in set(windows)}

@@ -1,7 +1,7 @@
 """LoRA's layers: what lora.py trains, saves and merges (Hu 2021, arXiv:2106.09685).
 
-    import lora                             # has all of these names, and PEFT's files besides
-    lora.add_lora(model, rank=8, alpha=16, targets="q_proj,v_proj,lm_head:4")
+    from layers.lora import add_lora, merge
+    add_lora(model, rank=8, alpha=16, targets="q_proj,v_proj,lm_head:4")
 
 Nothing to run, and the same on every device. A linear layer y = W x + b becomes, in its place,
 y = W x + b + s B A x with W frozen; what to expect is at the head of lora.py.
@@ -21,11 +21,11 @@ from torch.nn import Module, Parameter
 
 import kernels
 from inference import quantize
-from checkpoint import raw
 from config import UserError, refuse_to_run
 from families.base import Family
 from model import Linear, Transformer
 from formats.huggingface import Slot, disk_form, family_of, layout
+from layers.unwrap import unwrap
 
 # ------------------------------------------------------------------------------ the layers
 
@@ -136,13 +136,14 @@ class LoraLinear(Linear):
 
 def layers(model: Any) -> dict[str, LoraLinear]:
     """Name -> layer, of the layers of a model that have adapters."""
-    return {n: m for n, m in raw(model).named_modules() if isinstance(m, LoraLinear)}
+    return {n: m for n, m in unwrap(model).named_modules() if isinstance(m, LoraLinear)}
 
 def linears(model: Any) -> dict[str, Linear]:
     """Name -> layer, of those that can have adapters: the linears of attention and MLP, and an
     output matrix of its own, lm_head. Routed experts are no layers but stacks of matrices."""
-    return {n: m for n, m in raw(model).named_modules() if isinstance(m, Linear)
+    return {n: m for n, m in unwrap(model).named_modules() if isinstance(m, Linear)
             and (n.startswith("model.layers.") or n == "lm_head")}
+
 
 def places(model: Transformer, family: Family) -> dict[str, Slot]:
     """Name of each linear in the family's words -> our layers of which it is made."""
@@ -185,7 +186,7 @@ def select(model: Any, targets: str | Sequence[str]) -> dict[str, Linear]:
 
 def check_model(model: Any, name: str) -> Transformer:
     """The bare model, if it can take an adapter of that name."""
-    model = raw(model)
+    model = unwrap(model)
     if not isinstance(model, Transformer) or isinstance(model, quantize.Packed):
         raise UserError("adapters are for a Transformer that is not packed: load it again without "
                         "--quantize")
@@ -251,11 +252,11 @@ def describe(model: Any, name: str = "default") -> str:
     found = adapters(model, name)
     counts = Counter(n.rpartition(".")[2] for n in found)
     size = sum(p.numel() for p in parameters(model, name).values())
-    base = sum(p.numel() for n, p in raw(model).named_parameters() if ".adapters." not in n)
+    base = sum(p.numel() for n, p in unwrap(model).named_parameters() if ".adapters." not in n)
     return (f"LoRA {name!r} on {len(found)} linears "
             f"({', '.join(f'{n} x {k}' for k, n in counts.items())}): {size:,} of "
             f"{base + size:,} parameters, {size / (base + size):.2%}"
-            + ("; its routed experts get none" if raw(model).config.num_experts else ""))
+            + ("; its routed experts get none" if unwrap(model).config.num_experts else ""))
 
 def activate(model: Any, *chosen: str) -> None:
     """Use these adapters from here on, the sum of their changes; none: the base alone. Those that
@@ -294,7 +295,7 @@ def halve(model: Any) -> None:
 def merge(model: Any) -> Transformer:
     """Make the model, in place, the plain Transformer that it amounts to with its active adapters:
     no adapters, all weights to be trained or saved. An int8 base comes back in float32."""
-    model = raw(model)
+    model = unwrap(model)
     for layer in layers(model).values():
         weight = layer.weight.detach()
         del layer.adapters, layer.active, layer.int8_scale, layer.kind

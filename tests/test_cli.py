@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-import lora
+from formats import peft
 from conftest import ROOT
 # the fixtures of the stages' tests: a model, conversations, and a server that forks runs
 from runs import complaint
@@ -32,9 +32,9 @@ def test_a_run_that_lost_its_base_or_its_adapter_says_so(go, fork):             
     run = go("run", "--lora_rank=2", "--max_iters=1")
     folder = next(run.glob("step_*/adapter"))
     flags = ["--init_from=resume", f"--out_dir={run}", "--max_iters=2", "--device=cpu"]
-    config = json.loads((folder / lora.CONFIG).read_text())
-    (folder / lora.CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "gone"}))
-    (folder / lora.BASE).unlink()
+    config = json.loads((folder / peft.CONFIG).read_text())
+    (folder / peft.CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": "gone"}))
+    (folder / peft.BASE).unlink()
     weights = {p: p.read_bytes() for p in run.glob("step_*/*") if p.is_file()}
     assert "gone" in complaint(fork(*flags, bare=True).wait())
     shutil.rmtree(folder)

@@ -1,6 +1,7 @@
 """lora.py: adapters train beside frozen weights as peft's do, lie on disk as peft's do, and a model
 without them is what it was."""
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import transformers as T
 
 import kernels
 import lora
+from formats.peft import save_adapter, load_adapter, read_adapter_config, CONFIG, WEIGHTS
+from layers import lora as lora_layers
+import stage
 from inference import quantize
 from checkpoint import load_model, save_model
 from config import UserError
@@ -54,7 +58,7 @@ def stir(model, name="default", size=0.1, seed=2):
     """As if trained: B is no longer zero, nor a magnitude what it was."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in lora.parameters(model, name).values():
+        for p in lora_layers.parameters(model, name).values():
             p += torch.empty_like(p).normal_(0.0, size, generator=generator)
 
 
@@ -86,8 +90,8 @@ def test_new_adapter_changes_nothing_and_merged_is_unmerged(name, options):
     """B = 0 starts from the model that was there; merging gives what the adapter gave."""
     model, ids = build(name), ids_of()
     before = model.logits(ids)
-    adapted = lora.add_lora(model, rank=3, alpha=6, **options)
-    assert all(isinstance(layer, lora.LoraLinear) for layer in adapted.values())
+    adapted = lora_layers.add_lora(model, rank=3, alpha=6, **options)
+    assert all(isinstance(layer, lora_layers.LoraLinear) for layer in adapted.values())
     assert away(model.logits(ids), before) < 1e-5
     stir(model)
     after = model.logits(ids)
@@ -97,7 +101,7 @@ def test_new_adapter_changes_nothing_and_merged_is_unmerged(name, options):
     cached = model(ids, cache=model.new_cache(2, 16))
     assert away(cached, after) < 1e-5
     names = [n for n, _ in build(name).named_parameters()]
-    plain = lora.merge(model)
+    plain = lora_layers.merge(model)
     assert away(plain.logits(ids), after) < 1e-5
     assert [n for n, _ in plain.named_parameters()] == names
     assert all(type(m) is Linear for m in plain.modules() if isinstance(m, Linear))
@@ -107,9 +111,9 @@ def test_only_the_adapters_train():
     """The base is frozen bit for bit, its optimizer holds no state for it, all of A and B move."""
     model, ids = build(), ids_of()
     base = copy.deepcopy(model.state_dict())
-    adapted = lora.add_lora(model, rank=2)
+    adapted = lora_layers.add_lora(model, rank=2)
     assert len(adapted) == 2 * 7
-    own = lora.parameters(model)
+    own = lora_layers.parameters(model)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert sorted(trained) == sorted(own) and len(own) == 2 * len(adapted)
     start = {n: p.detach().clone() for n, p in own.items()}
@@ -128,8 +132,8 @@ def test_only_the_adapters_train():
     now = model.state_dict()
     assert all(torch.equal(now[n], p) for n, p in base.items())
     share = sum(p.numel() for p in own.values())
-    assert f"{share:,} of" in lora.describe(model)
-    assert "2 x q_proj" in lora.describe(model) and "14 linears" in lora.describe(model)
+    assert f"{share:,} of" in lora_layers.describe(model)
+    assert "2 x q_proj" in lora_layers.describe(model) and "14 linears" in lora_layers.describe(model)
 
 
 def test_recomputed_blocks_give_the_same_gradients():
@@ -138,19 +142,19 @@ def test_recomputed_blocks_give_the_same_gradients():
     for checkpointing in (False, True):
         torch.manual_seed(5)
         model = build().train()
-        lora.add_lora(model, rank=2, dropout=0.2)
+        lora_layers.add_lora(model, rank=2, dropout=0.2)
         stir(model)
         model.checkpointing = checkpointing
         torch.manual_seed(6)
         our_loss(model, ids).backward()
-        grads.append({n: p.grad for n, p in lora.parameters(model).items()})
+        grads.append({n: p.grad for n, p in lora_layers.parameters(model).items()})
     assert all(torch.equal(g, grads[1][n]) for n, g in grads[0].items())
 
 
 def test_dropout_only_in_training_and_only_beside_the_base():
     model, ids = build(), ids_of()
     base = model.logits(ids)
-    lora.add_lora(model, dropout=0.5)
+    lora_layers.add_lora(model, dropout=0.5)
     model.train()
     assert away(model.logits(ids), base) < 1e-6            # B = 0: there is nothing to drop yet
     stir(model)
@@ -158,7 +162,7 @@ def test_dropout_only_in_training_and_only_beside_the_base():
     model.eval()
     assert torch.equal(model.logits(ids), model.logits(ids))
     # half of the inputs of A are gone and the others doubled: on average nothing changes
-    layer = next(iter(lora.layers(model).values())).train()
+    layer = next(iter(lora_layers.layers(model).values())).train()
     x = torch.randn(1, layer.base.shape[1])
     with torch.no_grad():
         many = layer(x.expand(20000, -1)).mean(0)
@@ -171,51 +175,51 @@ def test_several_adapters_are_chosen_by_name():
     base = model.logits(ids)
     seen = {}
     for seed, name in enumerate(("poet", "coder")):
-        lora.add_lora(model, rank=2 + seed, name=name, targets="q_proj,down_proj", dora=seed == 1)
+        lora_layers.add_lora(model, rank=2 + seed, name=name, targets="q_proj,down_proj", dora=seed == 1)
         stir(model, name, seed=seed)
         seen[name] = model.logits(ids)                      # the newest is the active one
-    assert lora.names(model) == ["poet", "coder"] and away(seen["poet"], seen["coder"]) > 1e-2
-    lora.activate(model, "poet")
+    assert lora_layers.names(model) == ["poet", "coder"] and away(seen["poet"], seen["coder"]) > 1e-2
+    lora_layers.activate(model, "poet")
     assert torch.equal(model.logits(ids), seen["poet"])
     # what is off does not train, or DDP would wait for its gradients
-    assert all(p.requires_grad for p in lora.parameters(model, "poet").values())
-    assert not any(p.requires_grad for p in lora.parameters(model, "coder").values())
+    assert all(p.requires_grad for p in lora_layers.parameters(model, "poet").values())
+    assert not any(p.requires_grad for p in lora_layers.parameters(model, "coder").values())
     with pytest.raises(RuntimeError):
-        with lora.disabled(model):
+        with lora_layers.disabled(model):
             assert torch.equal(model.logits(ids), base)
             raise RuntimeError
     assert torch.equal(model.logits(ids), seen["poet"])
-    lora.activate(model)
+    lora_layers.activate(model)
     assert torch.equal(model.logits(ids), base)
-    lora.activate(model, "poet", "coder")
+    lora_layers.activate(model, "poet", "coder")
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
     W = layer.base
     changes = [a.change(W) for a in layer.chosen()]
     x = torch.randn(3, W.shape[1])
     assert away(layer(x), x @ (W + changes[0] + changes[1]).T) < 1e-5
     both = model.logits(ids)
-    assert away(lora.merge(model).logits(ids), both) < 1e-5
+    assert away(lora_layers.merge(model).logits(ids), both) < 1e-5
     with pytest.raises(UserError, match="no adapter 'poet'.*none"):
-        lora.activate(model, "poet")
+        lora_layers.activate(model, "poet")
 
 
 def test_reference_of_dpo_gets_no_gradient():
     """disabled() inside a step: the reference is the base, and the policy still trains."""
     model, ids = build(), ids_of()
     base = model.logits(ids)
-    lora.add_lora(model)
+    lora_layers.add_lora(model)
     stir(model)
-    with lora.disabled(model), torch.no_grad():
+    with lora_layers.disabled(model), torch.no_grad():
         reference = model(ids)
     (model(ids) - reference).square().sum().backward()
     assert torch.equal(reference, base)
-    assert all(p.grad is not None for p in lora.parameters(model).values())
+    assert all(p.grad is not None for p in lora_layers.parameters(model).values())
 
 
 def test_targets_by_name():
     model = build()
     first = "layers.0.self_attn.q_proj"
-    assert list(lora.add_lora(model, targets=f"{first}, o_proj")) == [
+    assert list(lora_layers.add_lora(model, targets=f"{first}, o_proj")) == [
         f"model.{first}", "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"]
     assert type(model.get_submodule("model.layers.1.self_attn.q_proj")) is Linear
 
@@ -234,19 +238,19 @@ def test_targets_by_name():
 def test_wrong_settings_are_one_sentence_and_change_nothing(wrong, listed):
     model = build(tie_word_embeddings=False)
     with pytest.raises(UserError, match=listed):
-        lora.add_lora(model, **wrong)
-    assert all(p.requires_grad for p in model.parameters()) and not lora.layers(model)
+        lora_layers.add_lora(model, **wrong)
+    assert all(p.requires_grad for p in model.parameters()) and not lora_layers.layers(model)
 
 
 def test_a_name_is_taken_once_and_a_packed_model_takes_none():
     model = build()
-    lora.add_lora(model)
+    lora_layers.add_lora(model)
     with pytest.raises(UserError, match="has an adapter 'default' already"):
-        lora.add_lora(model)
+        lora_layers.add_lora(model)
     packed = build()
     quantize.pack(packed)
     with pytest.raises(UserError, match="not packed"):
-        lora.add_lora(packed)
+        lora_layers.add_lora(packed)
 
 # ----------------------------------------------------------------------- other forms of W
 
@@ -257,7 +261,7 @@ def test_int8_base_is_rounded_as_for_serving_and_gradients_pass_it(dora):
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     packed = quantize.Int8(layer.weight.detach(), None)
     rounded = packed.weight.float() * packed.scale.float().unsqueeze(1)
-    lora.add_lora(model, rank=2, int8=True, dora=dora)
+    lora_layers.add_lora(model, rank=2, int8=True, dora=dora)
     stir(model)
     assert layer._parameters["weight"].dtype == torch.int8 and torch.equal(layer.base, rounded)
     # the oracle: a plain layer with the rounded weights, and the same adapter
@@ -265,7 +269,7 @@ def test_int8_base_is_rounded_as_for_serving_and_gradients_pass_it(dora):
     with torch.no_grad():
         plain.weight.copy_(rounded)
         plain.bias.copy_(layer.bias)
-    lora.LoraLinear.convert(plain).adapters.add_module("default", layer.adapters.default)
+    lora_layers.LoraLinear.convert(plain).adapters.add_module("default", layer.adapters.default)
     plain.active = ("default",)
     results = []
     for one in (layer, plain):
@@ -276,15 +280,15 @@ def test_int8_base_is_rounded_as_for_serving_and_gradients_pass_it(dora):
     assert all(away(a, b) < 1e-5 for a, b in zip(*results))
     # in bfloat16 activations too, and merged it is a plain model that can be saved
     after = model.logits(ids)
-    assert away(lora.merge(model).logits(ids), after) < 1e-5
+    assert away(lora_layers.merge(model).logits(ids), after) < 1e-5
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_int8_keeps_no_unpacked_weight_for_the_backward():
     """QLoRA's point: what autograd holds between forward and backward has no float W in it."""
     model, ids = build(vocab_size=V + 2), ids_of()
-    lora.add_lora(model, rank=2, int8=True)
-    shapes = {tuple(la.base.shape) for la in lora.layers(model).values()}
+    lora_layers.add_lora(model, rank=2, int8=True)
+    shapes = {tuple(la.base.shape) for la in lora_layers.layers(model).values()}
     held = []
 
     def pack(t):
@@ -300,14 +304,14 @@ def test_int8_keeps_no_unpacked_weight_for_the_backward():
 def test_bfloat16_base_has_float32_adapters():
     """Small steps are not lost, in the activations' type nothing else changes, merge keeps it."""
     model, ids = build().bfloat16(), ids_of()
-    lora.add_lora(model, rank=2)
+    lora_layers.add_lora(model, rank=2)
     stir(model)
-    assert {p.dtype for p in lora.parameters(model).values()} == {torch.float32}
+    assert {p.dtype for p in lora_layers.parameters(model).values()} == {torch.float32}
     our_loss(model, ids).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.any()
-               for p in lora.parameters(model).values())
+               for p in lora_layers.parameters(model).values())
     after = model.logits(ids)
-    assert away(lora.merge(model).logits(ids), after) < 5e-2
+    assert away(lora_layers.merge(model).logits(ids), after) < 5e-2
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
@@ -322,20 +326,20 @@ def test_frozen_weights_are_halved_where_no_bit_is_lost(dora):
         odd = model.get_submodule("model.layers.1.mlp.up_proj")
         with torch.no_grad():
             odd.weight[3, 4] = 1 + 2 ** -10
-        lora.add_lora(model, rank=2, dora=dora)
+        lora_layers.add_lora(model, rank=2, dora=dora)
         stir(model)
         if half:
-            lora.halve(model)
-        kinds = {n: la._parameters["weight"].dtype for n, la in lora.layers(model).items()}
+            lora_layers.halve(model)
+        kinds = {n: la._parameters["weight"].dtype for n, la in lora_layers.layers(model).items()}
         assert {n for n, kind in kinds.items() if kind == torch.bfloat16} == (
             set(kinds) - {"model.layers.1.mlp.up_proj"} if half else set())
         our_loss(model.train(), ids).backward()
-        grads = [p.grad for p in lora.parameters(model).values()]
-        with lora.disabled(model):
+        grads = [p.grad for p in lora_layers.parameters(model).values()]
+        with lora_layers.disabled(model):
             base = model.logits(ids)
         after = model.logits(ids)
         quantize.pack(copy.deepcopy(model))                 # reads weights of one type
-        merged = lora.merge(model)
+        merged = lora_layers.merge(model)
         assert {p.dtype for p in merged.parameters()} == {torch.float32}
         seen.append([after, base, *grads, *merged.state_dict().values()])
     assert len(seen[0]) == len(seen[1])
@@ -344,17 +348,17 @@ def test_frozen_weights_are_halved_where_no_bit_is_lost(dora):
 
 def test_experts_without_adapters_are_told():
     model = build("qwen3_moe")
-    lora.add_lora(model)
-    assert lora.describe(model).endswith("; its routed experts get none")
+    lora_layers.add_lora(model)
+    assert lora_layers.describe(model).endswith("; its routed experts get none")
     model = build()
-    lora.add_lora(model)
-    assert "experts" not in lora.describe(model)
+    lora_layers.add_lora(model)
+    assert "experts" not in lora_layers.describe(model)
 
 
 def test_served_packed_the_adapter_counts():
     """pack() reads a layer's weight: it gets the merged one, not the base in silence."""
     model, ids = build(), ids_of()
-    lora.add_lora(model)
+    lora_layers.add_lora(model)
     stir(model)
     after = model.logits(ids)
     quantize.pack(model)
@@ -367,9 +371,9 @@ def test_served_packed_the_adapter_counts():
 def test_loss_and_gradients_are_pefts(tmp_path, options):
     """The same adapter on the same Llama: loss and the gradient of every A, B and magnitude."""
     model, hf = saved(tmp_path)
-    lora.add_lora(model, rank=4, alpha=12, **options)
+    lora_layers.add_lora(model, rank=4, alpha=12, **options)
     stir(model)
-    lora.save_adapter(tmp_path / "adapter", model, base=str(tmp_path / "base"))
+    save_adapter(tmp_path / "adapter", model, base=str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(hf, tmp_path / "adapter", is_trainable=True).train()
     ids = ids_of()
     loss, other = our_loss(model.train(), ids), theirs(ids, labels=ids).loss
@@ -379,7 +383,7 @@ def test_loss_and_gradients_are_pefts(tmp_path, options):
     wanted = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     words = {"A": "lora_A.default.weight", "B": "lora_B.default.weight",
              "magnitude": "lora_magnitude_vector.default.weight"}
-    own = lora.parameters(model)
+    own = lora_layers.parameters(model)
     assert len(own) == len(wanted)
     for name, p in own.items():
         layer, kind = name.split(".adapters.default.")
@@ -395,20 +399,20 @@ def test_peft_opens_ours(tmp_path, name, targets):
     read back is the very adapter that was saved."""
     options = OPTIONS["both"] if targets else {}
     model, hf = saved(tmp_path, name)
-    lora.add_lora(model, rank=3, alpha=6, dropout=0.1, targets=targets, **options)
+    lora_layers.add_lora(model, rank=3, alpha=6, dropout=0.1, targets=targets, **options)
     stir(model)
-    lora.save_adapter(tmp_path / "adapter", model, base="elsewhere")
+    save_adapter(tmp_path / "adapter", model, base="elsewhere")
     ids = ids_of()
     theirs = peft.PeftModel.from_pretrained(hf, tmp_path / "adapter")
     with torch.no_grad():
         assert away(theirs.eval()(ids).logits, model.logits(ids)) < 1e-5
     again = build(name)
-    lora.load_adapter(tmp_path / "adapter", again, "other")
+    load_adapter(tmp_path / "adapter", again, "other")
     assert torch.equal(again.logits(ids), model.logits(ids))
-    mine, its = lora.parameters(model), lora.parameters(again, "other")
+    mine, its = lora_layers.parameters(model), lora_layers.parameters(again, "other")
     assert [n.replace(".default.", ".other.") for n in mine] == list(its)
     assert all(torch.equal(a, b) for a, b in zip(mine.values(), its.values()))
-    layer = next(iter(lora.adapters(again, "other").values()))
+    layer = next(iter(lora_layers.adapters(again, "other").values()))
     assert (layer.dropout, layer.alpha, layer.rslora) == (0.1, 6, bool(targets))
 
 
@@ -417,32 +421,32 @@ def test_the_output_matrix_and_ranks_of_their_own(tmp_path, rslora):
     """lm_head has an adapter where it is named, of its own rank at everybody's scale; it gets the
     gradients that peft's gets, and its file is one that peft opens."""
     model, hf = saved(tmp_path, tie_word_embeddings=False)
-    made = lora.add_lora(model, rank=4, alpha=6, targets="q_proj,lm_head:2", rslora=rslora)
+    made = lora_layers.add_lora(model, rank=4, alpha=6, targets="q_proj,lm_head:2", rslora=rslora)
     assert list(made) == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
                           "lm_head"]
-    ranks = {n: (len(a.A), a.scale) for n, a in lora.adapters(model).items()}
+    ranks = {n: (len(a.A), a.scale) for n, a in lora_layers.adapters(model).items()}
     assert {r for r, _ in ranks.values()} == {2, 4} and ranks["lm_head"][0] == 2
     scale = 6 / 4 ** (0.5 if rslora else 1)
     assert all(s == pytest.approx(scale) for _, s in ranks.values())
     stir(model)
-    lora.save_adapter(tmp_path / "adapter", model, base="elsewhere")
+    save_adapter(tmp_path / "adapter", model, base="elsewhere")
     theirs = peft.PeftModel.from_pretrained(hf, tmp_path / "adapter", is_trainable=True)
     ids = ids_of()
     our_loss(model, ids).backward()
     theirs(ids, labels=ids).loss.backward()
     their = {n: p.grad for n, p in theirs.named_parameters() if "lm_head.lora_" in n}
-    head = lora.adapters(model)["lm_head"]
+    head = lora_layers.adapters(model)["lm_head"]
     for ours, letter in ((head.A, "A"), (head.B, "B")):
         assert away(ours.grad, next(g for n, g in their.items() if f"lora_{letter}" in n)) < 1e-4
     with torch.no_grad():
         assert away(theirs(ids).logits, model.logits(ids)) < 1e-5
     again = build(tie_word_embeddings=False)
-    lora.load_adapter(tmp_path / "adapter", again)
+    load_adapter(tmp_path / "adapter", again)
     assert torch.equal(again.logits(ids), model.logits(ids))
     before = model.logits(ids)
-    assert away(lora.merge(model).logits(ids), before) < 1e-5
+    assert away(lora_layers.merge(model).logits(ids), before) < 1e-5
     with pytest.raises(UserError, match="names no linear layer"):       # tied: there is none
-        lora.add_lora(build(tie_word_embeddings=True), targets="lm_head")
+        lora_layers.add_lora(build(tie_word_embeddings=True), targets="lm_head")
 
 
 def test_a_base_in_halves_is_saved_in_full(tmp_path):
@@ -452,10 +456,10 @@ def test_a_base_in_halves_is_saved_in_full(tmp_path):
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(p.bfloat16())
-    lora.add_lora(model, rank=3)
-    lora.halve(model)
+    lora_layers.add_lora(model, rank=3)
+    lora_layers.halve(model)
     assert all(la._parameters["weight"].dtype == torch.bfloat16
-               for la in lora.layers(model).values())
+               for la in lora_layers.layers(model).values())
     stir(model)
     ids = ids_of()
     before = model.logits(ids)
@@ -472,13 +476,13 @@ def test_a_base_in_halves_is_saved_in_full(tmp_path):
 def test_what_is_one_matrix_on_disk_has_one_rank():
     """GPT-2's q, k and v are c_attn in its files, and so is their adapter: told before training."""
     with pytest.raises(UserError, match="c_attn is one matrix on disk"):
-        lora.add_lora(build("gpt2"), targets="q_proj:2,v_proj")
-    lora.add_lora(build("gpt2"), targets="q_proj:2,v_proj:2,o_proj:3")
+        lora_layers.add_lora(build("gpt2"), targets="q_proj:2,v_proj")
+    lora_layers.add_lora(build("gpt2"), targets="q_proj:2,v_proj:2,o_proj:3")
 
 
 def same_files(folder):
     """What we wrote of peft's adapter is, tensor for tensor, what peft wrote."""
-    files = [safetensors.torch.load_file(folder / who / lora.WEIGHTS) for who in ("theirs", "ours")]
+    files = [safetensors.torch.load_file(folder / who / WEIGHTS) for who in ("theirs", "ours")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(t, files[1][n]) for n, t in files[0].items())
 
@@ -500,10 +504,10 @@ def test_pefts_open_here(tmp_path, options):
                 p += 0.1 * torch.randn_like(p)
     theirs.save_pretrained(tmp_path / "theirs")
     ids = ids_of()
-    lora.load_adapter(tmp_path / "theirs", model)
+    load_adapter(tmp_path / "theirs", model)
     with torch.no_grad():
         assert away(model.logits(ids), theirs(ids).logits) < 1e-5
-    lora.save_adapter(tmp_path / "ours", model)
+    save_adapter(tmp_path / "ours", model)
     same_files(tmp_path)
     back = peft.PeftModel.from_pretrained(
         T.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "ours").eval()
@@ -525,12 +529,12 @@ def test_pefts_of_gpt2_open_here(tmp_path, dora):
                 p += 0.1 * torch.randn_like(p)
     theirs.save_pretrained(tmp_path / "theirs")
     ids = ids_of()
-    assert len(lora.load_adapter(tmp_path / "theirs", model)) == 2 * 4
+    assert len(load_adapter(tmp_path / "theirs", model)) == 2 * 4
     with torch.no_grad():
         assert away(model.logits(ids), theirs(ids).logits) < 1e-5
-    lora.save_adapter(tmp_path / "ours", model)
+    save_adapter(tmp_path / "ours", model)
     same_files(tmp_path)
-    settings = json.loads((tmp_path / "ours" / lora.CONFIG).read_text())
+    settings = json.loads((tmp_path / "ours" / CONFIG).read_text())
     assert settings["target_modules"] == ["c_attn", "mlp.c_proj"]
 
 # ------------------------------------------------------------------------- files, and faults
@@ -540,11 +544,11 @@ def test_pefts_of_gpt2_open_here(tmp_path, dora):
 def adapter(tmp_path):
     """A good adapter of a tiny Llama: (its folder, its tensors, its settings)."""
     model = build()
-    lora.add_lora(model, rank=2, targets="q_proj,down_proj")
+    lora_layers.add_lora(model, rank=2, targets="q_proj,down_proj")
     stir(model)
-    folder = lora.save_adapter(tmp_path / "adapter", model)
-    return (folder, safetensors.torch.load_file(folder / lora.WEIGHTS),
-            json.loads((folder / lora.CONFIG).read_text()))
+    folder = save_adapter(tmp_path / "adapter", model)
+    return (folder, safetensors.torch.load_file(folder / WEIGHTS),
+            json.loads((folder / CONFIG).read_text()))
 
 
 KEY = "base_model.model.model.layers.1.self_attn.q_proj.lora_"
@@ -587,59 +591,59 @@ DAMAGE = {
 def test_hostile_adapters_are_one_sentence_and_change_nothing(adapter, damage, sentence):
     folder, tensors, settings = adapter
     damage(tensors, settings)
-    safetensors.torch.save_file(tensors, folder / lora.WEIGHTS)
-    (folder / lora.CONFIG).write_text(json.dumps(settings))
+    safetensors.torch.save_file(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(settings))
     model = build()
     with pytest.raises(UserError, match=sentence) as error:
-        lora.load_adapter(folder, model)
+        load_adapter(folder, model)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    assert not lora.layers(model) and all(p.requires_grad for p in model.parameters())
+    assert not lora_layers.layers(model) and all(p.requires_grad for p in model.parameters())
 
 
 def test_files_that_are_no_files(adapter):
     folder, _, _ = adapter
-    whole = (folder / lora.WEIGHTS).read_bytes()
-    (folder / lora.WEIGHTS).write_bytes(whole[:-10])
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:-10])
     with pytest.raises(UserError, match="truncated"):
-        lora.load_adapter(folder, build())
-    (folder / lora.WEIGHTS).unlink()
+        load_adapter(folder, build())
+    (folder / WEIGHTS).unlink()
     with pytest.raises(UserError, match="has no adapter_model.safetensors"):
-        lora.load_adapter(folder, build())
-    (folder / lora.CONFIG).write_text("{")
-    (folder / lora.WEIGHTS).write_bytes(whole)
+        load_adapter(folder, build())
+    (folder / CONFIG).write_text("{")
+    (folder / WEIGHTS).write_bytes(whole)
     with pytest.raises(UserError, match="is not JSON"):
-        lora.load_adapter(folder, build())
+        load_adapter(folder, build())
     with pytest.raises(UserError, match="no adapter at .*nowhere"):
-        lora.load_adapter(folder / "nowhere", build())
+        load_adapter(folder / "nowhere", build())
     with pytest.raises(UserError, match="no adapter 'other' to save"):
-        lora.save_adapter(folder, build(), "other")
+        save_adapter(folder, build(), "other")
 
 
 def test_a_failed_save_leaves_the_old_adapter(adapter, monkeypatch):
     folder, tensors, settings = adapter
     model = build()
-    lora.add_lora(model, rank=5)
+    lora_layers.add_lora(model, rank=5)
 
     def full(*_):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(lora, "write_json", full)
+    monkeypatch.setattr("formats.peft.write_json", full)
     with pytest.raises(UserError, match="No space left"):
-        lora.save_adapter(folder, model)
-    assert sorted(f.name for f in folder.iterdir()) == [lora.CONFIG, lora.WEIGHTS]
-    lora.load_adapter(folder, build())
+        save_adapter(folder, model)
+    assert sorted(f.name for f in folder.iterdir()) == [CONFIG, WEIGHTS]
+    load_adapter(folder, build())
     monkeypatch.undo()
-    lora.save_adapter(folder, model)                        # and a good one replaces it
-    assert len(lora.load_adapter(folder, build())) == 14
+    save_adapter(folder, model)                        # and a good one replaces it
+    assert len(load_adapter(folder, build())) == 14
 
 
 def test_a_stage_begins_and_goes_on(tmp_path):
     """begin() on a base that lies on disk, then as resume does it: the same adapter, on the base
     that the adapter's file names."""
     save_model(tmp_path / "base", build())
-    cfg = SimpleNamespace(**vars(lora.Settings(lora_rank=2, lora_int8=True)),
+    cfg = SimpleNamespace(**vars(stage.Lora(lora_rank=2, lora_int8=True)),
                           init_from=str(tmp_path / "base"), out_dir=str(tmp_path / "out"))
     model, ids = load_model(tmp_path / "base", "cpu"), ids_of()
-    assert "14 linears" in lora.begin(cfg, model, None)
+    assert "14 linears" in stage.add_adapters(cfg, model, None)
     stir(model)
     step = tmp_path / "out" / "step_000001"
     save_model(step, build())
@@ -647,32 +651,32 @@ def test_a_stage_begins_and_goes_on(tmp_path):
     (tmp_path / "out" / "checkpoints.json").write_text('{"last": "step_000001"}')
 
     @lora.dataclass
-    class Config(lora.Settings):
+    class Config(stage.Lora):
         lora_rank: int = 2
         lora_int8: bool = True
         init_from: str = "resume"
         out_dir: str = str(tmp_path / "out")
     cfg = Config()
-    assert lora.start_from(cfg).init_from == str(tmp_path / "base")
-    again = load_model(lora.start_from(cfg).init_from, "cpu")
-    lora.begin(cfg, again, None)
+    assert stage.find_frozen(cfg).init_from == str(tmp_path / "base")
+    again = load_model(stage.find_frozen(cfg).init_from, "cpu")
+    stage.add_adapters(cfg, again, None)
     assert torch.equal(again.logits(ids), model.logits(ids))
     # on a machine that computes in bfloat16 a base that is exact in it is held in it
     for dtype, kind in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
         model = build().bfloat16().float()
-        lora.begin(Config(lora_int8=False), model, None, dtype=dtype)
-        assert {la.base.dtype for la in lora.layers(model).values()} == {kind}
-    assert lora.start_from(lora.replace(cfg, lora_rank=0)).init_from == "resume"
+        stage.add_adapters(Config(lora_int8=False), model, None, dtype=dtype)
+        assert {la.base.dtype for la in lora_layers.layers(model).values()} == {kind}
+    assert stage.find_frozen(dataclasses.replace(cfg, lora_rank=0)).init_from == "resume"
 
 
 def test_grown_base_is_saved(tmp_path):
     """With rows for new tokens the model is no longer what lies at init_from: peft needs it."""
-    cfg = SimpleNamespace(**vars(lora.Settings(lora_rank=2)), init_from="gone",
+    cfg = SimpleNamespace(**vars(stage.Lora(lora_rank=2)), init_from="gone",
                           out_dir=str(tmp_path / "out"))
     model = build()
-    lora.begin(cfg, model, None, grown=True)
+    stage.add_adapters(cfg, model, None, grown=True)
     model.save_beside(tmp_path)
-    base = lora.read_adapter_config(tmp_path / "adapter" / lora.CONFIG)["base"]
+    base = read_adapter_config(tmp_path / "adapter" / CONFIG)["base"]
     assert base == str(tmp_path / "out" / "base")
     assert torch.equal(load_model(base, "cpu").logits(ids_of()), build().logits(ids_of()))
 
@@ -683,9 +687,9 @@ def test_merge_from_the_command_line(tmp_path):
     import tokenizer
     model = build()
     save_model(tmp_path / "base", model, tokenizer.train_chars(["hello\n"]))
-    lora.add_lora(model)
+    lora_layers.add_lora(model)
     stir(model)
-    lora.save_adapter(tmp_path / "adapter", model, base=str(tmp_path / "base"))
+    save_adapter(tmp_path / "adapter", model, base=str(tmp_path / "base"))
     lora.merge_files(lora.Merge(["merge", str(tmp_path / "adapter"), str(tmp_path / "out")]))
     ids = ids_of()
     assert away(load_model(tmp_path / "out", "cpu").logits(ids), model.logits(ids)) < 1e-5
@@ -693,7 +697,7 @@ def test_merge_from_the_command_line(tmp_path):
     # a run, whose best checkpoint is not its last: of either the adapter beside the weights
     for name, base in (("step_1", str(tmp_path / "base")), ("step_2", "elsewhere")):
         save_model(tmp_path / "run" / name, build())
-        lora.save_adapter(tmp_path / "run" / name / "adapter", model, base=base)
+        save_adapter(tmp_path / "run" / name / "adapter", model, base=base)
     (tmp_path / "run" / "checkpoints.json").write_text('{"last": "step_2", "best": "step_1"}')
     for number, source in enumerate((tmp_path / "run", tmp_path / "run" / "step_1")):
         out = tmp_path / f"merged{number}"
@@ -701,7 +705,7 @@ def test_merge_from_the_command_line(tmp_path):
         assert away(load_model(out, "cpu").logits(ids), model.logits(ids)) < 1e-5
     with pytest.raises(lora.UserError, match="the base of .*step_2"):
         lora.merge_files(lora.Merge(["merge", str(tmp_path / "run"), str(out)], which="last"))
-    lora.save_adapter(tmp_path / "adapter", model, base="hub/name")
+    save_adapter(tmp_path / "adapter", model, base="hub/name")
     done = subprocess.run([sys.executable, ROOT / "lora.py", "merge", tmp_path / "adapter",
                            tmp_path / "out2"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "out2").exists()

@@ -14,7 +14,8 @@ import transformers
 
 from text import chat
 import kernels
-import lora
+from formats import peft
+from layers import lora as lora_layers
 import sample
 import tokenizer as tokenizers
 from checkpoint import load_model, load_tokenizer, save_model
@@ -626,17 +627,17 @@ def tuned(talker, tmp_path_factory):
     torch.manual_seed(1)
     for name in ("sums", "brief"):
         model = load_model(talker, "cpu")
-        lora.add_lora(model, rank=3, alpha=9, targets="" if name == "sums" else "q_proj,up_proj")
-        for parameter in lora.parameters(model).values():
+        lora_layers.add_lora(model, rank=3, alpha=9, targets="" if name == "sums" else "q_proj,up_proj")
+        for parameter in lora_layers.parameters(model).values():
             parameter.data.normal_(0, 0.3)              # B as well, which starts at zero
-        folder = lora.save_adapter(top / name, model, base=str(talker))
-        out[name] = folder, save_model(top / f"{name}-merged", lora.merge(model),
+        folder = peft.save_adapter(top / name, model, base=str(talker))
+        out[name] = folder, save_model(top / f"{name}-merged", lora_layers.merge(model),
                                        load_tokenizer(talker))
     model = load_model(talker, "cpu")
     for name, (folder, _) in list(out.items()):
-        lora.load_adapter(folder, model, name)
-    lora.activate(model, "sums", "brief")
-    out["both"] = None, save_model(top / "both-merged", lora.merge(model), load_tokenizer(talker))
+        peft.load_adapter(folder, model, name)
+    lora_layers.activate(model, "sums", "brief")
+    out["both"] = None, save_model(top / "both-merged", lora_layers.merge(model), load_tokenizer(talker))
     return out
 
 
@@ -702,10 +703,10 @@ def test_a_chat_switches_between_adapters(talker, tuned, capsys, stdin, monkeypa
 def test_mistakes_with_adapters_are_one_sentence(saved, talker, tuned, tmp_path, monkeypatch):
     folder = str(tuned["sums"][0])
     homeless = shutil.copytree(folder, tmp_path / "homeless")
-    config = json.loads((homeless / lora.CONFIG).read_text())
+    config = json.loads((homeless / peft.CONFIG).read_text())
     config["base_model_name_or_path"] = "somebody/model-7b"
-    (homeless / lora.CONFIG).write_text(json.dumps(config))
-    (homeless / lora.BASE).unlink()             # as PEFT leaves an adapter: with a path alone
+    (homeless / peft.CONFIG).write_text(json.dumps(config))
+    (homeless / peft.BASE).unlink()             # as PEFT leaves an adapter: with a path alone
     for model, settings, message in (
             (talker, dict(adapter=["nosuch"]), "there is none at nosuch"),
             (talker, dict(adapter=[str(talker)]), "a folder that has adapter_config.json"),

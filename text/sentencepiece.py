@@ -446,12 +446,12 @@ def from_sentencepiece(data: bytes, more: list[str], added: Mapping[str, dict]) 
     """SentencePiece's own file. more: control tokens behind its vocabulary."""
     # defaults are those of sentencepiece_model.proto: a field that has its default is not written
     pieces, trainer, normal = [], {}, {}
-    for number, value in fields(data):
-        if number == 1:
+    for key, value in fields(data):
+        if key == 1:
             pieces.append({"score": 0.0, "type": NORMAL, **message(value, PIECE)})
-        elif number == 2:
+        elif key == 2:
             trainer.update(message(value, TRAINER))
-        elif number == 3:
+        elif key == 3:
             normal.update(message(value, NORMALIZER))
     if trainer.get("model_type", 1) != 2:
         raise ValueError("its model is not BPE")
@@ -557,9 +557,9 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
 def message(data: Any, known: Mapping[int, tuple[str, type]]) -> dict[str, Any]:
     """The known fields of a message, by name; UTF-8 and types are checked."""
     out = {}
-    for number, value in fields(data) if isinstance(data, bytes) else [(0, None)]:
-        name, kind = known.get(number, ("", object))
-        if not isinstance(value, bytes if kind is str else kind) or not number:
+    for key, value in fields(data) if isinstance(data, bytes) else [(0, None)]:
+        name, kind = known.get(key, ("", object))
+        if not isinstance(value, bytes if kind is str else kind) or not key:
             raise ValueError("a field of the file has the wrong type: it is no SentencePiece model")
         if name:
             out[name] = value.decode() if kind is str else value

@@ -1,6 +1,6 @@
 """Which settings of a run have an effect, and when: one that has none is refused, never ignored.
 
-    class Config(train.Config, lora.Settings):
+    class Config(train.Config, Lora):
         IDLE = effects.STAGE + (Idle("gamma", "loss", lambda c, m: c.loss != "simpo", ...),)
 
 config.refuse_idle() reads these tables, once the shape of the model is known. A script adds rows

@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import stages
 import checkpoint
-import lora
+from formats import peft
+from layers import lora as lora_layers
 import tokenizer as tokenizers
 import train
 from config import UserError
@@ -146,12 +147,12 @@ def test_a_step_of_sft_is_trls(base, packed, tmp_path):
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_a_step_of_lora_is_trls_with_peft(base, packed, tmp_path, dora):
     model = checkpoint.load_model(base[0], "cpu", "float32")
-    lora.add_lora(model, rank=4, alpha=12, dora=dora)
+    lora_layers.add_lora(model, rank=4, alpha=12, dora=dora)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():                   # as if trained: B is no longer zero
-        for p in lora.parameters(model).values():
+        for p in lora_layers.parameters(model).values():
             p += torch.empty_like(p).normal_(0.0, 0.1, generator=generator)
-    adapter = lora.save_adapter(tmp_path / "adapter", model, base=str(base[0]))
+    adapter = peft.save_adapter(tmp_path / "adapter", model, base=str(base[0]))
     hf = transformers.AutoModelForCausalLM.from_pretrained(base[0], dtype=torch.float32)
     theirs = their_step(peft.PeftModel.from_pretrained(hf, adapter, is_trainable=True), packed,
                         base[0], tmp_path / "out")

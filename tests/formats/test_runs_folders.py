@@ -17,6 +17,8 @@ import checkpoint
 import distill
 import dpo
 import lora
+from formats import peft
+from layers import lora as lora_layers
 import sample
 import sft
 import tokenizer as tokenizers
@@ -225,7 +227,7 @@ def test_a_base_grown_by_new_tokens_belongs_to_its_run(go, place, words, tmp_pat
     checkpoint.save_model(tmp_path / "plain2", made(plain, seed=4), plain)
     go("lora", "lora", f"--init_from={tmp_path / 'plain2'}", *flags[1:])
     aside = Path(f"{out}.old1")
-    assert lora.find_base([last(aside) / "adapter"]) == aside / "base"
+    assert peft.find_base([last(aside) / "adapter"]) == aside / "base"
     lora.merge_files(lora.Merge(["merge", str(last(aside) / "adapter"), str(tmp_path / "m")]))
     assert (logits(tmp_path / "m") - right).abs().max() < 1e-5
     checkpoint.save_model(tmp_path / "out/base", made(words, seed=5), words)
@@ -239,11 +241,11 @@ def test_two_adapters_of_different_bases_are_not_added_up(place, words, tmp_path
     folders = []
     for name in ("base", "other"):
         model = checkpoint.load_model(place / name, "cpu")
-        lora.add_lora(model, rank=2)
-        folders.append(lora.save_adapter(tmp_path / name, model, base=str(place / name)))
-    assert lora.find_base(folders[:1]) == place / "base"
+        lora_layers.add_lora(model, rank=2)
+        folders.append(peft.save_adapter(tmp_path / name, model, base=str(place / name)))
+    assert peft.find_base(folders[:1]) == place / "base"
     with pytest.raises(UserError, match="trained on different models"):
-        lora.find_base(folders)
+        peft.find_base(folders)
 
 
 @pytest.mark.parametrize("change", ["a byte in the middle", "config.json", "a shard"])
@@ -308,23 +310,23 @@ def test_pefts_adapters_on_the_output_matrix_open_here(words, tmp_path, tied, ta
     theirs.save_pretrained(tmp_path / "adapter")
     wanted = theirs(IDS).logits.detach()
     model = checkpoint.load_model(base, "cpu")
-    lora.load_adapter(tmp_path / "adapter", model)
+    peft.load_adapter(tmp_path / "adapter", model)
     assert (model.logits(IDS) - wanted).norm() < 1e-5 * wanted.norm()
-    lora.load_adapter(tmp_path / "adapter", model, "again")    # beside the one that is there
-    lora.activate(model, "again")
+    peft.load_adapter(tmp_path / "adapter", model, "again")    # beside the one that is there
+    lora_layers.activate(model, "again")
     assert (model.logits(IDS) - wanted).norm() < 1e-5 * wanted.norm()
-    lora.activate(model, "default")
+    lora_layers.activate(model, "default")
     # ours, saved again, opens in peft; merged, it is a plain checkpoint of transformers
-    lora.save_adapter(tmp_path / "ours", model, base=str(base))
+    peft.save_adapter(tmp_path / "ours", model, base=str(base))
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "ours")
     assert (again(IDS).logits - wanted).norm() < 1e-5 * wanted.norm()
-    checkpoint.save_model(tmp_path / "merged", lora.merge(model), words)
+    checkpoint.save_model(tmp_path / "merged", lora_layers.merge(model), words)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert (merged(IDS).logits - wanted).norm() < 1e-5 * wanted.norm()
     other = made(words, seed=9, tie_word_embeddings=tied)
     with pytest.raises(UserError, match="lm_head has other weights"):
-        lora.load_adapter(tmp_path / "adapter", other)
-    assert other.config.tie_word_embeddings == tied and not lora.layers(other)
+        peft.load_adapter(tmp_path / "adapter", other)
+    assert other.config.tie_word_embeddings == tied and not lora_layers.layers(other)
 
 
 def test_a_base_is_not_replaced_by_the_model_that_is_merged_from_it(go, place, tmp_path):
@@ -346,9 +348,9 @@ def test_an_embedding_that_peft_saved_beside_an_adapter_is_compared(words, tmp_p
     theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     with pytest.raises(UserError, match="is an adapter, not a model.*lora.py merge"):
         checkpoint.resolve(tmp_path / "adapter")
-    lora.load_adapter(tmp_path / "adapter", checkpoint.load_model(base, "cpu"))
+    peft.load_adapter(tmp_path / "adapter", checkpoint.load_model(base, "cpu"))
     with pytest.raises(UserError, match="(embed_tokens|lm_head) has other weights"):
-        lora.load_adapter(tmp_path / "adapter", made(words, seed=9))
+        peft.load_adapter(tmp_path / "adapter", made(words, seed=9))
 
 
 def test_an_adapter_of_an_moe_model_with_a_router_bias_opens_right_in_peft(go, words, tmp_path):

@@ -15,7 +15,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 import distill
 import dpo
 import kernels
-import lora
+from layers import lora as lora_layers
 import sft
 import stage
 import train
@@ -231,7 +231,7 @@ def test_pairs_of_an_moe_model_are_divided_by_those_of_the_global_batch(words, l
 # ------------------------------------------------------------------- what is frozen does not move
 
 @pytest.mark.parametrize("freeze, moves", [
-    (lambda m: lora.add_lora(m, 2, 4), []), (sft.freeze, [2]), (lambda m: None, [1, 2])],
+    (lambda m: lora_layers.add_lora(m, 2, 4), []), (sft.freeze, [2]), (lambda m: None, [1, 2])],
     ids=["lora", "last", "all"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_step_moves_what_trains_and_nothing_else(freeze, moves, kind):
@@ -364,13 +364,13 @@ def in_place(c, a, b, *rest, out_shape=None, **kwargs):
 
 FROZEN = {
     "nothing": lambda m: None,
-    "lora": lambda m: lora.add_lora(m, 2, 4),
-    "lora on q_proj": lambda m: lora.add_lora(m, 2, 4, targets="q_proj"),
-    "lora on down_proj": lambda m: lora.add_lora(m, 3, 4, targets="down_proj"),
-    "lora on the last block": lambda m: lora.add_lora(m, 2, 4, targets="layers.2.self_attn.v_proj"),
-    "int8 lora": lambda m: lora.add_lora(m, 2, 4, int8=True),
-    "two adapters, one on": lambda m: (lora.add_lora(m, 2, 4, name="a"),
-                                       lora.add_lora(m, 4, 4, name="b")),
+    "lora": lambda m: lora_layers.add_lora(m, 2, 4),
+    "lora on q_proj": lambda m: lora_layers.add_lora(m, 2, 4, targets="q_proj"),
+    "lora on down_proj": lambda m: lora_layers.add_lora(m, 3, 4, targets="down_proj"),
+    "lora on the last block": lambda m: lora_layers.add_lora(m, 2, 4, targets="layers.2.self_attn.v_proj"),
+    "int8 lora": lambda m: lora_layers.add_lora(m, 2, 4, int8=True),
+    "two adapters, one on": lambda m: (lora_layers.add_lora(m, 2, 4, name="a"),
+                                       lora_layers.add_lora(m, 4, 4, name="b")),
     "unfreeze=last": sft.freeze,
     "the final norm alone": lambda m: [p.requires_grad_(n == "model.norm.weight")
                                        for n, p in m.named_parameters()],
