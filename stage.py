@@ -37,7 +37,7 @@ from training.machine import Machine, find_machine
 from layers.lora import add_lora, describe, halve, select
 from model import ModelConfig, Transformer
 from training import effects
-from training import start
+from training.start import (check_data, find_pretrained, get_in_force, prepare_out_dir, take_shape)
 
 # what makes the models that the stages' configs start from
 BEFORE = {"out/demo": "train.py config/demo.py", "out/sft": "sft.py config/sft_skills.py"}
@@ -127,7 +127,7 @@ def inherit(cfg: Config, shape: ModelConfig, tokenizer: Any, chat: bool = True) 
     if done:
         said.append(own or f"template {tokenizer.template}")
     # what the saved settings say of the model shall be true of it
-    start.take_shape(cfg, shape)
+    take_shape(cfg, shape)
     said = ["inherited from the checkpoint: " + ", ".join(said)]
     if done or not chat:
         return said
@@ -172,7 +172,7 @@ def start_from(cfg: Config) -> tuple[ModelConfig, Any]:
     """(shape, tokenizer) of the checkpoint that training starts from, which cfg.init_from names
     from here on: the run that it belongs to may be moved aside."""
     resume = cfg.init_from == "resume"
-    cfg.init_from = start.find_pretrained(cfg.init_from, cfg.hub_dir)
+    cfg.init_from = find_pretrained(cfg.init_from, cfg.hub_dir)
     source, which = (cfg.out_dir, "last") if resume else (cfg.init_from, "best")
     try:
         directory = checkpoint.resolve(source, which)
@@ -291,7 +291,7 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
         raise UserError(f"{cfg.init_from} is a classifier, and what is made of it would be taken "
                         "for one: start from the model that it was trained from, or say "
                         "--task=classify to sft.py")
-    refuse_idle(cfg, shape, start.get_in_force(cfg, shape, effects.is_pretrained(cfg)
+    refuse_idle(cfg, shape, get_in_force(cfg, shape, effects.is_pretrained(cfg)
                                            or getattr(cfg, "layers_from_teacher", False)))
     known = tokenizer.vocab_size
     notes = inherit(cfg, shape, tokenizer, chat)
@@ -301,7 +301,7 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
         rows = train.rows_of_step(cfg, machine)
         data = read(cfg, shape, tokenizer, rows, notes)
         file = Path(cfg.dataset).expanduser()
-        start.check_data(cfg, file if file.is_file() else loader.find(cfg.dataset))
+        check_data(cfg, file if file.is_file() else loader.find(cfg.dataset))
         # how many steps follows from the size of the data
         cfg.max_iters = cfg.max_iters or steps_of(cfg.epochs, len(data.batches), rows)
         notes.append(f"{cfg.max_iters:,} steps of {rows:,} rows are "
@@ -325,7 +325,7 @@ def go(cfg: Config, read: Callable, losses: Callable, *, start: Callable = start
             select(model, cfg.targets)
             if tokenizer.vocab_size > known:
                 place_base(cfg)
-        start.prepare_out_dir(cfg, machine)
+        prepare_out_dir(cfg, machine)
         if adapters:
             notes = [add_adapters(cfg, model, tokenizer, grown=tokenizer.vocab_size > known,
                                 dtype=machine.dtype, base=base.init_from)]
