@@ -18,11 +18,12 @@ import torch
 import transformers
 
 import checkpoint
-from checkpoint import (load_model, load_tokenizer, load_trainer, read_config, read_header,
-                        resolve, save_checkpoint, save_model)
+from checkpoint import (load_model, load_tokenizer, load_trainer, read_config, resolve,
+                        save_checkpoint, save_model)
 from config import UserError
 from conftest import ROOT
 from formats import run_folder
+from formats.safetensors import read_header
 from formats.huggingface import family_of, hf_config, model_config_from_hf
 from model import ModelConfig, Transformer
 from families import SCRATCH
@@ -628,7 +629,7 @@ def test_a_failing_rename_or_ctrl_c_puts_the_previous_checkpoint_back(saved, mon
 
 def test_killed_between_the_renames_the_old_one_is_found_and_then_healed(saved):
     before = weights(saved)
-    saved.rename(checkpoint.aside(saved))
+    saved.rename(checkpoint.name_aside(saved))
     (saved.parent / f".{saved.name}.new").mkdir()
     assert torch.equal(weights(saved), before)
     save_model(saved, build("llama"))

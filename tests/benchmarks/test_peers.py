@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import stages
 import checkpoint
-from formats import peft
+from formats.peft import save_adapter
 from layers import lora as lora_layers
 import tokenizer as tokenizers
 import train
@@ -152,7 +152,7 @@ def test_a_step_of_lora_is_trls_with_peft(base, packed, tmp_path, dora):
     with torch.no_grad():                   # as if trained: B is no longer zero
         for p in lora_layers.parameters(model).values():
             p += torch.empty_like(p).normal_(0.0, 0.1, generator=generator)
-    adapter = peft.save_adapter(tmp_path / "adapter", model, base=str(base[0]))
+    adapter = save_adapter(tmp_path / "adapter", model, base=str(base[0]))
     hf = transformers.AutoModelForCausalLM.from_pretrained(base[0], dtype=torch.float32)
     theirs = their_step(peft.PeftModel.from_pretrained(hf, adapter, is_trainable=True), packed,
                         base[0], tmp_path / "out")

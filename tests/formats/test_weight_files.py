@@ -297,7 +297,7 @@ def test_the_published_gemma_3_4b_leaves_its_defaults_out():
                  eos_token_id=[1, 106], initializer_range=0.02, torch_dtype="bfloat16",
                  transformers_version="4.50.0.dev0",
                  architectures=["Gemma3ForConditionalGeneration"])
-    hf, wrapped = checkpoint.unwrap(outer, "config.json")
+    hf, wrapped = checkpoint.unwrap_settings(outer, "config.json")
     config = checkpoint.model_config_from_hf({**hf, "tie_word_embeddings": True})
     theirs = T.Gemma3Config(**{k: v for k, v in outer.items() if k != "model_type"}).text_config
     assert wrapped and config.vocab_size == theirs.vocab_size == 262208
