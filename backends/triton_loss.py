@@ -2,7 +2,7 @@
 
     import kernels, triton_loss        # registers a `triton` form with each operation
     kernels.use("triton")               # on a GPU; one GPU or many, the calls are the same
-    TRITON_INTERPRET=1 python -m pytest tests/backends/test_triton_tiles.py      # on a CPU, interpreted
+    TRITON_INTERPRET=1 python -m pytest tests/backends/test_triton_tiles.py  # interpreted
 
     linear                  in triton_matmul.py: the lesson. cuBLAS is as fast, and `auto` keeps it
     linear_cross_entropy    logits by cuBLAS, a chunk of rows in one buffer that is used again; a
@@ -30,7 +30,8 @@ from config import refuse_to_run
 import kernels
 from backends import triton_matmul
 from backends.triton_attention import one_type, rounding
-from backends.triton_matmul import blocks, choices, even, even_rows, product, ship, sixteens, swizzle
+from backends.triton_matmul import (blocks, choices, even, even_rows, product, ship, sixteens,
+                                    swizzle)
 from backends.triton_optim import capped
 from backends.triton_pointwise import (FLAT, KINDS, check, expect, online, rows_of, value_and_slope,
                                        window)

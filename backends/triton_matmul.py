@@ -2,7 +2,7 @@
 
     import kernels, triton_loss        # registers the `triton` form of kernels.linear, and others
     kernels.use("triton")               # by name alone: `auto` keeps cuBLAS, which is as fast
-    TRITON_INTERPRET=1 python -m pytest tests/backends/test_triton_tiles.py      # on a CPU, interpreted
+    TRITON_INTERPRET=1 python -m pytest tests/backends/test_triton_tiles.py  # interpreted
 
 y = x W^T + b and its gradients dx = dy W, dW = dy^T x are one kernel: a program owns a tile of the
 result, walks the dimension that is summed, and keeps the sum in registers, in float32. What makes

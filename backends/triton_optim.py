@@ -2,7 +2,7 @@
 
     import kernels, triton_optim         # registers a `triton` form with each operation
     kernels.use("triton")
-    TRITON_INTERPRET=1 pytest tests/backends/test_triton_rows.py     # without a GPU: the interpreter
+    TRITON_INTERPRET=1 pytest tests/backends/test_triton_rows.py     # without a GPU
 
 The cross entropy is one pass over the logits each way. The optimizer's steps walk all parameters
 in one launch: a table in device memory says where each tensor lies, so that hundreds of small
@@ -313,7 +313,7 @@ def _(grads, max_norm, scale=1.0):
 
 # ------------------------------------------------------------------------- what can be launched
 def shipped() -> Iterator[tuple]:
-    """Every configuration that the operations above can launch; its form is triton_pointwise.ship's."""
+    """Yield every configuration that the operations above can launch, as triton_pointwise.ship."""
     for width in LOOP_SIZES:
         R, block, warps = tile(width, LOOP_SIZES)
         for cap in (False, True):

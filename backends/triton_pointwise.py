@@ -7,7 +7,7 @@ what it need not read or write.
 
     import kernels, triton_pointwise         # registers a `triton` form with each operation
     kernels.use("triton")
-    TRITON_INTERPRET=1 pytest tests/backends/test_triton_rows.py     # without a GPU: the interpreter
+    TRITON_INTERPRET=1 pytest tests/backends/test_triton_rows.py     # without a GPU
 
 How to read one: a program takes a tile of R rows by BLOCK columns (`tile`); lanes beyond the end
 are masked. Offsets are int64, so tensors may pass 2^31 elements. Statistics and sums are float32.

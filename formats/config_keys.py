@@ -4,7 +4,8 @@ A key that nobody reads is the most silent way to compute another model: a windo
 that the authors' program has and this one has not. So the rule is an allow-list. A family names
 the keys that it reads (families.py); this file has those that change no logit, in groups, and
 those that are harmless with one value; what is left is a sentence that names the key. null and an
-empty list or object say nothing. Checked against transformers by tests/formats/test_config_keys.py, which
+empty list or object say nothing. Checked against transformers by tests/formats/test_config_keys.py,
+which
 edits every key of every family.
 """
 from __future__ import annotations

@@ -162,7 +162,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def resolve(path: str | Path, which: str = "best") -> Path:
-    """Return the checkpoint directory meant by `path`: itself, or the best / last of a training run.
+    """Return the checkpoint directory meant by `path`: itself, or best / last of a training run.
 
     A run's out_dir names its checkpoints in checkpoints.json: {"last": "step_500", "best": …}.
     """

@@ -19,7 +19,7 @@ alone: whoever trains, saves, moves or counts it is told so in one sentence.
 The embedding table and the routed experts of a mixture stay as they are: a token reads few rows.
 On a CPU prompts gain nothing: int8 is unpacked for them, int4 multiplied slower than bfloat16. On
 a GPU both are int8 that is unpacked at every use: half the memory, but more time for a token.
-(`python bench.py sample` shows what a machine gains; tests/inference/test_quantize.py what it may cost.)
+(`python bench.py sample` shows the speed; tests/inference/test_quantize.py what it may cost.)
 """
 from __future__ import annotations
 

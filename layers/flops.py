@@ -7,7 +7,8 @@
 (counted whole, as PaLM's appendix B does, though a causal kernel skips half). A backward has up to
 two matmuls of the same size: one for the gradient of the input, if anything before it trains, and
 one for that of the weight, if it trains itself. So LoRA costs about two thirds of full training,
-and below the first weight that trains there is no backward. tests/training/test_statistics.py holds this
+and below the first weight that trains there is no backward. tests/training/test_statistics.py
+holds this
 against torch.utils.flop_counter. What a step does once, whatever its tokens, is left out: the norms
 of DoRA, the merged matrix of adapters on lm_head.
 """

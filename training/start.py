@@ -82,7 +82,7 @@ def find_pretrained(name: str, hub_dir: str = "") -> str:
 
 
 def from_settings(cfg: Any, vocab_size: int) -> ModelConfig:
-    """Return the ModelConfig that a run's settings (train.Config) describe: of a family or a preset."""
+    """Return the ModelConfig that a run's settings describe: of a family or a preset."""
     shape = {k: getattr(cfg, k) for k in
              ("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size")}
     flags = {k: getattr(cfg, k) for k in
