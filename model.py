@@ -30,6 +30,7 @@ import kernels
 from layers.kv_cache import Cache
 from config import UserError, run
 from families import DEFAULT, PRESETS, SCRATCH
+from layers.basic import Embedding, Linear, Norm, linear_together
 from layers.flops import count_flops
 
 
@@ -244,51 +245,6 @@ def rope_table(config: ModelConfig, length: int, device, local: bool = False):
     return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
 
 # ----------------------------------------------------------------------------- the layers
-
-
-class Linear(Module):
-    """A weight (out, in) and perhaps a bias (out,)."""
-
-    def __init__(self, inputs: int, outputs: int, bias: bool = False):
-        super().__init__()
-        self.weight = Parameter(torch.empty(outputs, inputs))
-        self.bias = Parameter(torch.zeros(outputs)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
-
-
-class Embedding(Module):
-    def __init__(self, rows: int, width: int):
-        super().__init__()
-        self.weight = Parameter(torch.empty(rows, width))
-
-
-class Norm(Module):
-    """LayerNorm or RMSNorm over the last dimension; the weight starts where it does nothing."""
-
-    def __init__(self, c: ModelConfig, width: int, kind: str = "", bias: bool = False):
-        super().__init__()
-        self.kind, self.eps, self.offset = kind or c.norm, c.norm_eps, c.norm_offset
-        self.weight = Parameter(torch.full((width,), 1.0 - self.offset))
-        self.bias = Parameter(torch.zeros(width)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "rmsnorm":
-            return kernels.rms_norm(x, self.weight, self.eps, self.offset)
-        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
-
-
-def linear_together(x: Tensor, *layers: Linear) -> Tensor:
-    """Several layers of one input, side by side (..., their sum). In training one matmul over the
-    joined weights, small beside activations; for one token quantize.py joins once and for all."""
-    if not torch.is_grad_enabled() or any(type(layer) is not Linear for layer in layers):
-        return torch.cat([layer(x) for layer in layers], -1)    # a layer with adapters, say
-    if kernels.best(x) == "cpu" and x.dtype == torch.bfloat16 and layers[0].bias is None:
-        return cpu.LinearCPU.apply(x, None, *(layer.weight for layer in layers))
-    weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return kernels.linear(x, weight, bias)
 
 
 class Attention(Module):

@@ -1,0 +1,64 @@
+"""What blocks are made of: a linear layer, an embedding, a norm; weights and one operation each.
+
+The maths is in kernels.py; torch.nn supplies Module and Parameter alone.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+import kernels
+from backends import cpu
+from config import refuse_to_run
+
+
+class Linear(Module):
+    """A weight (out, in) and perhaps a bias (out,)."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
+        super().__init__()
+        self.weight = Parameter(torch.empty(outputs, inputs))
+        self.bias = Parameter(torch.zeros(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
+class Embedding(Module):
+    def __init__(self, rows: int, width: int):
+        super().__init__()
+        self.weight = Parameter(torch.empty(rows, width))
+
+
+class Norm(Module):
+    """LayerNorm or RMSNorm over the last dimension; the weight starts where it does nothing."""
+
+    def __init__(self, c: Any, width: int, kind: str = "", bias: bool = False):
+        super().__init__()
+        self.kind, self.eps, self.offset = kind or c.norm, c.norm_eps, c.norm_offset
+        self.weight = Parameter(torch.full((width,), 1.0 - self.offset))
+        self.bias = Parameter(torch.zeros(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "rmsnorm":
+            return kernels.rms_norm(x, self.weight, self.eps, self.offset)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def linear_together(x: Tensor, *layers: Linear) -> Tensor:
+    """Several layers of one input, side by side (..., their sum). In training one matmul over the
+    joined weights, small beside activations; for one token quantize.py joins once and for all."""
+    if not torch.is_grad_enabled() or any(type(layer) is not Linear for layer in layers):
+        return torch.cat([layer(x) for layer in layers], -1)    # a layer with adapters, say
+    if kernels.best(x) == "cpu" and x.dtype == torch.bfloat16 and layers[0].bias is None:
+        return cpu.LinearCPU.apply(x, None, *(layer.weight for layer in layers))
+    weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
+    return kernels.linear(x, weight, bias)
+
+
+if __name__ == "__main__":
+    refuse_to_run()
