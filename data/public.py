@@ -47,6 +47,9 @@ VERSION = 2                             # of what is written: a change builds it
 LIMIT = 2 << 30                         # bytes that an archive may hold: IMDb's are 0.5 GB
 TEXT_LIMIT = 1 << 24                    # bytes of one of its files
 NAME_LIMIT = 1 << 16                    # bytes of a name in it, or of a header with more of it
+# All that a file which is something else, or cut off, makes the readers of archives say
+BROKEN = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, KeyError,
+          ValueError, NotImplementedError, RuntimeError)
 Found = Iterator[tuple[str, dict[str, Any]]]            # ("FILE, line N", record)
 
 
@@ -58,9 +61,12 @@ def lines(path: Path, reader: loader.Reader) -> Found:
 
 def sms(path: Path, reader: loader.Reader) -> Found:
     """The zip of UCI: a file of lines `ham<TAB>text` and `spam<TAB>text`."""
-    with zipfile.ZipFile(path) as archive:
-        with archive.open(inside := "SMSSpamCollection") as f:
-            data = f.read(TEXT_LIMIT + 1)       # the size in the header may be a lie
+    try:
+        with zipfile.ZipFile(path) as archive:
+            with archive.open(inside := "SMSSpamCollection") as f:
+                data = f.read(TEXT_LIMIT + 1)   # the size in the header may be a lie
+    except OSError as e:                        # a place in it that lies before its beginning
+        raise zipfile.BadZipFile(e.strerror) from None
     if len(data) > TEXT_LIMIT:
         raise ValueError(f"{inside} is larger than {TEXT_LIMIT:,} bytes")
     for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
@@ -104,7 +110,8 @@ def reviews(path: Path, reader: loader.Reader) -> Found:
     """Stanford's tar.gz: aclImdb/{train,test}/{pos,neg}/NUMBER_STARS.txt, a review each."""
     name = re.compile(r"(?:\./)?aclImdb/(?:train|test)/(pos|neg)/\d+_\d+\.txt")
     with open(path, "rb") as raw, gzip.open(raw) as packed:
-        with tarfile.open(fileobj=Bounded(packed, LIMIT), mode="r|", tarinfo=Member) as archive:
+        stream = Bounded(packed, LIMIT)
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=Member) as archive:
             for member in archive:
                 reader.consumed = raw.tell()
                 found = name.fullmatch(member.name)
@@ -120,6 +127,8 @@ def reviews(path: Path, reader: loader.Reader) -> Found:
                     reader.fault(f"{where} is not UTF-8 text: byte {e.start:,} is invalid")
                     continue
                 yield where, {"text": text, "label": {"pos": "positive"}.get(found[1], "negative")}
+        while stream.read(loader.BLOCK):        # gzip's checksum comes at its very end
+            pass
 
 
 # --- which sets there are ----------------------------------------------------------------------
@@ -298,11 +307,9 @@ def main(cfg: Any) -> None:
             rows = trainable(shown(public.read(path, reader)), public.kind, reader)
             rows = by_label(rows, cfg.seed) if labels else by_question(rows, share, cfg.seed)
             files = write(folder, SPLITS if labels else SPLITS[:2], rows, prefix)
-        # all that a file which is something else, or cut off, makes the readers of archives say
-        except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError,
-                KeyError, ValueError, NotImplementedError, RuntimeError) as e:
-            raise UserError(f"{path} is not the whole archive of {name}: {e}; delete it and run "
-                            "this again") from None
+        except BROKEN as e:
+            raise UserError(f"{path} is not the whole archive of {name}: {str(e)[:200]}; delete "
+                            "it and run this again") from None
         show(path.stat().st_size, last=True)
         for count, what in ((reader.left_out, "without an answer, or with two equal ones, were "
                              "left out"), (reader.bad, "were bad, and dropped")):
