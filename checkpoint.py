@@ -27,6 +27,7 @@ import os
 import re
 import shutil
 import sys
+import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -324,6 +325,9 @@ def load_trainer(path: str | Path, which: str = "last") -> dict[str, Any]:
         raise UserError(f"{file.parent} has no trainer.pt, so it cannot be resumed: start a new "
                         f"run from its weights with --init_from={file.parent}")
     try:
+        with zipfile.ZipFile(file) as archive:      # torch does not look at the checksums
+            if archive.testzip():
+                raise ValueError("a wrong checksum")
         # weights_only: tensors and plain values; a pickle that would run code is refused
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as e:                  # whatever a damaged pickle may raise; torch's text

@@ -164,7 +164,9 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
              "use_dora": (False, flag), "lora_dropout": (0.0, number(0, 1, int, float)),
              "rank_pattern": ({}, by_name(rank)), "alpha_pattern": ({}, by_name(alpha))}
     for key, (silent, good) in table.items():
-        settings[key] = silent if said.get(key) is None else said[key]
+        # null is no, but it is no number: PEFT fails there
+        no = said.get(key) is None and (key not in said or not silent)
+        settings[key] = silent if no else said[key]
         if not good(settings[key]):
             raise UserError(f"{file}: {reprlib.repr(settings[key])} cannot be an adapter's {key}")
     # to see whether a whole layer is missing, where that is said by name and without exceptions

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from config import UserError
 from formats.atomic import name_aside
-from formats.safetensors import read_json
+from formats.safetensors import note, read_json
 
 # What train.fit() and the stages write into out_dir, and the temporary files of that
 OWN = re.compile(r"\.?(step_\d{6,}|checkpoints|log(?=\.(jsonl|tmp))|reference_[0-9a-f]{16})(\..*)?"
@@ -180,6 +180,7 @@ def resolve(path: str | Path, which: str = "best") -> Path:
             for folder in (path / name, name_aside(path / name)):
                 if is_checkpoint(folder):
                     return folder
+            note(f"{path / name}, which {index.name} names, is gone")
         raise UserError(f"{index} names no checkpoint that is there: train again, or give one of "
                         f"the folders in {path}")
     if path.name and is_checkpoint(name_aside(path)) and not path.exists():
