@@ -122,6 +122,10 @@ def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") 
         if value is None:
             null = theirs in hf and theirs in family.nulls
             value = (family.nulls if null else family.defaults)[theirs]
+            # 0 leaves the size to the others, as null does in transformers; null is no 1e-6
+            if theirs in hf and not null and (value or value is False):
+                raise UserError(f"{where}: {theirs} is null: expected a value; delete the key for "
+                                f"the family's own, {shorten(value)}")
         values[ours] = value
         if values[ours] is None:
             raise UserError(f"{where} does not say {theirs}: is it the file of a model?")
