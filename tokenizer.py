@@ -387,6 +387,8 @@ class Tokenizer:
         tokenizer_json.read_affixes(self.post)        # ValueError now, not in the middle of a run
         self.template = chat.find_row(self.jinja, self.eot_token or EOT)
         self._index()
+        if strange := [i for i in (*self.prefix, *self.suffix) if i not in self.tokens]:
+            raise ValueError(f"the post_processor has the id {strange[0]}, which no token has")
         self._names(frozenset(self.special))        # and so for names that cannot be looked for
 
     def _id_of(self, name: str) -> int | None:
@@ -516,6 +518,7 @@ def load(path_or_name: str | os.PathLike) -> Tokenizer:
 
 def from_json(document: dict) -> Tokenizer:
     """A tokenizer.json -> Tokenizer. What it does not support raises ValueError with the name."""
+    tokenizer_json.check_document(document)
     if sentencepiece.fits(document):
         return Tokenizer(**sentencepiece.from_json(document))
     return Tokenizer(**tokenizer_json.read(document))

@@ -123,16 +123,24 @@ def flatten(part: Any, kind: str = "pre_tokenizer") -> list[dict]:
 
 def read_step(step: dict) -> list[Split | None]:
     """Read one pre_tokenizer of a sequence as cuts."""
+    def flag(key: str) -> bool:
+        if type(step.get(key)) is not bool:
+            raise ValueError(f"a pre_tokenizer's {key} is {step.get(key)!r:.40}, expected true or "
+                             "false")
+        return step[key]
+
     kind = step.get("type")
     if kind == "ByteLevel":
-        if step.get("add_prefix_space", True):
+        if flag("add_prefix_space"):
             raise ValueError("byte-level BPE with a prefix space is not supported")
-        return [Split(PATTERNS["gpt2"]), None] if step.get("use_regex", True) else [None]
+        flag("trim_offsets")                        # no id depends on it; the library asks for it
+        return [Split(PATTERNS["gpt2"]), None] if "use_regex" not in step or flag(
+            "use_regex") else [None]
     if kind == "Digits":
-        return [Split(r"\p{N}", "Isolated" if step.get("individual_digits") else "Contiguous")]
+        return [Split(r"\p{N}", "Isolated" if flag("individual_digits") else "Contiguous")]
     if kind not in ("Split", "Punctuation"):
         raise ValueError(f"the pre_tokenizer {kind!r:.40} is not supported in byte-level BPE")
-    behavior = step.get("behavior", "Isolated")
+    behavior = step["behavior"]
     if behavior not in BEHAVIORS:
         raise ValueError(f"the behavior {behavior!r:.40} of a pre_tokenizer is not supported")
     if kind == "Punctuation":
@@ -142,7 +150,7 @@ def read_step(step: dict) -> list[Split | None]:
     regex = translate(pattern["Regex"]) if literal is None else re.escape(literal)
     if literal == "" or regex == "":
         raise ValueError("a pre_tokenizer splits at an empty pattern")
-    return [Split(regex, behavior, bool(step.get("invert", False)))]
+    return [Split(regex, behavior, flag("invert"))]
 
 
 def translate(pattern: str) -> str:

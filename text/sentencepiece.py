@@ -467,9 +467,10 @@ def from_sentencepiece(data: bytes, more: list[str], added: Mapping[str, dict]) 
     ranks = {p["piece"]: order[p["score"]] for p in pieces
              if p["type"] == NORMAL and len(p["piece"]) > 1}
     # an unused piece is made by merges and then taken apart again; one without parts never occurs
+    lengths = sorted(set(map(len, types)))      # few, however long a piece is
     for piece in (p for p, t in types.items() if t == UNUSED):
         if any(types.get(piece[:k]) in (NORMAL, UNUSED) and types.get(piece[k:]) in (NORMAL, UNUSED)
-               for k in range(1, len(piece))):
+               for k in lengths if k < len(piece)):
             raise ValueError(f"the unused piece {piece!r} that merges make is not supported")
     # Symbols that the user defined are found in normalized text; "normalized" says so in the file,
     # but would put a space before them where one is put before the text.
@@ -494,8 +495,9 @@ def from_sentencepiece(data: bytes, more: list[str], added: Mapping[str, dict]) 
     steps += trim[:2] + [{"type": "Prepend", "prepend": SPACE}] * prefix
     steps += [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}] + trim[2:]
     falls_back = bool(trainer.get("byte_fallback"))
-    if falls_back and sum(t == BYTE_PIECE for t in types.values()) != 256:
-        raise ValueError("it falls back to bytes and has not 256 of them")
+    if falls_back and {p for p, t in types.items() if t == BYTE_PIECE} != {
+            f"<0x{b:02X}>" for b in range(256)}:
+        raise ValueError("it falls back to bytes and has not the 256 of them")
     decoders = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 *[{"type": "ByteFallback"}] * falls_back, {"type": "Fuse"},
                 *[{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * prefix]

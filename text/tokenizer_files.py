@@ -159,16 +159,18 @@ def read_facts(path: Path) -> Facts:
     # as in transformers: a file that lists its tokens is of the newer kind, and complete
     order = (settings, roles) if "added_tokens_decoder" in settings else (roles, settings)
     for role in ROLES:
-        said = [part[role] for part in order if part.get(role) not in (None, "")]
-        if said:
-            facts.named[role] = text_of(said[0])
-            facts.flags[text_of(said[0])] = said[0] if isinstance(said[0], dict) else {}
+        said = next((part[role] for part in order if role in part), None)    # null counts too
+        if said not in (None, ""):
+            facts.named[role] = text_of(said)
+            facts.flags[text_of(said)] = said if isinstance(said, dict) else {}
         elif role not in settings and role in CLASSES.get(facts.kind, {}):
             facts.named[role] = CLASSES[facts.kind][role]
     for part in order:
         for key in ("additional_special_tokens", "extra_special_tokens"):
-            tokens = part.get(key) or ()
-            tokens = tokens.values() if isinstance(tokens, dict) else tokens
+            tokens = part.get(key) or []
+            tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+            if not isinstance(tokens, list):
+                raise ValueError(f"{key} is {tokens!r:.40}, expected a list of tokens")
             facts.more_special += tuple(map(text_of, tokens))
     facts.end_names = tuple(text_of(part["eos_token"]) for part in order
                             if part.get("eos_token") not in (None, ""))

@@ -115,6 +115,23 @@ def last_parts(token: str, keyed: dict[str, int]) -> list[str]:
 
 # --- reading --------------------------------------------------------------------------------
 
+KEYS = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer",
+        "post_processor", "decoder", "model"}
+
+
+def check_document(document: Any) -> None:
+    """Raise ValueError for what the library does not take for a tokenizer.json either: a key that
+    is misspelt would be left out without a word."""
+    if not isinstance(document, dict) or not isinstance(document.get("model"), dict):
+        raise ValueError("expected an object with a model")
+    if unknown := sorted(document.keys() - KEYS):
+        raise ValueError(f"unknown key {unknown[0]!r:.40}, expected {', '.join(sorted(KEYS))}")
+    lists = {"added_tokens": document.get("added_tokens", []),
+             "merges": document["model"].get("merges", [])}
+    if wrong := [name for name, value in lists.items() if not isinstance(value, list)]:
+        raise ValueError(f"{wrong[0]} is {lists[wrong[0]]!r:.40}, expected a list")
+
+
 def read(document: dict) -> dict[str, Any]:
     """A parsed tokenizer.json -> the arguments of Tokenizer().
 
@@ -240,7 +257,9 @@ def surround_text(first: dict[str, int], last: dict[str, int] = {}) -> dict | No
 
 def read_affixes(post: dict | None) -> tuple[list[int], list[int]]:
     """Return the ids that a post_processor puts before and after a text."""
-    kind = (post or {}).get("type")
+    if post is None:
+        return [], []
+    kind = post.get("type")
     before: list[int] = []
     after: list[int] = []
     if kind == "Sequence":              # the last step is the outermost
@@ -253,10 +272,19 @@ def read_affixes(post: dict | None) -> tuple[list[int], list[int]]:
             if "Sequence" in item:
                 target = after
             else:
-                target += post["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+                target += check_ids(post["special_tokens"][item["SpecialToken"]["id"]]["ids"])
+        if target is before:
+            raise ValueError("the post_processor has no place for the text")
     elif kind in ("BertProcessing", "RobertaProcessing"):
-        before = [post["cls"][1]]
-        after = [post["sep"][1]]
-    elif kind not in (None, "ByteLevel"):
-        raise ValueError(f"the post_processor {kind} is not supported")
-    return [int(i) for i in before], [int(i) for i in after]
+        before = check_ids([post["cls"][1]])
+        after = check_ids([post["sep"][1]])
+    elif kind != "ByteLevel":
+        raise ValueError(f"the post_processor {kind!r:.40} is not supported")
+    return before, after
+
+
+def check_ids(ids: Any) -> list[int]:
+    """Return the ids of a post_processor; ValueError for anything else."""
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise ValueError(f"the post_processor has {ids!r:.40}, expected ids")
+    return ids
