@@ -260,7 +260,9 @@ def read(cfg: Config, shape: ModelConfig, tokenizer: Any, rows: int, notes: list
     if is_text(cfg.dataset):
         folder = loader.find(cfg.dataset)
         dataset = loader.Dataset(folder)
-        same_words(cfg, tokenizer, load(folder), 0)      # all three are the same
+        own = load(folder)
+        dataset.check_tokenizer(own)
+        same_words(cfg, tokenizer, own, 0)              # all three are the same
         same_words(cfg, tokenizer, known, dataset.vocab_size - 1)
         batches, held = (Text(dataset.tokens(split), rows, cfg.block_size, cfg.seed, dataset.eot,
                               cfg.document_mask) for split in ("train", "val"))

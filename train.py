@@ -552,6 +552,7 @@ def main(cfg: Config) -> State:
     machine = find_machine(cfg)
     dataset = loader.Dataset(loader.find(cfg.dataset))
     tokenizer = load(loader.find(cfg.dataset))
+    dataset.check_tokenizer(tokenizer)
     shape, tokenizer = start_from(cfg, tokenizer, dataset.vocab_size)
     start.check_data(cfg, dataset.directory)
     refuse_idle(cfg, shape, start.get_in_force(cfg, shape, effects.is_pretrained(cfg)))

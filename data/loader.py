@@ -139,13 +139,24 @@ class Reader:
         decoder = json.JSONDecoder(object_pairs_hook=pairs if conversations else None)
         gap, begins = re.compile(r"[ \t\r\n,]*"), re.compile(r"\[[ \t\r\n]*(\{|\Z)")
         blocks, buffer, at, line, depth, ended = self.blocks(path), "", 0, 1, 0, False
+        empty = False               # whether the last bracket opened an array without a value yet
         while True:
             start = gap.match(buffer, at).end()
             line, at, talk = line + buffer.count("\n", at, start), start, False
             bracket = buffer[start:start + 1]
             opens = begins.match(buffer, start) if conversations else None
-            if bracket == "]" or bracket == "[" and not opens:      # around records
-                depth, at = depth + 1 if bracket == "[" else max(0, depth - 1), start + 1
+            if bracket == "[" and not opens:                        # around records
+                depth += 1
+                at = start + 1
+                empty = True
+                continue
+            if bracket == "]":
+                if not depth or empty and depth > 1:
+                    self.fault(f"{path}, line {line}: {'an empty array' if depth else ']'} where "
+                               "a JSON object should be")
+                depth = max(0, depth - 1)
+                at = start + 1
+                empty = False
                 continue
             try:
                 if opens:           # an array of records, or a conversation: its first object says
@@ -159,6 +170,7 @@ class Reader:
                     self.fault(f"{path}, line {line}: the key {twice[0]!r} comes twice")
                 else:
                     yield line, value
+                empty = False
                 line += buffer.count("\n", start, at)
                 continue
             except (ValueError, RecursionError) as e:       # RecursionError: "[[[[[[[[[[…"
@@ -307,6 +319,13 @@ def find(dataset: str) -> Path:
     return ROOT / "data" / path if bare else path
 
 
+def read_count(values: dict[str, Any], key: str, most: int = 1 << 62) -> int:
+    """Return the number under a key of meta.json; ValueError unless it is one, from 0 to `most`."""
+    if type(values[key]) is not int or not 0 <= values[key] <= most:
+        raise ValueError(f"{key}: {values[key]!r:.40}")
+    return values[key]
+
+
 class Dataset:
     """A directory that data/prepare.py finished: `meta`, `vocab_size`, `eot`, tokens(split)."""
 
@@ -325,23 +344,36 @@ class Dataset:
         try:
             if self.meta.get("kind"):           # skills.py's and public.py's: no tokens
                 raise UserError(f"{self.directory} holds records for a later stage, not tokens to "
-                                f"train on: use `python {self.meta.get('script', 'sft.py')} "
+                                f"train on: use `python {self.meta.get('script', 'sft.py')!s:.40} "
                                 f"--dataset={self.directory.name}`")
             if self.meta["version"] != VERSION:
-                raise self.damaged(f"meta.json has version {self.meta['version']!r}, this code "
+                raise self.damaged(f"meta.json has version {self.meta['version']!r:.40}, this code "
                                    f"reads {VERSION}")
-            self.vocab_size = int(self.meta["vocab_size"])
+            self.vocab_size = read_count(self.meta, "vocab_size")
             # the end-of-text id opens every document; a character dataset has none
-            self.eot = None if self.meta["eot"] is None else int(self.meta["eot"])
-            self.shards = {split: [(str(s["file"]), int(s["tokens"])) for s in about["shards"]]
-                           for split, about in self.meta["splits"].items()}
-        # OverflowError: JSON as Python reads it may hold Infinity
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-            raise self.damaged(f"meta.json lacks or garbles {e}") from None
+            self.eot = None
+            if self.meta["eot"] is not None:
+                self.eot = read_count(self.meta, "eot", self.vocab_size - 1)
+            self.shards = {}
+            for split, about in self.meta["splits"].items():
+                shards = [(str(s["file"]), read_count(s, "tokens")) for s in about["shards"]]
+                if sum(count for _, count in shards) != read_count(about, "tokens"):
+                    raise ValueError(f"shards of {split}")
+                self.shards[split] = shards
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise self.damaged(f"meta.json lacks or garbles {str(e)[:200]}") from None
 
     def damaged(self, what: str) -> UserError:
         return UserError(f"{self.directory}: {what}; run `python data/prepare.py` with --force=1 "
                          "to build it again")
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raise UserError unless meta.json and the tokenizer beside it are of one dataset."""
+        for name in ("vocab_size", "eot"):
+            ours = getattr(self, name)
+            theirs = getattr(tokenizer, name)
+            if ours != theirs:
+                raise self.damaged(f"meta.json says {name} = {ours}, its tokenizer {theirs}")
 
     def tokens(self, split: str) -> "Tokens":
         """The "train" or "val" split as one memory-mapped sequence of ids."""
