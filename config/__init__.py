@@ -53,6 +53,11 @@ class UserError(Exception):
         super().__init__(brief(str(message)))
 
 
+class LostRank(UserError):
+    """Another rank is gone. Threads of gloo's may wait for it indefinitely when this process ends
+    in the usual way, so run() ends it at once."""
+
+
 class Stopped(Exception):
     """A run that was told to stop by signal `number` and has saved; its status is 128 + number."""
 
@@ -425,6 +430,10 @@ def run(main: Callable[[Any], Any], cls: type, positional: Sequence[str] = ()) -
     try:
         main(configure(cls, positional=positional))
         sys.stdout.flush()
+    except LostRank as e:
+        complain(str(e))
+        sys.stdout.flush()
+        os._exit(2)
     except UserError as e:
         complain(str(e))
         sys.exit(2)

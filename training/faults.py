@@ -19,7 +19,7 @@ from typing import Any, Iterator
 import torch.distributed as dist
 from torch import Tensor
 
-from config import UserError
+from config import LostRank, UserError
 from formats import atomic
 
 
@@ -83,11 +83,11 @@ def together(cfg: Any, machine: Any) -> Iterator[None]:
             raise
         there = (Path(cfg.out_dir) / "checkpoints.json").is_file() and not cfg.eval_only
         script = f"torchrun --nproc_per_node={machine.world} {Path(sys.argv[0]).name}"
-        raise UserError("another rank ended or cannot be reached, so this one cannot go on: see "
-                        "what it said, then " + (
-                            f"go on from the last checkpoint with: {script} --init_from=resume "
-                            f"--out_dir={cfg.out_dir}" if there else
-                            f"start again, as nothing was saved in {cfg.out_dir} yet")) from e
+        raise LostRank("another rank ended or cannot be reached, so this one cannot go on: see "
+                       "what it said, then " + (
+                           f"go on from the last checkpoint with: {script} --init_from=resume "
+                           f"--out_dir={cfg.out_dir}" if there else
+                           f"start again, as nothing was saved in {cfg.out_dir} yet")) from e
 
 
 def read_log(path: Path, state: Any) -> list[str]:
