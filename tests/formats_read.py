@@ -29,14 +29,14 @@ import torch
 import transformers
 
 import checkpoint
-import lora
 import tokenizer
 import train
 from config import UserError
 from data import chats, corpus, loader, public
-from families.presets import family
+from formats.peft import find_base, load_adapter, save_adapter
 from formats.safetensors import read, read_header
-from model import Transformer
+from layers.lora import add_lora
+from model import ModelConfig, Transformer
 from training import faults
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +121,8 @@ def compute_theirs(folder):
 
 def save(folder, name, more):
     torch.manual_seed(0)
-    return checkpoint.save_model(folder / name, Transformer(family(name, **SHAPE, **more)),
+    made = Transformer(ModelConfig.from_family(name, **SHAPE, **more))
+    return checkpoint.save_model(folder / name, made,
                                  train_tokenizer())
 
 
@@ -167,7 +168,7 @@ def make_configs(folder: Path) -> list[Kind]:
 def make_weights(folder: Path) -> list[Kind]:
     """Files of weights, their index, Meta's settings, adapters, and a trainer's state."""
     torch.manual_seed(0)
-    model = Transformer(family("llama", **SHAPE))
+    model = Transformer(ModelConfig.from_family("llama", **SHAPE))
     one = checkpoint.save_model(folder / "one", model)
     shards = checkpoint.save_model(folder / "shards", model, shard_bytes=8000)
     meta = checkpoint.convert(one, folder / "meta", form="meta")
@@ -192,15 +193,15 @@ def make_weights(folder: Path) -> list[Kind]:
         return value.tolist() if isinstance(value, torch.Tensor) else value
 
     adapted = checkpoint.load_model(one, "cpu")
-    lora.add_lora(adapted, 2, 4)
+    add_lora(adapted, 2, 4)
     for name, weight in adapted.named_parameters():
         if weight.requires_grad:
             torch.nn.init.normal_(weight)
-    adapter = lora.save_adapter(folder / "adapter", adapted, base=str(one))
+    adapter = save_adapter(folder / "adapter", adapted, base=str(one))
 
     def apply_adapter():
         loaded = checkpoint.load_model(one, "cpu")
-        lora.load_adapter(adapter, loaded)
+        load_adapter(adapter, loaded)
         with torch.no_grad():
             return loaded.logits(IDS)
 
@@ -221,7 +222,7 @@ def make_weights(folder: Path) -> list[Kind]:
              lambda: plain(checkpoint.load_trainer(folder / "run"))),
         Kind("adapter_config.json", adapter / "adapter_config.json", apply_adapter, apply_theirs,
              close),
-        Kind("base.json", adapter / "base.json", lambda: os.path.realpath(lora.find_base([adapter]))),
+        Kind("base.json", adapter / "base.json", lambda: os.path.realpath(find_base([adapter]))),
     ]
 
 
@@ -303,7 +304,7 @@ def make_tokenizers(folder: Path) -> list[Kind]:
         return sorted({297, 299} | {i for i in said if i is not None and 0 <= i < 300})
 
     torch.manual_seed(0)
-    model = Transformer(family("llama", **SHAPE))
+    model = Transformer(ModelConfig.from_family("llama", **SHAPE))
 
     def vocabulary(path):
         return list(encode_ours(path)[:2])
