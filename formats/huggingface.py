@@ -9,6 +9,7 @@ first family whose config.json, read back, describes the same model; if none doe
 """
 from __future__ import annotations
 
+import difflib
 import math
 import reprlib
 from dataclasses import asdict
@@ -412,13 +413,16 @@ def find_other_keys(source: dict[str, Any], settings: dict[str, Any]) -> dict[st
 
 
 def family_named(hf: dict[str, Any], where: str = "config.json") -> Family:
-    """The row that a config.json names; UserError with a list of them if there is none."""
+    """Return the row that a config.json names; UserError with the nearest if there is none."""
     kind = hf.get("model_type")
     if kind == HANDMADE.model_type and "handmade" in hf:
         return HANDMADE
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise UserError(f"{where}: models of the type {str(kind)[:40]!r} are not supported, "
-                        f"only {', '.join([*FAMILIES, *WRAPPERS])}")
+        near = difflib.get_close_matches(str(kind)[:40], [*FAMILIES, *WRAPPERS], n=3)
+        hint = f"the nearest that are: {', '.join(near)}" if near else (
+            f"families/ lists those that are, {' and '.join(WRAPPERS)} among the wrappers")
+        raise UserError(f"{where}: models of model_type {str(kind)[:40]!r} are not supported; "
+                        f"{hint}")
     return FAMILIES[kind]
 
 
