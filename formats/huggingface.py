@@ -418,9 +418,10 @@ def family_named(hf: dict[str, Any], where: str = "config.json") -> Family:
     if kind == HANDMADE.model_type and "handmade" in hf:
         return HANDMADE
     if not isinstance(kind, str) or kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind)[:40], [*FAMILIES, *WRAPPERS], n=3)
+        among = WRAPPERS if "text_config" in hf else [*FAMILIES, *WRAPPERS]
+        near = difflib.get_close_matches(str(kind)[:40], among, n=3)
         hint = f"the nearest that are: {', '.join(near)}" if near else (
-            f"families/ lists those that are, {' and '.join(WRAPPERS)} among the wrappers")
+            f"families/ lists those that are, {' and '.join(WRAPPERS)} with a text_config")
         raise UserError(f"{where}: models of model_type {str(kind)[:40]!r} are not supported; "
                         f"{hint}")
     return FAMILIES[kind]
