@@ -30,7 +30,7 @@ import sys
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ from formats.run_folder import is_checkpoint, resolve
 from formats.wrapped import take_text_tensors, unwrap_settings
 from layers.unwrap import unwrap
 from model import ModelConfig, Transformer, print_costs
+from training.machine import pick_device
 from text import tokenizer_files
 from tokenizer import load
 from formats.huggingface import (Slot, differences, disk_form, family_named,
@@ -83,8 +84,10 @@ def save_model(path: str | Path, model: Any, tokenizer: Any = None, *,
 
 def save_checkpoint(path: str | Path, model: Any, tokenizer: Any, trainer: dict | None, *,
                     extra: dict[str, bytes | str] | None = None,
+                    writers: Sequence[Callable[[Path], None]] = (),
                     shard_bytes: int = SHARD_BYTES) -> Path:
-    """save_model, with `trainer` (tensors and plain values: what resuming needs) as trainer.pt."""
+    """Save a model as save_model() does, with `trainer` (tensors and plain values: what resuming
+    needs) as trainer.pt. writers: each is called with the new folder, to add files of its own."""
     def fill(directory: Path) -> None:
         model_ = unwrap(model)
         # what a LoRA layer holds as integers or halves is saved as what it amounts to, float32
@@ -99,8 +102,8 @@ def save_checkpoint(path: str | Path, model: Any, tokenizer: Any, trainer: dict 
             p = getattr(model_.get_submodule(owner), kind).detach()
             return (p if expert is None else p[expert]).to("cpu")
         write_model(directory, model_.config, dtypes, get, tokenizer, shard_bytes)
-        # its adapters, beside what they amount to, are files of their own
-        getattr(model_, "save_beside", lambda folder: None)(directory)
+        for write in writers:
+            write(directory)
         for name, content in (extra or {}).items():
             # a name, not a path: nothing is written outside the new directory
             data = content.encode() if isinstance(content, str) else content
@@ -337,18 +340,6 @@ def load_trainer(path: str | Path, which: str = "last") -> dict[str, Any]:
     if not isinstance(state, dict):
         raise UserError(f"{file} is not a trainer's state: resume from another checkpoint")
     return state
-
-
-def pick_device(device: str = "auto") -> torch.device:
-    """`device`, or for auto the best one there is: CUDA, Apple's MPS, CPU."""
-    if device == "auto":
-        mps = torch.backends.mps.is_available()
-        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device={device} is not usable here "
-                        f"({str(e).splitlines()[0]}): try --device=auto") from e
 
 
 class Opened(NamedTuple):

@@ -9,9 +9,9 @@
     python dpo.py --init_from=resume --out_dir=out/dpo          # go on where a run stopped
     python dpo.py --init_from=resume --out_dir=out/dpo --eval_only=1    # accuracy on unseen pairs
 
-What it costs is at the head of config/dpo_skills.py. The rates here suit a model of some million
-parameters; one of billions wants --learning_rate=5e-7 to 5e-6 and one epoch. What to expect: the
-accuracy, the share of unseen pairs whose better answer has the higher reward, rises from chance.
+The docstring of config/dpo_skills.py gives the cost. The rates here suit a model of some million
+parameters; one of billions wants --learning_rate=5e-7 to 5e-6 and one epoch. The accuracy, the
+share of unseen pairs whose better answer has the higher reward, rises from chance.
 
 With r = log pi(answer) - log ref(answer), summed over the answer's tokens, and e label_smoothing:
 
@@ -45,19 +45,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layers.lora import disabled
-from layers.unwrap import unwrap
 import checkpoint
 import kernels
-import stage
+import sft
 import train
 from config import Idle, UserError, run
-from data import chats, loader
+from data import chats
 from formats import run_folder
-from training.machine import Machine
-from model import ModelConfig, Transformer
+from layers.lora import disabled
+from layers.unwrap import unwrap
+from model import Transformer
 from training import router, start
+from training.batch import Batch, Loss, find_targets, mask_trained_documents
 from training.log import clock
+from training.machine import Machine
+from training.settings import Finetuning, is_resumed
 
 LOSSES = ("sigmoid", "hinge", "ipo", "robust", "simpo", "orpo", "kto")
 ALONE = ("simpo", "orpo")               # have no reference
@@ -65,12 +67,12 @@ NOISY = ("sigmoid", "robust", "simpo")  # know of labels that are wrong
 
 
 @dataclass
-class Config(stage.Config):
+class Config(Finetuning):
     loss: str = "sigmoid"               # sigmoid, hinge, ipo, robust, simpo, orpo, kto
-    beta: float = 0.1                   # how dear it is to leave the reference; simpo wants 2
+    beta: float = 0.1                   # KL penalty; simpo wants 2
     label_smoothing: float = 0.0        # share of wrong labels: sigmoid, robust and simpo
     average: bool | None = None         # means over tokens, not sums; None: ipo, simpo and orpo
-    gamma: float = 0.5                  # simpo: margin that the better answer shall have
+    gamma: float = 0.5                  # simpo: target reward margin
     sft_weight: float = 0.0             # of the better answer's mean -log p, added (RPO's alpha)
     desirable_weight: float = 1.0       # kto: of the better answers
     undesirable_weight: float = 1.0     # kto: of the worse ones
@@ -90,32 +92,33 @@ class Config(stage.Config):
              "with --loss=simpo and --loss=orpo, which have no reference"),
         Idle("origin", "", lambda c, m: True, "as a run keeps it itself; see --reference"))
 
+
 # ------------------------------------------------------------------------- log-probabilities
 
 
-def log_probs(model: Any, batch: train.Batch, D: int, routed: bool = False
+def log_probs(model: Any, batch: Batch, D: int, routed: bool = False
               ) -> tuple[Tensor, Tensor, list]:
-    """(sum of log p over the targets of each document, their number), each (B, D) float32; and
-    what the routers saw, if they are asked.
+    """Return (sum of log p over the targets of each document, their number), each (B, D) float32;
+    and the routes of its tokens, where `routed` asks for them.
 
     A row has up to D documents; one that is not there has 0 and 0. Only places with a target meet
     the vocabulary.
     """
-    targets, doc = batch["targets"].flatten(), batch["doc"].flatten()
-    live = (targets >= 0).nonzero()[:, 0]
-    live = live if len(live) else live.new_zeros(1)         # no kernel likes an empty tensor
-    right, softcap = targets[live], unwrap(model).config.final_logit_softcapping
+    targets = batch["targets"].flatten()
+    places = find_targets(targets)
+    labels = targets[places]
+    softcap = unwrap(model).config.final_logit_softcapping
 
     def head(h: Tensor, w: Tensor) -> Tensor:
-        return kernels.linear_cross_entropy(h.flatten(0, 1).index_select(0, live), w, right,
+        return kernels.linear_cross_entropy(h.flatten(0, 1).index_select(0, places), w, labels,
                                             softcap=softcap, reduction="none")
     nll = model(batch["ids"], doc=batch["doc"], router=routed, head=head)   # (targets,)
     nll, routes = nll if routed else (nll, [])
     B, T = batch["ids"].shape
-    place = live // T * D + doc[live]
+    document = places // T * D + batch["doc"].flatten()[places]
     zeros = nll.new_zeros(B * D)
-    size = zeros.index_add(0, place, (right >= 0).to(nll.dtype))
-    return zeros.index_add(0, place, -nll).view(B, D), size.view(B, D), routes
+    size = zeros.index_add(0, document, (labels >= 0).to(nll.dtype))
+    return zeros.index_add(0, document, -nll).view(B, D), size.view(B, D), routes
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
@@ -165,16 +168,16 @@ def preference_loss(cfg: Config, policy: Tensor, reference: Tensor, sizes: Tenso
     return loss, b * (score if alone else ratio).detach()
 
 
-def count_pairs(batch: train.Batch) -> Tensor:
+def count_pairs(batch: Batch) -> Tensor:
     """Return the number of pairs, of whose answers both have targets."""
-    found = loader.trained_documents(batch)
-    pairs = found.shape[1] // 2             # the document that is left over is padding
-    return (found[:, :2 * pairs:2] & found[:, 1:2 * pairs:2]).sum()
+    trained = mask_trained_documents(batch)
+    pairs = trained.shape[1] // 2           # the document that is left over is padding
+    return (trained[:, :2 * pairs:2] & trained[:, 1:2 * pairs:2]).sum()
 
 
-def count_answers(batch: train.Batch) -> Tensor:
+def count_answers(batch: Batch) -> Tensor:
     """Return the number of answers with a target."""
-    return loader.trained_documents(batch).sum()
+    return mask_trained_documents(batch).sum()
 
 
 def count_flops_of(cfg: Config) -> Callable:
@@ -202,15 +205,15 @@ def answer_loss(cfg: Config, policy: Tensor, reference: Tensor, sizes: Tensor, g
     return loss, (cfg.beta * ratio).detach()
 
 
-def unpaired_loss(cfg: Config) -> train.Loss:
+def unpaired_loss(cfg: Config) -> Loss:
     """KTO's loss of a batch of packed answers with labels: a sum over answers, and their number.
 
     accuracy: the share whose reward is on its label's side of z; margin: how far, on average.
     """
-    def loss(model: Any, batch: train.Batch) -> tuple[Tensor, Tensor, dict]:
+    def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor, dict]:
         routed = router.needs_routes(unwrap(model).config)
-        seen_by = log_probs(model, batch, batch["reference"].shape[1], routed)
-        policy, sizes, routes = seen_by                     # (B, D), (B, D), of the routers
+        D = batch["reference"].shape[1]
+        policy, sizes, routes = log_probs(model, batch, D, routed)          # (B, D), (B, D)
         there = sizes > 0
         z = batch["z"][0]
         good = batch["label"][there] > 0
@@ -228,14 +231,14 @@ def unpaired_loss(cfg: Config) -> train.Loss:
     return loss
 
 
-def pair_loss(cfg: Config) -> train.Loss:
+def pair_loss(cfg: Config) -> Loss:
     """The loss of a batch of packed pairs: a sum over pairs, and their number; of a mixture with
     the routers' losses of pretraining."""
-    def loss(model: Any, batch: train.Batch) -> tuple[Tensor, Tensor, dict]:
+    def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor, dict]:
         reference = batch["reference"]                      # (B, D), two of D to a pair
         routed = router.needs_routes(unwrap(model).config)
-        *found, routes = log_probs(model, batch, reference.shape[1], routed)
-        policy, sizes = (x.view(len(x), -1, 2) for x in found)
+        *sums, routes = log_probs(model, batch, reference.shape[1], routed)
+        policy, sizes = (x.view(len(x), -1, 2) for x in sums)
         there = (sizes > 0).all(-1)                         # (B, pairs of a row)
         z = batch["z"][0] if cfg.loss == "kto" else 0.0
         value, rewards = preference_loss(
@@ -255,6 +258,7 @@ def pair_loss(cfg: Config) -> train.Loss:
     loss.count_flops = count_flops_of(cfg)
     return loss
 
+
 # ------------------------------------------------------------------------------- the data
 
 
@@ -273,7 +277,7 @@ class Pairs(chats.Packed):
         if labels is not None:
             self.columns["label"] = np.array(labels, np.float32)
 
-    def gather(self, rows: Sequence[int], z: float | None = None) -> train.Batch:
+    def gather(self, rows: Sequence[int], z: float | None = None) -> Batch:
         """Packed.gather, with KTO's z, which is that of these rows unless it is given."""
         batch = super().gather(rows)
         if self.baseline:
@@ -292,7 +296,7 @@ class Pairs(chats.Packed):
 class FixedPairs(chats.Fixed):
     """Rows to validate on, whose z is that of all of them, whatever batch they are in."""
 
-    def __iter__(self) -> Iterator[train.Batch]:
+    def __iter__(self) -> Iterator[Batch]:
         all_rows = [row for rows in self.rows for row in rows]
         z = self.packed.estimate(all_rows) if self.packed.baseline else None
         for rows in self.rows:
@@ -327,32 +331,35 @@ def divergence(cfg: Config, model: Transformer, pairs: Pairs, machine: Machine) 
     return z
 
 
-def read(cfg: Config, shape: ModelConfig, tokenizer: Any, rows: int, notes: list[str]
-         ) -> stage.Data:
-    """The pairs of cfg.dataset, packed."""
+def load_pairs(cfg: Config, run: sft.Run) -> sft.Data:
+    """Return the pairs of cfg.dataset, packed."""
     left_out = chats.Notes(cfg.ignore_keys)
     records, held, bad = chats.splits(cfg.dataset, "preference", cfg.skip_bad, left_out)
-    notes += left_out.lines()
+    run.notes += left_out.lines()
     single = ["label" in r for r in records + held]
     if any(single) and not (all(single) and cfg.loss == "kto"):
         raise UserError(f"{cfg.dataset} has answers without a partner (label), " + (
             "and pairs as well: give them one by one" if not all(single) else
             f"which --loss={cfg.loss} does not train on: it needs pairs, --loss=kto does not"))
     render = chats.render_all if any(single) else chats.render_pairs
-    made = [render(tokenizer, part, None, cfg.block_size + 1) for part in (records, held)]
-    how = [dict(block_size=cfg.block_size, seed=cfg.seed, pad=tokenizer.eot or 0, name=cfg.dataset,
-                labels=[part[i]["label"] for i in some.numbers] if any(single) else None)
-           for part, some in zip((records, held), made)]
-    batches = Pairs(made[0], rows, **how[0])
+    made = [render(run.tokenizer, part, None, cfg.block_size + 1) for part in (records, held)]
+    how = [dict(block_size=cfg.block_size, seed=cfg.seed, pad=run.tokenizer.eot or 0,
+                name=cfg.dataset,
+                labels=[part[i]["label"] for i in rendered.numbers] if any(single) else None)
+           for part, rendered in zip((records, held), made)]
+    batches = Pairs(made[0], run.rows, **how[0])
     held_out = Pairs(made[1], cfg.batch_size, **how[1]) if made[1] else None
-    notes.append(f"{cfg.dataset}: {batches.summary()}; {len(made[1]) // batches.unit:,} to validate"
-                 + (f"; {bad:,} bad records skipped" if bad else ""))
+    run.notes.append(f"{cfg.dataset}: {batches.summary()}; "
+                     f"{len(made[1]) // batches.unit:,} to validate"
+                     + (f"; {bad:,} bad records skipped" if bad else ""))
     if any(single):
         good = int(batches.columns["label"].sum())
-        notes.append(f"{good:,} desirable and {len(batches.conversations) - good:,} undesirable "
-                     "answers, each an example of its own")
-    return stage.Data(batches, held_out, [
+        others = len(batches.conversations) - good
+        run.notes.append(f"{good:,} desirable and {others:,} undesirable answers, each an example "
+                         "of its own")
+    return sft.Data(batches, held_out, [
         {**r, "messages": r["messages" if any(single) else "chosen"]} for r in held or records])
+
 
 # -------------------------------------------------------------------- the reference, once
 
@@ -412,89 +419,90 @@ def read_cache(file: Path, count: int) -> np.ndarray | None:
 
 def origin(cfg: Config) -> str:
     """Digest and folder of the reference; a resumed run's own weights have long moved on."""
-    if cfg.init_from == "resume" and cfg.origin and "reference" not in getattr(cfg, "given", ()):
+    if is_resumed(cfg) and cfg.origin and "reference" not in getattr(cfg, "given", ()):
         return cfg.origin
     folder = checkpoint.resolve(cfg.reference or cfg.init_from)
     return f"{run_folder.fingerprint(folder)} {os.path.abspath(folder)}"
 
 
-def load_reference(cfg: Config, tokenizer: Any, data: stage.Data, machine: Machine) -> Transformer:
-    """The reference's own weights, for as long as they are needed."""
-    known, _, recorded = cfg.origin.partition(" ")
-    folder = run_folder.find_model(recorded, known)
+def load_reference(cfg: Config, tokenizer: Any, machine: Machine) -> Transformer:
+    """Return the reference with its own weights, for as long as they are needed."""
+    digest, _, recorded = cfg.origin.partition(" ")
+    folder = run_folder.find_model(recorded, digest)
     if folder is None:
         raise UserError(f"the reference at {recorded} is gone or has changed, and so has the file "
                         f"of its log-probabilities in {cfg.out_dir}: put one of them back, or name "
                         "another with --reference=DIR")
-    theirs = checkpoint.load_tokenizer(folder)
-    if start.find_difference(theirs, tokenizer) is not None:
+    its_tokenizer = checkpoint.load_tokenizer(folder)
+    if start.find_difference(its_tokenizer, tokenizer) is not None:
         raise UserError(f"the reference at {folder} has another tokenizer than {cfg.init_from}: "
                         "take one that was trained from the same base")
     model = checkpoint.load_model(folder, machine.device, "float32")
-    stage.grow(model, tokenizer.vocab_size, theirs.vocab_size)
+    sft.grow(model, tokenizer.vocab_size, its_tokenizer.vocab_size)
     model.compute_dtype = machine.dtype
     return model
 
 
-def add_reference(cfg: Config, model: Transformer, packs: list[chats.Packed], data: stage.Data,
-                  tokenizer: Any, machine: Machine) -> None:
-    """Give all conversations what the reference thinks of them, from out_dir or computed and kept.
-    """
-    sizes, cfg.origin = [len(p.conversations) for p in packs], origin(cfg)
+def add_reference(cfg: Config, run: sft.Run, model: Transformer, data: sft.Data) -> None:
+    """Give all conversations the log-probabilities of the reference, from out_dir or computed once
+    and kept there; for KTO also those of prompts with answers to others."""
+    machine = run.machine
+    model.compute_dtype = machine.dtype
+    packs = [p for p in (data.batches, data.held_out) if p]
+    if cfg.loss == "kto":
+        for pairs in packs:
+            pairs.strangers = strangers_of(pairs)
+        packs += [pairs.strangers for pairs in packs]
+    if cfg.loss in ALONE or cfg.reference_free:
+        return
+    sizes = [len(p.conversations) for p in packs]
+    cfg.origin = origin(cfg)
     file = Path(cfg.out_dir) / cache_name(cfg, [p.conversations for p in packs], machine)
     # one rank reads, so that all agree whether there is something to compute
     values = read_cache(file, sum(sizes)) if machine.main else None
-    if known := machine.sum(float(values is not None))[0] > 0:
+    cached = machine.sum(float(values is not None))[0] > 0
+    if cached:
         values = np.zeros(sum(sizes), np.float32) if values is None else values
         values = machine.add(torch.from_numpy(values).to(machine.device)).cpu().numpy()
     else:
-        here = not cfg.reference and (cfg.init_from != "resume" or bool(cfg.lora_rank)
-                                      and not cfg.eval_only)
-        judge = model if here else load_reference(cfg, tokenizer, data, machine)
+        here = not cfg.reference and (not is_resumed(cfg)
+                                      or bool(cfg.lora_rank) and not cfg.eval_only)
+        judge = model if here else load_reference(cfg, run.tokenizer, machine)
         with disabled(judge):
             values = np.concatenate([of_conversations(judge, p, cfg.batch_size, machine,
                                                       "reference") for p in packs])
-    if machine.main and not cfg.eval_only and not (known and file.exists()):
+    if machine.main and not cfg.eval_only and not (cached and file.exists()):
         aside = file.with_suffix(".tmp")
         with aside.open("wb") as f:
             np.save(f, values)
         os.replace(aside, file)
-    for p, own in zip(packs, np.split(values, np.cumsum(sizes)[:-1])):
-        p.columns["reference"] = own
+    for pairs, part in zip(packs, np.split(values, np.cumsum(sizes)[:-1])):
+        pairs.columns["reference"] = part
 
 
-def losses(cfg: Config, model: Transformer, data: stage.Data, tokenizer: Any, machine: Machine
-           ) -> train.Loss:
-    model.compute_dtype = machine.dtype
-    packs = sets = [p for p in (data.batches, data.held_out) if p]
-    if cfg.loss == "kto":
-        for p in sets:
-            p.strangers = strangers_of(p)
-        packs = sets + [p.strangers for p in sets]
-    if not (cfg.loss in ALONE or cfg.reference_free):
-        add_reference(cfg, model, packs, data, tokenizer, machine)
-    if cfg.loss == "kto":
-        for p in sets:
-            p.baseline = divergence(cfg, model, p, machine)
-    return unpaired_loss(cfg) if "label" in data.batches.columns else pair_loss(cfg)
+def add_baselines(cfg: Config, model: Transformer, data: sft.Data, machine: Machine) -> None:
+    """Give the data what KTO's z of a batch is computed with."""
+    for pairs in (data.batches, data.held_out):
+        if pairs:
+            pairs.baseline = divergence(cfg, model, pairs, machine)
+
 
 # ----------------------------------------------------------------------------- the script
 
 
 def check(cfg: Config) -> None:
     """UserError for a setting that no run can have."""
-    stage.check(cfg)
     if cfg.loss not in LOSSES:
-        raise UserError(f"loss={cfg.loss!r} does not exist: {', '.join(LOSSES)}")
+        raise UserError(f"unknown loss {cfg.loss!r}; choose from {', '.join(LOSSES)}")
     if cfg.beta <= 0:
-        raise UserError(f"beta is {cfg.beta}: it must be above 0, 0.1 say")
+        raise UserError(f"--beta must be positive, got {cfg.beta}; 0.1 is usual")
     if not 0 <= cfg.label_smoothing < 0.5 or cfg.label_smoothing and cfg.loss not in NOISY:
         raise UserError(f"label_smoothing={cfg.label_smoothing} is the share of wrong labels, "
                         f"below 0.5, and only {', '.join(NOISY)} know it: leave it out")
     if cfg.z_loss:
         raise UserError(f"--z_loss={cfg.z_loss} is of a cross entropy over the vocabulary, and the "
                         f"loss {cfg.loss} has none: leave it out")
-    if cfg.eval_only and cfg.init_from != "resume" and not (
+    if cfg.eval_only and not is_resumed(cfg) and not (
             cfg.reference or cfg.reference_free or cfg.loss in ALONE):
         raise UserError("to evaluate a model against itself says nothing: evaluate a run with "
                         "--init_from=resume --out_dir=RUN, or name its reference, --reference=DIR")
@@ -504,8 +512,21 @@ def check(cfg: Config) -> None:
 
 
 def main(cfg: Config) -> train.State | None:
-    done = stage.go(cfg, read, losses, verify=check)
-    return done.state if done else None
+    cfg = train.inherit(cfg)
+    check(cfg)
+    with sft.setup(cfg, *sft.start_from(cfg)) as run:
+        data = load_pairs(cfg, run)
+        sft.plan_steps(cfg, run, data)
+        if cfg.show:
+            return sft.preview(cfg, run, data)
+        model = sft.load_model(cfg, run)
+        add_reference(cfg, run, model, data)
+        if cfg.loss == "kto":
+            add_baselines(cfg, model, data, run.machine)
+        loss = unpaired_loss(cfg) if "label" in data.batches.columns else pair_loss(cfg)
+        return train.fit(cfg, model, data.batches, loss, run.machine, tokenizer=run.tokenizer,
+                         eval_batches=data.eval_batches(cfg), writers=run.writers,
+                         on_sample=sft.make_sampler(cfg, run, model, data))
 
 
 if __name__ == "__main__":

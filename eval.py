@@ -10,7 +10,7 @@ greedily, and what it says up to its end token is checked: by tasks/skills.py wh
 task, or else for being the same text. A model without a template never saw a turn: it is asked in
 plain text, and its first line is the answer.
 
-A row for each task and the total go to stdout; of a checkpoint of `sft.py --task=classify`, the
+A row for each task and the total go to stdout; of a checkpoint of `classify.py`, the
 accuracy and a row for each true label. What to expect: RESULTS.md, "the life of a model".
 
 In float32 the answers do not depend on --batch_size. In other types sums are rounded in another
@@ -33,7 +33,8 @@ import kernels
 from text.chat import refuse_unread
 from config import UserError, run
 from data import chats
-from inference import classify
+from inference.labels import (format_report, get_label_ids, get_text_length,
+                              predict_labels)
 from inference.generate import Sampling, encode, generate
 from tasks import skills
 from training.log import clock
@@ -172,9 +173,9 @@ def label_texts(cfg: Config, model: Any, tokenizer: Any, labels: dict[str, int])
         if record["label"] not in labels:
             raise UserError(f"{path} has the label {record['label']!r}, the classifier only "
                             f"{', '.join(names[:9])}: choose the data of its task")
-    length = classify.text_length(tokenizer, model.config)
+    length = get_text_length(tokenizer, model.config)
     texts, confusion = [r["text"] for r in records], torch.zeros(len(names), len(names))
-    found = classify.probabilities(model, tokenizer, texts, length, cfg.batch_size)
+    found = predict_labels(model, tokenizer, texts, length, cfg.batch_size)
     shown = 0
     for record, p in zip(records, found):
         truth, answer = names.index(record["label"]), int(p.argmax())
@@ -183,7 +184,7 @@ def label_texts(cfg: Config, model: Any, tokenizer: Any, labels: dict[str, int])
             shown += 1
             print(f"{record['text']!r} -> {names[answer]!r}, not {names[truth]!r}",
                   file=sys.stderr)
-    print(classify.report(names, confusion))
+    print(format_report(names, confusion))
     return confusion.trace().item() / len(records)
 
 
@@ -193,7 +194,7 @@ def main(cfg: Config) -> float:
         raise UserError("--limit cannot be below 0, --batch_size and --max_new_tokens not below 1")
     directory = checkpoint.resolve(cfg.model or cfg.out_dir, cfg.which)
     tokenizer = checkpoint.load_tokenizer(directory)
-    if labels := classify.label_ids(tokenizer):
+    if labels := get_label_ids(tokenizer):
         model = checkpoint.load_model(directory, cfg.device, cfg.dtype)
         return label_texts(cfg, model, tokenizer, labels)
     records = read(cfg)

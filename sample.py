@@ -21,7 +21,7 @@ oldest exchange instead. Each answer of a chat draws anew: answer k of --seed=S 
 
     python sample.py --model=out/spam --prompt="You won" --device=cpu   # a classifier: its label
 
-A checkpoint of `sft.py --task=classify` labels its prompt, with --lines each line of it: one line
+A checkpoint of `classify.py` labels its prompt, with --lines each line of it: one line
 per text with the label and then every label's probability, separated by tabs.
 
 Adapters bring their base model, and are added up until a chat says `/adapter brief` for that one,
@@ -48,7 +48,7 @@ import kernels
 from checkpoint import load_model, load_tokenizer, resolve
 from config import Idle, UserError, refuse_idle, run
 from formats.peft import CONFIG, FOLDER, find_base, load_adapter
-from inference import classify
+from inference.labels import get_label_ids, get_text_length, predict_labels
 from inference.generate import TURN, Memory, Sampling, Text, encode, generate
 from layers.lora import activate, merge
 from training.machine import Meter
@@ -343,9 +343,9 @@ def label(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: An
     if not "".join(texts).strip():
         raise UserError("there is no text to label: give it with --prompt, --file or a pipe")
     served = Served(cfg, directory, adapters)
-    names = list(classify.label_ids(tokenizer))
-    length = classify.text_length(tokenizer, served.model.config)
-    for row in classify.probabilities(served.model, tokenizer, texts, length):
+    names = list(get_label_ids(tokenizer))
+    length = get_text_length(tokenizer, served.model.config)
+    for row in predict_labels(served.model, tokenizer, texts, length):
         order = row.argsort(descending=True, stable=True).tolist()
         print(names[order[0]], *(f"{names[k]} {row[k]:.4f}" for k in order), sep="\t", flush=True)
 
@@ -364,7 +364,7 @@ def main(cfg: Config) -> None:
     directory = find_model(cfg, adapters)
     text = "" if cfg.chat else read_prompt(cfg)
     tokenizer = load_tokenizer(directory)
-    if classify.label_ids(tokenizer):
+    if get_label_ids(tokenizer):
         return label(cfg, directory, adapters, tokenizer, text)
     if cfg.chat:
         return chat(cfg, directory, adapters, tokenizer)

@@ -1,4 +1,4 @@
-"""From a text model to a chat model: full fine-tuning on conversations.
+"""From a text model to a chat model: fine-tuning on conversations; and what later stages share.
 
     python data/prepare.py skills                               # once: conversations, no download
     python sft.py                                               # of out/demo, on any machine
@@ -8,187 +8,365 @@
     python sft.py --init_from=resume --out_dir=out/sft          # go on where a run stopped
     python sample.py --out_dir=out/sft --chat                   # talk to the result
 
-What it costs is at the head of config/sft_skills.py. Block size, tokenizer and chat template are
+The docstring of config/sft_skills.py gives its cost. Block size, tokenizer and chat template are
 the checkpoint's; a model that has no template gets one, and rows for its control tokens.
 
 The loss is that of pretraining, on fewer tokens: what the assistant says and the token that ends
 its turn. data/chats.py renders and packs the conversations, train.fit() is the loop.
 
-    python sft.py --task=classify --dataset=spam.csv --unfreeze=last    # columns text and label
-
-A classifier's head is a row of the output matrix for each label: its token, read at the end of the
-text. So the checkpoint stays one that transformers opens, with the labels in its vocabulary.
-Accuracy and the confusion matrix of the validation set go to stdout.
+main() reads top to bottom, and so do those of classify.py, dpo.py and distill.py, which call the
+same functions: setup() settles the settings with the checkpoint, plan_steps() counts the steps,
+preview() is --show, load_model() adds rows for new tokens and adapters.
 """
 from __future__ import annotations
 
 import config  # noqa: F401  first, so that what fails while importing is a sentence
-from dataclasses import dataclass, replace
-from typing import Any
+import contextlib
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch.nn import Parameter
 
-from layers.unwrap import unwrap
+import checkpoint
 import kernels
-import stage
 import train
-from config import Idle, UserError, run
-from data import chats
-from inference.classify import LABEL, label_ids, report, text_ids
-from training.machine import Machine
+from config import UserError, refuse_idle, run, show
+from data import chats, loader
+from formats.peft import FOLDER, find_base, load_adapter, read_base, save_adapter
+from formats.run_folder import GROWN, fingerprint
+from inference.labels import get_label_ids
+from inference.generate import Sampling, sample_text
+from layers.lora import add_lora, describe, halve, select
 from model import ModelConfig, Transformer
-from training import effects, router
+from text.chat import find
+from tokenizer import Tokenizer
+from training.machine import Machine, open_machine
+from training.settings import Finetuning, is_pretrained, is_resumed
+from training.start import (check_data, find_pretrained, get_in_force, prepare_out_dir, take_shape)
+
+# what makes the models that the stages' configs start from
+BEFORE = {"out/demo": "train.py config/demo.py", "out/sft": "sft.py config/sft_skills.py"}
+CONTEXT = 1024          # the default row is no longer, though many a model could read more
 
 
 @dataclass
-class Config(stage.Config):
-    task: str = "chat"                  # chat, or classify
-    unfreeze: str = "all"               # weights that train: all, or last: block, norm and head
-    text_key: str = "text"              # classify: key or column of the text
-    label_key: str = "label"            # classify: key or column of the label
-    SCRIPT = "sft.py"
-    IDLE = (                            # which settings have no effect, and when
-        Idle("task", "", effects.is_resumed, "on a run that is resumed"),
-        Idle("template sample_interval", "task", lambda c, m: c.task == "classify",
-             "with --task=classify"),
-        Idle("text_key label_key", "task", lambda c, m: c.task != "classify",
-             "without --task=classify"))
-
-# ---------------------------------------------------------------------------- classification
+class Config(Finetuning):
+    SCRIPT = "sft.py"                   # what a run of these settings is resumed with; no field
 
 
-def add_labels(tokenizer: Any, records: list[dict], held: list[dict]) -> str:
-    """Tokens for the labels of the training records, unless the checkpoint brings its own."""
-    if not (known := label_ids(tokenizer)):
-        names = sorted({r["label"] for r in records})
-        tokenizer.add_special_tokens(map(LABEL.format, names))
-        known = label_ids(tokenizer)
-    if other := [r["label"] for r in records + held if r["label"] not in known]:
-        raise UserError(f"the label {other[0]!r} is none of {', '.join(list(known)[:9])}, which "
-                        "the training records or the checkpoint have")
-    if len(known) < 2:
-        raise UserError(f"all records have the label {next(iter(known), None)!r}: there is nothing "
-                        "to tell apart")
-    return f"{len(known)} labels: {', '.join(list(known)[:9])}{', …' if len(known) > 9 else ''}"
+class Data(NamedTuple):
+    """What a stage trains on."""
+    batches: Any                        # (step) -> Batch; len() rows; gather(rows), epoch(n)
+    held_out: Any = None                # the same for validation, or None
+    records: list[dict] = []            # some that samples may be made from
+
+    def eval_batches(self, cfg: Finetuning) -> Any:
+        """Return the fixed rows of the validation set, in batches; () where there is none."""
+        rows = train.eval_rows(cfg)
+        return self.held_out.fixed(cfg.batch_size, rows) if self.held_out else ()
 
 
-def texts(tokenizer: Any, records: list[dict], max_length: int) -> chats.Rendered:
-    """Each text, its first tokens if it is long, and its label's token, the only target."""
-    out, ids = chats.Rendered(), label_ids(tokenizer)
-    for record in records:
-        text = text_ids(tokenizer, record["text"])
-        out.cut += len(text) >= max_length
-        row = text[:max_length - 1] + [ids[record["label"]]]
-        out.append((np.array(row, dtype=np.int32), np.arange(1, len(row) + 1) == len(row)))
-    return out
+@dataclass
+class Run:
+    """A run of a stage once its settings are settled: what its functions share."""
+    machine: Machine
+    shape: ModelConfig                  # of the checkpoint that training starts from
+    tokenizer: Tokenizer                # with the template's control tokens
+    saved_vocab: int                    # ids of the checkpoint's tokenizer; later ones are new
+    rows: int                           # of a global batch
+    notes: list[str] = field(default_factory=list)      # to be printed before training
+    # functions that add files of their own to a checkpoint's folder: see save_checkpoint()
+    writers: list[Callable[[Path], None]] = field(default_factory=list)
 
 
-def class_loss(cfg: Config, ids: list[int], confusion: Tensor | None = None) -> train.Loss:
-    """Cross entropy over the rows of the labels, at the last token of each text.
+# ------------------------------------------------------------- what a checkpoint settles
 
-    confusion (labels, labels), where given, is counted up: [truth, answer].
+
+def start_from(cfg: Config) -> tuple[ModelConfig, Any]:
+    """Return (shape, tokenizer) of the checkpoint that training starts from, which cfg.init_from
+    names from here on: the run that it belongs to may be moved aside."""
+    resume = is_resumed(cfg)
+    cfg.init_from = find_pretrained(cfg.init_from, cfg.hub_dir)
+    source, which = (cfg.out_dir, "last") if resume else (cfg.init_from, "best")
+    try:
+        directory = checkpoint.resolve(source, which)
+    except UserError as e:
+        before = BEFORE.get(source.rstrip("/"))
+        if resume or not before:
+            raise
+        raise UserError(f"there is no trained model at {source}, where this stage starts: make one "
+                        f"with `python {before}`, or name another with --init_from=DIR") from e
+    if not resume:
+        cfg.init_from = str(directory)
+    return checkpoint.read_config(directory), checkpoint.load_tokenizer(directory)
+
+
+def settle(cfg: Finetuning, shape: ModelConfig, tokenizer: Tokenizer, chat: bool = True
+           ) -> list[str]:
+    """Settle what was not given, in place, by the checkpoint; return lines that say what it was.
+
+    The tokenizer has the template from here on. chat: whether the data are conversations, which
+    need one.
     """
-    def loss(model: Any, batch: train.Batch) -> tuple[Tensor, Tensor, dict]:
-        targets, config = batch["targets"].flatten(), unwrap(model).config
-        routed = router.needs_routes(config)
-        options = dict(softcap=config.final_logit_softcapping)
-        if torch.is_grad_enabled():             # a score is that of the labels as they are
-            options.update(z_loss=cfg.z_loss, label_smoothing=cfg.label_smoothing)
-        rows = torch.tensor(ids, device=targets.device)                         # (labels,)
-        live = (targets >= 0).nonzero()[:, 0]
-        truth = torch.searchsorted(rows, targets[live])                         # ids ascend
-
-        def head(h: Tensor, w: Tensor) -> Tensor:
-            z = kernels.linear(h.flatten(0, 1).index_select(0, live), w.index_select(0, rows))
-            right = (z.argmax(-1) == truth).sum()
-            if confusion is not None:
-                pairs = torch.stack((truth, z.argmax(-1))).cpu()
-                confusion.index_put_(tuple(pairs), torch.ones(len(truth), dtype=confusion.dtype),
-                                     accumulate=True)
-            value = kernels.cross_entropy(z, truth, **options)
-            return torch.stack((value.float(), right.float()))
-
-        out = model(batch["ids"], doc=batch["doc"], router=routed, head=head)
-        (total, right), routes = out if routed else (out, [])
-        more, metrics = router.compute_losses(cfg, routes, batch, train.count_targets)
-        return total + more, train.count_targets(batch), {"accuracy": right, **metrics}
-
-    def count_flops(model: Transformer, T: int, tokens: int, targets: int) -> float:
-        head = 6 * len(ids) * model.config.n_embd       # the rows of the labels alone
-        return tokens * model.flops_per_token(T, targets=0.0) + targets * head
-    loss.count_flops = count_flops
-    return loss
-
-# ----------------------------------------------------------------------------- the script
-
-
-def freeze(model: Transformer) -> None:
-    """Leave only the last block, the last norm and the output matrix to be trained."""
-    last = f"model.layers.{model.config.n_layer - 1}."
-    output = model.output_weight
-    for name, p in model.named_parameters():
-        chosen = name.startswith((last, "model.norm.")) or p is output
-        p.requires_grad_(p.requires_grad and chosen)        # a router's bias never has a gradient
+    notes = []
+    if cfg.block_size <= 0:
+        cfg.block_size = min(shape.block_size, CONTEXT)
+        part = "" if cfg.block_size == shape.block_size else f" of its {shape.block_size:,}"
+        notes.append(f"block size {cfg.block_size}{part}")
+    elif cfg.block_size > shape.block_size:
+        raise UserError(f"block_size {cfg.block_size} is more than the {shape.block_size} tokens "
+                        "that the checkpoint was made for: use at most that")
+    notes.append(f"a tokenizer of {tokenizer.vocab_size:,} ids")
+    jinja = ""
+    if tokenizer.jinjas and not tokenizer.template:
+        jinja = "the checkpoint's own chat template"
+    has_template = bool(tokenizer.template or jinja) and cfg.template in ("", tokenizer.template)
+    if has_template:
+        notes.append(jinja or f"template {tokenizer.template}")
+    # the saved settings are to be true of the model
+    take_shape(cfg, shape)
+    notes = ["inherited from the checkpoint: " + ", ".join(notes)]
+    if has_template or not chat:
+        return notes
+    row = find(cfg.template or "chatml")
+    control = row.control(tokenizer.eot_token or "<|endoftext|>")
+    names = [name for name in control if name not in tokenizer.added]
+    tokenizer.add_special_tokens(names)
+    before = tokenizer.template or jinja
+    instead = f" instead of {before}" if before else ""
+    tokenizer.template = row.name
+    notes.append(f"template {row.name}{instead}" + (
+        f", whose tokens {' '.join(names)} are new: a vocabulary of {tokenizer.vocab_size:,} ids"
+        if names else ", whose tokens the tokenizer has"))
+    return notes
 
 
-def check(cfg: Config) -> None:
-    """UserError for a setting that no run can have."""
-    stage.check(cfg)
-    for name, choices in (("task", ("chat", "classify")), ("unfreeze", ("all", "last"))):
-        if getattr(cfg, name) not in choices:
-            raise UserError(f"{name}={getattr(cfg, name)!r} does not exist: {', '.join(choices)}")
-    if cfg.unfreeze == "last" and cfg.lora_rank:
-        raise UserError("--unfreeze=last and --lora_rank both say what trains: leave one out")
+@contextlib.contextmanager
+def setup(cfg: Finetuning, shape: ModelConfig, tokenizer: Tokenizer, chat: bool = True
+          ) -> Iterator[Run]:
+    """Settle the settings by the checkpoint, and yield what the stage's functions share.
+
+    shape, tokenizer: of the model that training starts from. chat: whether the data are
+    conversations. UserError for a setting that no run can have, or that has no effect.
+    """
+    kernels.use(cfg.backend)
+    if chat and get_label_ids(tokenizer):
+        raise UserError(f"{cfg.init_from} is a classifier, and what is made of it would be taken "
+                        "for one: start from the model that it was trained from, or use "
+                        "classify.py")
+    refuse_idle(cfg, shape, get_in_force(cfg, shape, is_pretrained(cfg)
+                                         or getattr(cfg, "layers_from_teacher", False)))
+    saved_vocab = tokenizer.vocab_size
+    notes = settle(cfg, shape, tokenizer, chat)
+    train.check(cfg)
+    with open_machine(cfg) as machine:
+        rows = train.rows_of_step(cfg, machine)
+        yield Run(machine, shape, tokenizer, saved_vocab, rows, notes)
 
 
-def read(cfg: Config, shape: ModelConfig, tokenizer: Any, rows: int, notes: list[str]
-         ) -> stage.Data:
-    """The conversations or texts of cfg.dataset, packed; labels become tokens."""
-    classify, length = cfg.task == "classify", cfg.block_size + 1
+def count_steps(epochs: float, rows: int, batch: int) -> int:
+    """Return the steps in which every row is seen `epochs` times: rounded up, as transformers'
+    Trainer does.
+
+    Rounded to the nearest, 11 rows in steps of 8 would be one step, and 3 of them never seen.
+    """
+    return max(1, math.ceil(round(epochs * rows / batch, 9)))    # 0.1 x 30 is 3.0000000000000004
+
+
+def plan_steps(cfg: Finetuning, run: Run, data: Data) -> None:
+    """Settle how many steps the data make, in place, and print the notes so far."""
+    file = Path(cfg.dataset).expanduser()
+    check_data(cfg, file if file.is_file() else loader.find(cfg.dataset))
+    rows = len(data.batches)
+    if is_resumed(cfg) and "epochs" in cfg.given and "max_iters" not in cfg.given:
+        cfg.max_iters = 0                       # which was the saved run's
+    cfg.max_iters = cfg.max_iters or count_steps(cfg.epochs, rows, run.rows)
+    run.notes.append(f"{cfg.max_iters:,} steps of {run.rows:,} rows are "
+                     f"{cfg.max_iters * run.rows / rows:.4g} epochs")
+    if cfg.warmup_iters < 0:
+        cfg.warmup_iters = cfg.max_iters // 20
+    if run.machine.main:
+        print("\n".join(run.notes), file=sys.stderr)
+
+
+def preview(cfg: Finetuning, run: Run, data: Data) -> None:
+    """Print the first rows as they are trained on: --show."""
+    if run.machine.main:
+        numbers = data.batches.epoch(0)[:max(1, cfg.show)].tolist()
+        print(chats.show(run.tokenizer, data.batches.gather(numbers)))
+
+
+# ------------------------------------------------------------------------------- the model
+
+
+@torch.no_grad()
+def grow(model: Transformer, vocab_size: int, known: int) -> None:
+    """Give ids known .. vocab_size - 1 rows in the embedding and the output matrix.
+
+    Each is drawn around the mean of the old ones, with their spread: a token about which nothing
+    is known (Hewitt 2021). With all at the mean itself, the end of a turn and its beginning would
+    be one token to a model whose matrices are frozen (LoRA). Padding rows are used first.
+    """
+    if vocab_size == known:
+        return
+    matrices = [model.model.embed_tokens]
+    if not model.config.tie_word_embeddings:
+        matrices.append(model.lm_head)
+    for m in matrices:
+        old = m.weight[:known]
+        rows = max(vocab_size, len(m.weight))
+        # drawn on the CPU, so that every device and every rank has the same
+        noise = torch.randn(vocab_size - known, old.shape[1],
+                            generator=torch.Generator().manual_seed(known)).to(old)
+        weight = m.weight.new_empty(rows, old.shape[1])
+        weight[:len(m.weight)] = m.weight
+        weight[known:vocab_size] = old.mean(0) + old.std(0) * noise
+        m.weight = Parameter(weight)
+    model.config.vocab_size = max(vocab_size, model.config.vocab_size)
+
+
+def find_frozen(cfg: Any) -> Any:
+    """Return the settings to build the model by: on resume with adapters it is the base again."""
+    if is_resumed(cfg) and cfg.lora_rank:
+        last = checkpoint.resolve(cfg.out_dir, "last") / FOLDER
+        cfg = replace(cfg, init_from=str(find_base([last], cfg.base)))
+    return cfg
+
+
+def place_base(cfg: Any) -> Path:
+    """Return where a base with rows for new tokens is saved; UserError if that is not a run's."""
+    base = Path(cfg.out_dir) / "base"
+    if base.exists() and not (base / GROWN).is_file():
+        raise UserError(f"the model with rows for new tokens is to be saved as {base}, which no "
+                        "run has made: choose another --out_dir")
+    return base
+
+
+def add_adapters(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = False,
+                 dtype: torch.dtype | None = None, base: str = ""
+                 ) -> tuple[str, Callable[[Path], None]]:
+    """Put adapters on a stage's model: new ones, or on resume those of the last checkpoint, which
+    holds the merged weights and has them as a folder. Return describe(), and a function that saves
+    them in the folder of a checkpoint.
+
+    grown: the model is no longer that of cfg.init_from, as it has rows for new tokens: then it is
+    saved as out_dir/base. dtype: of the activations; see halve(). base: of a resumed run, as
+    find_frozen() returns it."""
+    digest = ""
+    if is_resumed(cfg):
+        last = checkpoint.resolve(cfg.out_dir, "last") / FOLDER
+        base = base or find_frozen(cfg).init_from
+        digest = read_base(last).get("fingerprint", "")
+        load_adapter(last, model, int8=cfg.lora_int8)
+    else:
+        base = os.path.abspath(place_base(cfg) if grown else checkpoint.resolve(cfg.init_from))
+        if os.environ.get("RANK", "0") == "0":
+            if grown:
+                checkpoint.save_model(base, model, tokenizer, extra={GROWN: json.dumps(
+                    {"init_from": cfg.init_from}) + "\n"})
+            digest = fingerprint(Path(base))
+        add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2.0 * cfg.lora_rank, cfg.lora_dropout,
+                 cfg.targets, cfg.rslora, cfg.dora, int8=cfg.lora_int8)
+    base = os.path.abspath(base)
+    if dtype == torch.bfloat16:
+        halve(model)
+
+    def save(folder: Path) -> None:
+        """Save the adapters; save_checkpoint() itself saves the merged weights."""
+        save_adapter(folder / FOLDER, model, base=base, fingerprint=digest)
+    return describe(model), save
+
+
+def load_model(cfg: Finetuning, run: Run) -> Transformer:
+    """Return the model to train, with rows for new tokens and adapters; make cfg.out_dir, and print
+    the settings."""
+    adapters = cfg.lora_rank > 0 and not cfg.eval_only      # to evaluate, they are merged
+    source = find_frozen(cfg) if adapters else cfg
+    vocab_size = run.tokenizer.vocab_size
+    model = train.build_model(source, 0 if is_pretrained(cfg) else vocab_size, run.machine)
+    grow(model, vocab_size, run.saved_vocab)
+    grown = vocab_size > run.saved_vocab
+    if adapters:                        # a target that is not there is told before a folder is made
+        select(model, cfg.targets)
+        if grown:
+            place_base(cfg)
+    prepare_out_dir(cfg, run.machine)
+    lines = []
+    if adapters:
+        note, writer = add_adapters(cfg, model, run.tokenizer, grown, run.machine.dtype,
+                                    source.init_from)
+        lines.append(note)
+        run.writers.append(writer)
+    if run.machine.main:
+        print(show(cfg), *lines, f"{model.parameter_count():,} parameters | "
+              f"{run.rows * cfg.block_size:,} tokens per step | {run.machine}", sep="\n",
+              file=sys.stderr)
+    return model
+
+
+def answer(model: Transformer, tokenizer: Tokenizer, record: dict[str, Any], seed: int) -> str:
+    """Return the first question of a conversation and the model's answer, with control tokens."""
+    messages = record["messages"]
+    roles = [m["role"] for m in messages]
+    question = roles.index("user")          # some begin with a greeting of the assistant
+    first = roles.index("assistant", question) if "assistant" in roles[question:] else None
+    ids = tokenizer.render(messages[:first], None, True, **chats.render_options(record))[0]
+    return sample_text(model, tokenizer, ids, Sampling(temperature=0), seed)
+
+
+def make_sampler(cfg: Finetuning, run: Run, model: Transformer, data: Data
+                 ) -> Callable[[], str] | None:
+    """Return the function that train.fit() prints samples of, where the data has a question."""
+    for record in data.records:
+        if any(m["role"] == "user" for m in record["messages"]):
+            return lambda: answer(model, run.tokenizer, record, cfg.seed)
+    return None
+
+
+# ------------------------------------------------------------------------------ the script
+
+
+def load_conversations(cfg: Finetuning, run: Run) -> Data:
+    """Return the conversations of cfg.dataset, rendered and packed."""
     left_out = chats.Notes(cfg.ignore_keys)
-    columns = (cfg.text_key, cfg.label_key) if classify else chats.COLUMNS
-    records, held, bad = chats.splits(cfg.dataset, "labels" if classify else "sft", cfg.skip_bad,
-                                      left_out, columns)
-    notes += left_out.lines()
-    if classify:
-        notes.append(add_labels(tokenizer, records, held))
-        tokenizer.settings["model_max_length"] = cfg.block_size     # see classify.text_length
-    made = [texts(tokenizer, part, length) if classify else
-            chats.render_all(tokenizer, part, None, length) for part in (records, held)]
-    how = dict(block_size=cfg.block_size, seed=cfg.seed, pad=tokenizer.eot or 0, name=cfg.dataset)
-    batches = chats.Packed(made[0], rows, **how)
-    held_out = chats.Packed(made[1], cfg.batch_size, **how) if made[1] else None
-    notes.append(f"{cfg.dataset}: {batches.summary()}; {len(made[1]):,} to validate"
-                 + (f"; {bad:,} bad records skipped" if bad else ""))
-    return stage.Data(batches, held_out, held or records)
+    records, held, bad = chats.splits(cfg.dataset, "sft", cfg.skip_bad, left_out)
+    run.notes += left_out.lines()
+    rendered = [chats.render_all(run.tokenizer, part, None, cfg.block_size + 1)
+                for part in (records, held)]
+    return pack(cfg, run, rendered, held or records, bad)
 
 
-def losses(cfg: Config, model: Transformer, data: stage.Data, tokenizer: Any, machine: Machine
-           ) -> train.Loss:
-    if cfg.unfreeze == "last":
-        freeze(model)
-    ids = list(label_ids(tokenizer).values())
-    return (class_loss(cfg, ids) if cfg.task == "classify" else
-            train.next_token_loss(cfg, masked=True))
+def pack(cfg: Finetuning, run: Run, rendered: list[chats.Rendered], records: list[dict], bad: int
+         ) -> Data:
+    """Return the rows that rendered records make, for training and for validation."""
+    how = dict(block_size=cfg.block_size, seed=cfg.seed, pad=run.tokenizer.eot or 0,
+               name=cfg.dataset)
+    train_part, held_part = rendered
+    batches = chats.Packed(train_part, run.rows, **how)
+    held_out = chats.Packed(held_part, cfg.batch_size, **how) if held_part else None
+    run.notes.append(f"{cfg.dataset}: {batches.summary()}; {len(held_part):,} to validate"
+                     + (f"; {bad:,} bad records skipped" if bad else ""))
+    return Data(batches, held_out, records)
 
 
 def main(cfg: Config) -> train.State | None:
-    if cfg.init_from == "resume":       # which task it was is needed before anything is read
-        cfg = train.inherit(cfg)
-    done = stage.go(cfg, read, losses, verify=check, chat=cfg.task != "classify")
-    if not done:
-        return None
-    if cfg.task == "classify" and done.data.held_out and done.machine.main:
-        # every text of the validation set, on one rank
-        ids, held_out = label_ids(done.tokenizer), done.data.held_out
-        confusion = torch.zeros(len(ids), len(ids))
-        train.evaluate(done.model, held_out.fixed(cfg.batch_size, len(held_out)),
-                       class_loss(cfg, list(ids.values()), confusion),
-                       replace(done.machine, rank=0, world=1))
-        print(report(list(ids), confusion))
-    return done.state
+    cfg = train.inherit(cfg)
+    with setup(cfg, *start_from(cfg)) as run:
+        data = load_conversations(cfg, run)
+        plan_steps(cfg, run, data)
+        if cfg.show:
+            return preview(cfg, run, data)
+        model = load_model(cfg, run)
+        loss = train.next_token_loss(cfg, masked=True)
+        return train.fit(cfg, model, data.batches, loss, run.machine, tokenizer=run.tokenizer,
+                         eval_batches=data.eval_batches(cfg), writers=run.writers,
+                         on_sample=make_sampler(cfg, run, model, data))
 
 
 if __name__ == "__main__":

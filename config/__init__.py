@@ -164,7 +164,7 @@ RANGES = {
     "[1, 1e7]": "batch_size gradient_accumulation_steps n_layer n_head n_embd keep num_samples "
                 "repeat seeds",
     "[0, 1e7]": "n_kv_head head_dim intermediate_size num_experts n_shared_experts lora_rank show "
-                "hidden_layers cache_top_k speculate wrong top_k num_experts_per_tok "
+                "hidden_layers speculate wrong top_k num_experts_per_tok "
                 "moe_intermediate_size",
     "[1, 1e12]": "eval_interval log_interval generate_tokens vocab_size shard_tokens",
     "[0, 1e12]": "block_size max_iters lr_decay_iters sample_interval eval_iters generate limit "
@@ -234,14 +234,19 @@ def exact_int(value: float) -> int:
     return int(value)
 
 
-def unknown(name: str, known: Sequence[str], where: str) -> UserError:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+def describe_unknown(name: str, cls: type, where: str) -> UserError:
+    """Return the error for a setting that `cls` does not have: with the nearest name, or, where
+    cls.ELSEWHERE knows it as one of another script, with what to do instead."""
+    if name in (elsewhere := getattr(cls, "ELSEWHERE", {})):
+        return UserError(f"{where}: --{name} has no effect here, as {elsewhere[name]}")
+    near = difflib.get_close_matches(name, list(field_types(cls)), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else "; --help lists every setting"
     return UserError(f"{where}: there is no setting {name!r}{hint}")
 
 
-def read_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
+def read_config_file(path: str, cls: type) -> dict[str, Any]:
     """Run a config file and return its settings, typed. Modules, functions, _names are skipped."""
+    kinds = field_types(cls)
     if not Path(path).is_file():
         raise UserError(f"config file {path!r} does not exist (settings are given as --name=value)")
     try:
@@ -255,7 +260,7 @@ def read_config_file(path: str, kinds: dict[str, Any]) -> dict[str, Any]:
         if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue
         if name not in kinds:
-            raise unknown(name, list(kinds), path)
+            raise describe_unknown(name, cls, path)
         settings[name] = coerce(name, value, kinds[name], path)
     return settings
 
@@ -344,7 +349,7 @@ def configure(cls: type, argv: Sequence[str] | None = None, positional: Sequence
         name, eq, value = word[2:].partition("=")
         name = name.replace("-", "_")
         if name not in kinds:
-            raise unknown(name, list(kinds), "command line")
+            raise describe_unknown(name, cls, "command line")
         if not eq:
             flag = bool in choices_of(kinds[name])
             if flag and (not argv or argv[0].lower() not in TRUE + FALSE):
@@ -356,7 +361,7 @@ def configure(cls: type, argv: Sequence[str] | None = None, positional: Sequence
         settings[name] = coerce(name, value, kinds[name], "command line")
     from_files: dict[str, Any] = {}
     for path in files:
-        from_files.update(read_config_file(path, kinds))
+        from_files.update(read_config_file(path, cls))
     merged = {**from_files, **settings}
     for name, value in merged.items():
         where = "command line" if name in settings else "config file"

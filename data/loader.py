@@ -467,25 +467,6 @@ def gather(tokens: Tokens, starts: np.ndarray, block_size: int,
     return batch
 
 
-def trained_documents(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mask (B, D) of the documents, by number, that have a target; D is one more than the largest
-    number in "doc". Without "doc" a row is one document."""
-    targets = batch["targets"]
-    doc = batch["doc"].long() if "doc" in batch else torch.zeros_like(targets)
-    found = torch.zeros(len(doc), int(doc.max()) + 1, device=doc.device)
-    return found.scatter_reduce_(1, doc, (targets >= 0).float(), "amax") > 0
-
-
-def valid_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mask (B, T) of the tokens that are not padding: those of a document with a target. Every
-    conversation has an answer, and of text every token is a target."""
-    is_target = batch["targets"] >= 0
-    if is_target.all():
-        return is_target
-    doc = batch["doc"].long() if "doc" in batch else torch.zeros_like(batch["targets"])
-    return trained_documents(batch).gather(1, doc)
-
-
 def mask_eot(tokens: Tokens, eot: int | None, documents: bool) -> int | None:
     """The id that separates documents, or None when no document numbers are wanted."""
     if documents and eot is None:

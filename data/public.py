@@ -3,7 +3,7 @@
     python data/prepare.py alpaca               # 52,002 instructions: sft.py --dataset=alpaca
     python data/prepare.py minimind_sft         # 905,718 chats of minimind, 1.7 GB
     python data/prepare.py minimind_dpo         # 17,166 preferences: dpo.py --dataset=minimind_dpo
-    python data/prepare.py sms_spam             # sft.py --task=classify --dataset=sms_spam
+    python data/prepare.py sms_spam             # classify.py --dataset=sms_spam
     python data/prepare.py imdb                 # the same, 50,000 film reviews
 
 No GPU is used, and one core; expect the time of the download, and a minute for a gigabyte. Without
@@ -157,10 +157,10 @@ SETS = {
         "preference", script="dpo.py"),
     "sms_spam": Public("https://archive.ics.uci.edu/static/public/228/sms+spam+collection.zip"
                        "#sha256=1587ea43e58e82b14ff1f5425c88e17f8496bfcdb67a583dbff9eefaf9963ce3",
-                       "labels", read=sms, script="sft.py --task=classify"),
+                       "labels", read=sms, script="classify.py"),
     "imdb": Public("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz"
                    "#sha256=c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe",
-                   "labels", read=reviews, script="sft.py --task=classify"),
+                   "labels", read=reviews, script="classify.py"),
 }
 SHARES = (7, 1, 2)                      # tenths of a labelled set: train, val, test
 

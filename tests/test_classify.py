@@ -1,4 +1,5 @@
-"""A classifier is applied as it was trained: sample.py and eval.py beside transformers and sft.py."""
+"""A classifier is trained, and applied as it was trained: classify.py, sample.py and eval.py beside
+transformers."""
 import csv
 import random
 import sys
@@ -7,29 +8,61 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import classify
+from inference.labels import LABEL, get_label_ids, get_text_length, predict_labels
+import sft
 import checkpoint
 import eval as evaluation
 import sample
-import sft
 import tokenizer as tokenizers
 from config import UserError, configure
-from inference import classify
 from model import ModelConfig, Transformer
-from test_sft import base, go, mail, talk, words        # noqa: F401
+from runs import curve, last, log, same, weights
+from test_sft import RUN, base, talk, words                   # noqa: F401
 
 LABELS = ("ham", "spam", "a b")
 TEXTS = ["hello", "what is 1 + 2? it is 3", "<|label:ham|> be brief <|endoftext|>", "naïve 🐈 " * 9,
          "it is 3. " * 40]
+CLASSIFY = ["--max_iters=40", "--learning_rate=1e-2", "--eval_interval=20"]
+
+
+@pytest.fixture(scope="session")
+def mail(tmp_path_factory):
+    """A table of 120 texts, spam or ham, which one word tells apart; every 20th validates."""
+    rng, path = random.Random(0), tmp_path_factory.mktemp("mail") / "mail.csv"
+    rows = ["label,text"]
+    for _ in range(120):
+        label = rng.choice(("ham", "spam"))
+        word = {"ham": "hello", "spam": "it is 9"}[label]
+        rows.append(f'{label},"what, {rng.randrange(9)} {word} {rng.randrange(9)}"')
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture
+def go(base, mail, tmp_path):                                                       # noqa: F811
+    """go(name, *flags): train a classifier in this process into tmp_path/name, and return that."""
+    def start(name, *flags):
+        out = tmp_path / name
+        classify.main(configure(classify.Config, [f"--init_from={base()}", f"--dataset={mail}",
+                                                  f"--out_dir={out}", *RUN, *flags]))
+        return out
+    return start
+
+
+def go_on(out, *flags):
+    return classify.main(configure(classify.Config, ["--init_from=resume", f"--out_dir={out}",
+                                                     "--device=cpu", *flags]))
 
 
 @pytest.fixture(scope="module", params=["qwen3", "gemma2", "gpt2"])
 def classifier(request, words, tmp_path_factory):                                   # noqa: F811
-    """A checkpoint of random weights with three labels, as sft.py --task=classify leaves one."""
+    """A checkpoint of random weights with three labels, as classify.py leaves one."""
     torch.manual_seed(2)
     folder = tmp_path_factory.mktemp(request.param)
     words.save(folder)
     tokenizer = tokenizers.load(folder)
-    tokenizer.add_special_tokens([sft.LABEL.format(name) for name in LABELS])
+    tokenizer.add_special_tokens([LABEL.format(name) for name in LABELS])
     tokenizer.settings["model_max_length"] = 40
     model = Transformer(ModelConfig.from_family(request.param, n_layer=2, n_head=2, n_embd=32, block_size=64,
                                vocab_size=tokenizer.vocab_size))
@@ -52,7 +85,7 @@ def test_labels_and_probabilities_are_those_of_transformers(classifier, tmp_path
     model = AutoModelForCausalLM.from_pretrained(classifier, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(classifier)
     assert tokenizer.model_max_length == 40
-    ends = tokenizer.convert_tokens_to_ids([sft.LABEL.format(name) for name in LABELS])
+    ends = tokenizer.convert_tokens_to_ids([LABEL.format(name) for name in LABELS])
     expected = []
     for text in TEXTS:
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -129,7 +162,7 @@ def letters(tmp_path_factory):
 def test_eval_computes_what_sft_computes(go, letters, capsys):                      # noqa: F811
     """The report of the validation set, printed by both; and each text's loss, whose cut is that
     of training (24 tokens here, of a model that reads 64)."""
-    out = go("out", f"--dataset={letters}", "--task=classify", "--max_iters=2", "--block_size=24")
+    out = go("out", f"--dataset={letters}", "--max_iters=2", "--block_size=24")
     report = capsys.readouterr().out
     folder = checkpoint.resolve(out)
     right = run(evaluation.Config, evaluation.main, f"--model={out}", f"--dataset={letters}",
@@ -142,22 +175,22 @@ def test_eval_computes_what_sft_computes(go, letters, capsys):                  
     assert "of 17)" in shown.out and 0 < shown.err.count("', not '") < 17
     # each text by itself, with the loss of training
     model, tokenizer = checkpoint.load_model(folder, "cpu"), checkpoint.load_tokenizer(folder)
-    ids = list(classify.label_ids(tokenizer).values())
+    ids = list(get_label_ids(tokenizer).values())
     _, records = evaluation.read_split(evaluation.Config(dataset=str(letters)), "labels")
-    found = classify.probabilities(model, tokenizer, [r["text"] for r in records],
-                                   classify.text_length(tokenizer, model.config), 4)
+    found = predict_labels(model, tokenizer, [r["text"] for r in records],
+                                   get_text_length(tokenizer, model.config), 4)
     for record, p in zip(records, found):
-        (row, mask), = sft.texts(tokenizer, [record], 25)
+        (row, mask), = classify.render_texts(tokenizer, [record], 25)
         batch = {"ids": torch.tensor(row[None, :-1]).long(), "doc": None,
                  "targets": torch.where(torch.tensor(mask[1:]), torch.tensor(row[1:]), -100)[None]}
         with torch.no_grad():
-            loss = float(sft.class_loss(sft.Config(), ids)(model, batch)[0])
+            loss = float(classify.class_loss(classify.Config(), ids)(model, batch)[0])
         truth = ["ham", "spam"].index(record["label"])
         assert loss == pytest.approx(-float(p[truth].log()), abs=1e-5)
 
 
 def test_a_single_file_is_split_as_in_training(go, mail, capsys):                   # noqa: F811
-    out = go("out", f"--dataset={mail}", "--task=classify", "--max_iters=2")
+    out = go("out", f"--dataset={mail}", "--max_iters=2")
     report = capsys.readouterr().out
     flags = [f"--model={out}", f"--dataset={mail}"]
     run(evaluation.Config, evaluation.main, *flags, "--split=val")
@@ -192,3 +225,108 @@ def test_eval_of_a_classifier_refuses_other_data(classifier, talk, tmp_path):   
         ask(f"--dataset={file}", "--think=0")
     with pytest.raises(UserError, match="text and a label"):
         ask(f"--dataset={talk / 'train.jsonl'}")
+
+# ------------------------------------------------------------------------------- training
+
+
+def test_a_classifier_learns_and_prints_its_confusion_matrix(go, mail, capfd):
+    """Accuracy and counts by truth and answer on stdout; labels and head in the checkpoint, where
+    transformers finds them: the likeliest label token at the end of a text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    out = go("out", f"--dataset={mail}", *CLASSIFY)
+    stdout, stderr = capfd.readouterr()
+    assert "2 labels: ham, spam" in stderr
+    lines = stdout.splitlines()
+    assert lines[0] == "accuracy 1.0000 (6 of 6)"
+    counts = [line.split() for line in lines[2:]]
+    assert [c[0] for c in counts] == ["ham", "spam"]
+    assert sum(int(n) for c in counts for n in c[1:]) == 6
+    assert log(out)[-2]["accuracy"] > 0.9
+    assert list(get_label_ids(checkpoint.load_tokenizer(out))) == ["ham", "spam"]
+    theirs = AutoModelForCausalLM.from_pretrained(last(out))
+    words = AutoTokenizer.from_pretrained(last(out))
+    for text, label in (("what, 3 hello 4", "ham"), ("what, 3 it is 9 4", "spam")):
+        ids = [words.convert_tokens_to_ids("<|endoftext|>")] + words(text).input_ids
+        with torch.no_grad():
+            z = theirs(torch.tensor([ids])).logits[0, -1]
+        names = [f"<|label:{n}|>" for n in ("ham", "spam")]
+        assert names[z[words.convert_tokens_to_ids(names)].argmax()] == f"<|label:{label}|>"
+    # asked again, the checkpoint gives the same answer, and learns nothing
+    before = weights(last(out))
+    classify.main(configure(classify.Config, [
+        f"--init_from={out}", f"--dataset={mail}", "--eval_only=1", "--device=cpu",
+        "--dtype=float32"]))
+    assert capfd.readouterr().out.endswith("\n".join(lines) + "\n")
+    assert same(before, weights(last(out)))
+
+
+def test_a_classifier_resumes_bit_for_bit(go, mail):
+    flags = [f"--dataset={mail}", *CLASSIFY, "--max_iters=10"]
+    straight = go("straight", *flags)
+    halves = go("halves", *flags, "--max_iters=5", "--lr_decay_iters=10", "--eval_interval=5")
+    go_on(halves, "--max_iters=10", "--eval_interval=20")
+    assert same(weights(last(straight)), weights(last(halves)))
+    assert curve(straight) == curve(halves)
+
+
+def test_the_last_block_alone_learns(go, mail):
+    """The rest of the weights stay bit for bit, new rows of the embedding included."""
+    out = go("out", f"--dataset={mail}", *CLASSIFY, "--unfreeze=last", "--eval_interval=1",
+             "--max_iters=2", "--keep=5")
+    one, two = (weights(out / f"step_{n:06d}") for n in (1, 2))
+    changed = {k for k in one if not torch.equal(one[k], two[k])}
+    assert changed == {k for k in one if k.startswith(("model.layers.1.", "model.norm", "lm_head"))}
+
+
+def test_a_table_of_its_own_columns(go, tmp_path, capfd):
+    """UCI's lines, label TAB text; and columns by name, which --text_key and --label_key say."""
+    lines = [f"{'spam' if k % 2 else 'ham'}\twhat, {k} \"{k % 2}" for k in range(40)]
+    (tmp_path / "SMSSpamCollection").write_text("\n".join(lines) + "\n")
+    (tmp_path / "a.tsv").write_text("\n".join(["Category\tMessage", *lines]) + "\n")
+    few = [*CLASSIFY, "--max_iters=1", "--eval_interval=1"]
+    one = go("one", f"--dataset={tmp_path / 'SMSSpamCollection'}", *few)
+    two = go("two", f"--dataset={tmp_path / 'a.tsv'}", *few, "--text_key=message",
+             "--label_key=category")
+    assert same(weights(last(one)), weights(last(two)))
+    assert capfd.readouterr().err.count("2 labels: ham, spam") == 2
+
+
+@pytest.mark.parametrize("table, says", [
+    ("text,label\na,x\nb,x\n", "all records have the label 'x'"),
+    ("text,kind\na,x\n", "line 2: a record to classify needs a text and a label"),
+    ("text,label\n" + "a,x\nb,y\n" * 9 + "a,x\na,z\n",
+     "unknown label 'z'; the training records or the checkpoint have x, y")],
+    ids=["one", "none", "new"])
+def test_labels_that_cannot_be_learnt_are_one_sentence(go, tmp_path, table, says):
+    path = tmp_path / "a.csv"
+    path.write_text(table)
+    with pytest.raises(UserError, match=says):
+        go("out", f"--dataset={path}", *CLASSIFY)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_is_to_be_something_else_is_told(go, mail, tmp_path):
+    """Two ways to say what trains; a classifier as the base of a chat model; a run of sft.py's."""
+    with pytest.raises(UserError, match="leave one out"):
+        go("out", "--unfreeze=last", "--lora_rank=4")
+    with pytest.raises(UserError, match="unknown unfreeze 'most'; choose from all, last"):
+        go("out", "--unfreeze=most")
+    with pytest.raises(UserError, match="--template=chatml has no effect on a classifier"):
+        go("out", "--template=chatml")
+    out = go("out", *CLASSIFY, "--max_iters=1", "--eval_interval=1")
+    with pytest.raises(UserError, match="is one of classify.py"):
+        sft.main(configure(sft.Config, ["--init_from=resume", f"--out_dir={out}", "--device=cpu"]))
+    with pytest.raises(UserError, match="is a classifier"):
+        sft.main(configure(sft.Config, [f"--init_from={out}", f"--dataset={mail}",
+                                        f"--out_dir={tmp_path / 'chat'}", "--device=cpu"]))
+
+
+def test_a_run_of_when_sft_was_the_script_of_both_goes_on(go):
+    out = go("out", *CLASSIFY, "--max_iters=1", "--eval_interval=1")
+    file = last(out) / "trainer.pt"
+    saved = torch.load(file)
+    saved["script"] = "sft.py"
+    saved["settings"] |= {"task": "classify", "n_layer": 2}
+    torch.save(saved, file)
+    go_on(out, "--max_iters=2")
+    assert len(curve(out)) == 2

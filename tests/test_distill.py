@@ -291,10 +291,11 @@ def test_on_a_gpu_what_triton_lacks_is_pytorch_s(monkeypatch):
 def prepared(cfg, teacher_dir, student_dir):
     """(student, loss, batch, packed): what main() hands to fit(), without the run."""
     cfg.teacher, cfg.init_from, cfg.block_size = str(teacher_dir), str(student_dir), 64
-    shape, tokenizer = distill.start(cfg)
-    data = distill.read(cfg, shape, tokenizer, 4, [])
+    shape, tokenizer = distill.start_student(cfg)
+    run = sft.Run(CPU, shape, tokenizer, tokenizer.vocab_size, 4)
+    data = distill.load_data(cfg, run)
     student = train.build_model(cfg, 0, CPU)
-    loss = distill.losses(cfg, student, data, tokenizer, CPU)
+    loss = distill.make_loss(cfg, run, student, data)
     return student, loss, data.batches(0), data.batches
 
 
@@ -377,10 +378,10 @@ def assert_same_files(a, b):
     assert not one.is_file() or one.read_bytes() == two.read_bytes()
 
 
-@pytest.mark.parametrize("flags", [["--dropout=0.1", *HIDDEN], ["--cache_top_k=5"],
+@pytest.mark.parametrize("flags", [["--dropout=0.1", *HIDDEN],
                                    ["--generate=40", "--generate_temperature=1",
                                     "--generate_tokens=40", "--batch_size=1"]],
-                         ids=["hidden", "cache", "generate"])
+                         ids=["hidden", "generate"])
 def test_6_steps_are_3_and_3_more_bit_for_bit(go, flags):
     """The command that resumes names neither teacher nor settings: they are the saved run's."""
     straight = go("straight", *flags)
@@ -407,13 +408,13 @@ def test_stopped_or_killed_it_goes_on_to_the_same_weights(go, fork, tmp_path):
             assert "go on with: python distill.py --init_from=resume" in stderr
 
 
-@pytest.mark.parametrize("flags", [HIDDEN, ["--cache_top_k=5", "--generate=40",
-                                            "--generate_temperature=1", "--generate_tokens=40"]],
+@pytest.mark.parametrize("flags", [HIDDEN, ["--generate=40", "--generate_temperature=1",
+                                            "--generate_tokens=40"]],
                          ids=["hidden", "asked once"])
 def test_one_rank_is_two_ranks(go, fork, tmp_path, flags):
     """3 rows for 2 ranks; what is asked of the teacher once is shared out, and the same."""
     rows = [*CALM, "--batch_size=3", "--gradient_accumulation_steps=1", *flags]
-    kept = [[f"--cache_dir={tmp_path / f'cache {n}'}"] if "--cache_top_k=5" in flags else []
+    kept = [[f"--cache_dir={tmp_path / f'cache {n}'}"] if "--generate=40" in flags else []
             for n in ("one", "two")]
     one, two = go("one", *rows, *kept[0]), tmp_path / "two"
     outcomes = [r.wait() for r in ranks(fork, 2, *rows, f"--out_dir={two}", *kept[1])]
@@ -421,18 +422,14 @@ def test_one_rank_is_two_ranks(go, fork, tmp_path, flags):
     close(one, two)
     for key in ("ce", "kl"):
         assert np.allclose(curve(one, key), curve(two, key), atol=1e-5)
-    if "--cache_top_k=5" in flags:
+    if "--generate=40" in flags:
         files = [sorted(p.relative_to(tmp_path / f"cache {n}") for p in
                         (tmp_path / f"cache {n}").rglob("*")) for n in ("one", "two")]
         # one name, from the same content: and the answers are the same, to the byte
-        assert files[0] == files[1] and len(files[0]) == 4
+        assert files[0] == files[1] and len(files[0]) == 3
         for file in files[0]:
             a, b = (tmp_path / f"cache {n}" / file for n in ("one", "two"))
-            if file.suffix == ".npy":
-                a, b = (np.load(path) for path in (a, b))
-                assert (a["ids"] == b["ids"]).all()
-                assert abs(a["log_probs"] - b["log_probs"]).max() < 1e-4
-            elif a.is_file():
+            if a.is_file():
                 assert a.read_bytes() == b.read_bytes()
 
 
@@ -509,7 +506,7 @@ def test_a_student_of_the_teacher_s_layers(go, model):
     assert abs(log(out)[0]["kl"]) < 1e-6
     cfg = distill.Config(teacher=str(model()), n_layer=2, layers_from_teacher=True, device="cpu")
     cfg.given = {"n_layer"}
-    shape, _ = distill.start(cfg)
+    shape, _ = distill.start_student(cfg)
     student, teacher = Transformer(shape), weights(model())
     assert "layers 1, 2 of 3" in distill.take_layers(cfg, student, CPU)
     for name, p in student.named_parameters():
@@ -573,69 +570,11 @@ def test_text_is_learnt_from_at_every_token(model, tmp_path, capfd):
                                             "--max_iters=3", "--lr_decay_iters=6"]))
     go_on(tmp_path / "half", "--max_iters=6")
     assert_same_files(tmp_path / "out", tmp_path / "half")
-    for more in ("--cache_top_k=4", "--generate=4"):
-        with pytest.raises(UserError, match="is text: "):
-            distill.main(configure(distill.Config, [*flags[:2], *RUN, *SHAPE, more,
-                                                    f"--out_dir={tmp_path / 'no'}"]))
+    with pytest.raises(UserError, match="is text: "):
+        distill.main(configure(distill.Config, [*flags[:2], *RUN, *SHAPE, "--generate=4",
+                                                f"--out_dir={tmp_path / 'no'}"]))
 
 # ---------------------------------------------------------------------- what is asked only once
-
-
-def test_all_log_probs_in_the_cache_are_the_teacher_there(go):
-    exact, kept = go("exact", *CALM), go("kept", *CALM, "--cache_top_k=100000")
-    close(exact, kept)
-    assert np.allclose(curve(exact, "kl"), curve(kept, "kl"), atol=1e-5)
-
-
-def test_the_cache_is_the_teacher_s_top_k(go, model, words, talk, tmp_path):
-    """Against the plain logits of each conversation; every trained token, in its place."""
-    go("out", "--cache_top_k=4", "--max_iters=1")
-    array = np.load(next((tmp_path / "teacher_cache").glob("*.npy")))
-    teacher = checkpoint.load_model(model(), "cpu", "float32")
-    n = 0
-    for ids, mask in chats.render_all(words, chats.read_chats(talk / "train.jsonl"), None, 65):
-        log_p = torch.log_softmax(teacher.logits(torch.from_numpy(ids).long()[None])[0] / 1.5, -1)
-        for t in np.flatnonzero(mask):
-            top, best = log_p[t - 1].topk(4)
-            assert (array["ids"][n] == best.numpy()).all()
-            assert abs(array["log_probs"][n, :4] - top.numpy()).max() < 1e-4
-            rest = math.log(1 - top.double().exp().sum())
-            assert abs(array["log_probs"][n, 4] - rest) < 1e-3
-            n += 1
-    assert n == len(array)
-
-
-def test_with_a_cache_no_teacher_is_loaded_again(go, model, monkeypatch, tmp_path, capfd):
-    first = go("first", "--cache_top_k=4")
-    load = distill.load_teacher
-    monkeypatch.setattr(distill, "load_teacher", None)
-    assert_same_run(first, go("second", "--cache_top_k=4"))
-    assert "on disk, none in memory" in capfd.readouterr().err
-    # another teacher, temperature or k is another file
-    monkeypatch.setattr(distill, "load_teacher", load)
-    go("k", "--cache_top_k=3", "--max_iters=1")
-    go("T", "--cache_top_k=4", "--temperature=2", "--max_iters=1")
-    go("teacher", "--cache_top_k=4", "--max_iters=1", teacher=model(seed=5))
-    files = list((tmp_path / "teacher_cache").iterdir())
-    assert len(files) == 4 and all(file.suffix == ".npy" for file in files)
-    # a damaged one is told; it is not learnt from
-    for file in files:
-        file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match="is damaged .*: delete it"):
-        go("damaged", "--cache_top_k=4")
-    for file in files:
-        np.save(file, np.zeros(3))
-    with pytest.raises(UserError, match="is damaged .*: delete it"):
-        go("foreign", "--cache_top_k=4")
-
-
-def test_a_cache_is_whole_or_not_there(go, fork, tmp_path):
-    """Killed where it takes its name; the next run makes it again."""
-    flags = ["--cache_top_k=4", f"--cache_dir={tmp_path / 'cache'}"]
-    run = fork(*flags, f"--out_dir={tmp_path / 'out'}", kill_at=(r"os\.rename .*\.npy\.new", 1))
-    assert run.wait()[0] == -signal.SIGKILL
-    assert [p.name[0] for p in (tmp_path / "cache").iterdir()] == ["."]
-    assert_same_run(go("out", *flags), go("other", "--cache_top_k=4"))
 
 
 def told(folder):
@@ -703,13 +642,12 @@ def test_answers_are_drawn_from_the_seed_and_go_on_after_a_kill(go, fork, tmp_pa
     ("--alpha=nan", "alpha is nan"),
     ("--temperature=0", "temperature is 0"),
     ("--temperature=-1", "temperature is -1"),
-    ("--divergence=kl", "'kl' does not exist: forward, reverse, js"),
+    ("--divergence=kl", "unknown divergence 'kl'; choose from forward, reverse, js"),
     ("--divergence=js --beta=1", "beta is 1"),
     ("--hidden=-1", "hidden is -1"),
     ("--hidden_layers=1", "give --hidden"),
     ("--hidden=1 --hidden_layers=2", "hidden_layers is 2: student or teacher has only 1"),
-    ("--hidden=1 --cache_top_k=4", "leave out --hidden or the cache"),
-    ("--cache_top_k=-1", "cache_top_k is -1"),
+    ("--document_mask=1", "document_mask=True has no effect on conversations"),
     ("--generate=4 --generate_tokens=0", "generate_tokens is 0"),
     ("--generate=1 --generate_tokens=1", "ended none of its 1 answers"),
     ("--label_smoothing=0.1", "leave them out"),
@@ -750,7 +688,7 @@ def test_the_teacher_is_found_on_the_demo_s_chain(model, talk, monkeypatch, tmp_
         Path(name, "checkpoints.json").write_text('{"last": "step_000001"}')
         Path(name, "step_000001").symlink_to(model())
         cfg = distill.Config()
-        distill.start(cfg)
+        distill.start_student(cfg)
         assert cfg.teacher == f"{name}/step_000001"        # the run may be moved aside
 
 

@@ -511,7 +511,7 @@ def test_every_pair_weighs_the_same(base, words, batch_size):
             r = batch["reference"][b, k:k + 2]
             losses.append(-torch.log(torch.sigmoid(0.1 * (p[0] - r[0] - p[1] + r[1]))))
     mean = sum(losses) / len(losses)
-    assert done["loss"] == pytest.approx(mean.item(), abs=1e-6)
+    assert done.metrics["loss"] == pytest.approx(mean.item(), abs=1e-6)
     want = torch.autograd.grad(mean, [p for _, p in model.named_parameters()])
     for got, grad in zip(optimizer.last.values(), want):
         assert (got - grad).norm() <= 1e-4 * grad.norm() + 1e-7
@@ -778,8 +778,8 @@ def test_a_batch_without_a_pair_changes_nothing(go, monkeypatch):
 @pytest.mark.parametrize("flags, says", [
     ("--init_from={tmp}/none", "no checkpoint at .*none"),
     ("--reference={tmp}/none", "no checkpoint at .*none"),
-    ("--loss=ppo", "loss='ppo' does not exist: sigmoid, hinge"),
-    ("--beta=0", "beta is 0.0: it must be above 0"),
+    ("--loss=ppo", "unknown loss 'ppo'; choose from sigmoid, hinge"),
+    ("--beta=0", "beta must be positive, got 0.0"),
     ("--label_smoothing=0.5", "below 0.5"),
     ("--loss=ipo --label_smoothing=0.1", "only sigmoid, robust, simpo know it"),
     ("--loss=orpo --reference=x", "of no use to orpo"),

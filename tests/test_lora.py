@@ -12,11 +12,12 @@ import safetensors.torch
 import torch
 import transformers as T
 
+import sft
+from training.settings import Lora
 import kernels
 import lora
 from formats.peft import save_adapter, load_adapter, read_adapter_config, CONFIG, WEIGHTS
 from layers import lora as lora_layers
-import stage
 from inference import quantize
 from checkpoint import load_model, save_model
 from config import UserError
@@ -637,45 +638,45 @@ def test_a_failed_save_leaves_the_old_adapter(adapter, monkeypatch):
 
 
 def test_a_stage_begins_and_goes_on(tmp_path):
-    """begin() on a base that lies on disk, then as resume does it: the same adapter, on the base
+    """add_adapters() on a base on disk, then as resume does it: the same adapter, on the base
     that the adapter's file names."""
     save_model(tmp_path / "base", build())
-    cfg = SimpleNamespace(**vars(stage.Lora(lora_rank=2, lora_int8=True)),
+    cfg = SimpleNamespace(**vars(Lora(lora_rank=2, lora_int8=True)),
                           init_from=str(tmp_path / "base"), out_dir=str(tmp_path / "out"))
     model, ids = load_model(tmp_path / "base", "cpu"), ids_of()
-    assert "14 linears" in stage.add_adapters(cfg, model, None)
+    note, writer = sft.add_adapters(cfg, model, None)
+    assert "14 linears" in note
     stir(model)
     step = tmp_path / "out" / "step_000001"
     save_model(step, build())
-    model.save_beside(step)
+    writer(step)
     (tmp_path / "out" / "checkpoints.json").write_text('{"last": "step_000001"}')
 
     @lora.dataclass
-    class Config(stage.Lora):
+    class Config(Lora):
         lora_rank: int = 2
         lora_int8: bool = True
         init_from: str = "resume"
         out_dir: str = str(tmp_path / "out")
     cfg = Config()
-    assert stage.find_frozen(cfg).init_from == str(tmp_path / "base")
-    again = load_model(stage.find_frozen(cfg).init_from, "cpu")
-    stage.add_adapters(cfg, again, None)
+    assert sft.find_frozen(cfg).init_from == str(tmp_path / "base")
+    again = load_model(sft.find_frozen(cfg).init_from, "cpu")
+    sft.add_adapters(cfg, again, None)
     assert torch.equal(again.logits(ids), model.logits(ids))
     # on a machine that computes in bfloat16 a base that is exact in it is held in it
     for dtype, kind in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
         model = build().bfloat16().float()
-        stage.add_adapters(Config(lora_int8=False), model, None, dtype=dtype)
+        sft.add_adapters(Config(lora_int8=False), model, None, dtype=dtype)
         assert {la.base.dtype for la in lora_layers.layers(model).values()} == {kind}
-    assert stage.find_frozen(dataclasses.replace(cfg, lora_rank=0)).init_from == "resume"
+    assert sft.find_frozen(dataclasses.replace(cfg, lora_rank=0)).init_from == "resume"
 
 
 def test_grown_base_is_saved(tmp_path):
     """With rows for new tokens the model is no longer what lies at init_from: peft needs it."""
-    cfg = SimpleNamespace(**vars(stage.Lora(lora_rank=2)), init_from="gone",
+    cfg = SimpleNamespace(**vars(Lora(lora_rank=2)), init_from="gone",
                           out_dir=str(tmp_path / "out"))
     model = build()
-    stage.add_adapters(cfg, model, None, grown=True)
-    model.save_beside(tmp_path)
+    sft.add_adapters(cfg, model, None, grown=True)[1](tmp_path)
     base = read_adapter_config(tmp_path / "adapter" / CONFIG)["base"]
     assert base == str(tmp_path / "out" / "base")
     assert torch.equal(load_model(base, "cpu").logits(ids_of()), build().logits(ids_of()))

@@ -8,7 +8,7 @@ import pytest
 import config
 from config import RANGES, UserError, configure
 
-MODULES = ("train", "stage", "sft", "lora", "dpo", "distill", "sample", "eval", "tokenizer",
+MODULES = ("train", "sft", "lora", "classify", "dpo", "distill", "sample", "eval", "tokenizer",
            "checkpoint", "model", "bench", "benchmarks.lifecycle", "data.prepare", "data.skills")
 
 

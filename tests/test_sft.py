@@ -19,15 +19,13 @@ import torch.nn.functional as F
 
 import checkpoint
 import sft
-import stage
 import tokenizer as tokenizers
 import train
 from config import UserError, configure
 from data import chats
 from training.machine import Machine
 from model import ModelConfig, Transformer
-from runs import (Grads, assert_same_run, close, complaint, curve, forks_of, last, log,
-                  quiet_machine, ranks, said, same, starter, trainer, weights)
+from runs import (Grads, assert_same_run, close, complaint, curve, forks_of, last, quiet_machine, ranks, said, same, starter, trainer, weights)
 
 ROOT = train.Path(sft.__file__).parent
 U, A = "user", "assistant"
@@ -112,9 +110,9 @@ def prepared(base_dir, talk, block_size=64, batch_size=4, seed=3):
     cfg = sft.Config(init_from=str(base_dir), block_size=block_size, device="cpu")
     tokenizer, shape = checkpoint.load_tokenizer(base_dir), checkpoint.read_config(base_dir)
     known = tokenizer.vocab_size
-    stage.inherit(cfg, shape, tokenizer)
+    sft.settle(cfg, shape, tokenizer)
     model = train.build_model(cfg, 0, Machine(torch.device("cpu"), torch.float32))
-    stage.grow(model, tokenizer.vocab_size, known)
+    sft.grow(model, tokenizer.vocab_size, known)
     records = chats.read_chats(talk / "train.jsonl")
     rendered = chats.render_all(tokenizer, records, None, block_size + 1)
     return model, tokenizer, chats.Packed(rendered, batch_size, block_size, seed=seed)
@@ -240,7 +238,7 @@ def test_every_trained_token_weighs_the_same(base, talk, batch_size):
                            False)
     logits = model(batch["ids"], doc=batch["doc"])
     mean = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
-    assert abs(done["loss"] - mean.item()) < 1e-5
+    assert abs(done.metrics["loss"] - mean.item()) < 1e-5
     want = torch.autograd.grad(mean, [p for _, p in model.named_parameters()])
     for got, grad in zip(optimizer.last.values(), want):
         assert (got - grad).norm() <= 1e-4 * grad.norm() + 1e-7
@@ -323,7 +321,7 @@ def test_rows_that_pad_the_matrix_are_used():
     torch.manual_seed(0)
     model = Transformer(ModelConfig.from_family("llama", n_layer=1, n_head=2, n_embd=32, vocab_size=320))
     before = model.model.embed_tokens.weight.clone()
-    stage.grow(model, 292, 290)
+    sft.grow(model, 292, 290)
     after = model.model.embed_tokens.weight
     assert model.config.vocab_size == 320 == len(after)
     changed = (after != before).any(1).nonzero()[:, 0].tolist()
@@ -358,7 +356,7 @@ def test_a_second_stage_inherits_what_the_first_one_left(go, capfd):
     assert "block size 64, a tokenizer of 292 ids, template chatml" in said_second
     assert "are new" not in said_second
     settings = trainer(last(second))["settings"]
-    assert (settings["block_size"], settings["n_layer"], settings["family"]) == (64, 2, "qwen3")
+    assert settings["block_size"] == 64 and "n_layer" not in settings
     assert checkpoint.read_config(second).vocab_size == 292
     third = go("third", "--max_iters=2", "--template=zephyr", start_from=first)
     assert checkpoint.load_tokenizer(third).template == "zephyr"
@@ -444,12 +442,13 @@ def test_without_validation_data_it_trains_and_saves(go, talk, tmp_path):
     ("--dataset={tmp}/bad.jsonl", "bad.jsonl, line 1: .*--skip_bad=1"),
     ("--block_size=65", "block_size 65 is more than the 64 tokens"),
     ("--template=nosuch", "unknown chat template 'nosuch'"),
-    ("--document_mask=0", "leave it out"),
+    ("--document_mask=0", "leave it out"), ("--n_layer=7", "the shape of the checkpoint"),
+    ("--rope_theta=5", "the shape of the checkpoint"), ("--unfreeze=last", "classify.py"),
     ("--batch_size=0", "batch_size is 0"),
     ("--max_iters=-1", "max_iters is -1"),
-    ("--schedule=step", "schedule='step' does not exist"),
-    ("--task=sing", "task=.sing. does not exist: chat, classify"),
-    ("--unfreeze=last --lora_rank=4", "leave one out"),
+    ("--schedule=step", "unknown schedule 'step'; choose from cosine"),
+    ("--task=classify", "python classify.py"), ("--sample_prompt=x", "leave it out"),
+    ("--eval_only=1 --lora_rank=2", "lora_rank=2 has no effect with --eval_only"),
 ])
 def test_a_mistake_is_one_sentence_and_status_2(fork, tmp_path, flags, says):
     (tmp_path / "empty.jsonl").write_text("")
@@ -484,87 +483,6 @@ def test_as_a_user_it_learns_to_answer(base, talk, tmp_path):
                     "--temperature=0", "--device=cpu")
     assert re.fullmatch(r"it is \d+\n", answer)
 
-# ------------------------------------------------------------------------------ classification
-
-
-@pytest.fixture(scope="session")
-def mail(tmp_path_factory):
-    """A table of 120 texts, spam or ham, which one word tells apart; every 20th validates."""
-    rng, path = random.Random(0), tmp_path_factory.mktemp("mail") / "mail.csv"
-    rows = ["label,text"]
-    for _ in range(120):
-        label = rng.choice(("ham", "spam"))
-        word = {"ham": "hello", "spam": "it is 9"}[label]
-        rows.append(f'{label},"what, {rng.randrange(9)} {word} {rng.randrange(9)}"')
-    path.write_text("\n".join(rows) + "\n")
-    return path
-
-
-CLASSIFY = ["--task=classify", "--max_iters=40", "--learning_rate=1e-2", "--eval_interval=20"]
-
-
-def test_a_classifier_learns_and_prints_its_confusion_matrix(go, mail, capfd):
-    """Accuracy and counts by truth and answer on stdout; labels and head in the checkpoint, where
-    transformers finds them: the likeliest label token at the end of a text."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    out = go("out", f"--dataset={mail}", *CLASSIFY)
-    stdout, stderr = capfd.readouterr()
-    assert "2 labels: ham, spam" in stderr
-    lines = stdout.splitlines()
-    assert lines[0] == "accuracy 1.0000 (6 of 6)"
-    counts = [line.split() for line in lines[2:]]
-    assert [c[0] for c in counts] == ["ham", "spam"]
-    assert sum(int(n) for c in counts for n in c[1:]) == 6
-    assert log(out)[-2]["accuracy"] > 0.9
-    assert list(sft.label_ids(checkpoint.load_tokenizer(out))) == ["ham", "spam"]
-    theirs = AutoModelForCausalLM.from_pretrained(last(out))
-    words = AutoTokenizer.from_pretrained(last(out))
-    for text, label in (("what, 3 hello 4", "ham"), ("what, 3 it is 9 4", "spam")):
-        ids = [words.convert_tokens_to_ids("<|endoftext|>")] + words(text).input_ids
-        with torch.no_grad():
-            z = theirs(torch.tensor([ids])).logits[0, -1]
-        names = [f"<|label:{n}|>" for n in ("ham", "spam")]
-        assert names[z[words.convert_tokens_to_ids(names)].argmax()] == f"<|label:{label}|>"
-    # asked again, the checkpoint gives the same answer, and learns nothing
-    before = weights(last(out))
-    sft.main(configure(sft.Config, [f"--init_from={out}", f"--dataset={mail}", "--task=classify",
-                                    "--eval_only=1", "--device=cpu", "--dtype=float32"]))
-    assert capfd.readouterr().out.endswith("\n".join(lines) + "\n")
-    assert same(before, weights(last(out)))
-
-
-def test_a_classifier_resumes_bit_for_bit(go, mail):
-    flags = [f"--dataset={mail}", *CLASSIFY, "--max_iters=10"]
-    straight = go("straight", *flags)
-    halves = go("halves", *flags, "--max_iters=5", "--lr_decay_iters=10", "--eval_interval=5")
-    go_on(halves, "--max_iters=10", "--eval_interval=20")
-    assert same(weights(last(straight)), weights(last(halves)))
-    assert curve(straight) == curve(halves)
-
-
-def test_the_last_block_alone_learns(go, mail):
-    """The rest of the weights stay bit for bit, new rows of the embedding included."""
-    out = go("out", f"--dataset={mail}", *CLASSIFY, "--unfreeze=last", "--eval_interval=1",
-             "--max_iters=2", "--keep=5")
-    one, two = (weights(out / f"step_{n:06d}") for n in (1, 2))
-    changed = {k for k in one if not torch.equal(one[k], two[k])}
-    assert changed == {k for k in one if k.startswith(("model.layers.1.", "model.norm", "lm_head"))}
-
-
-def test_a_table_of_its_own_columns(go, tmp_path, capfd):
-    """UCI's lines, label TAB text; and columns by name, which --text_key and --label_key say."""
-    lines = [f"{'spam' if k % 2 else 'ham'}\twhat, {k} \"{k % 2}" for k in range(40)]
-    (tmp_path / "SMSSpamCollection").write_text("\n".join(lines) + "\n")
-    (tmp_path / "a.tsv").write_text("\n".join(["Category\tMessage", *lines]) + "\n")
-    few = [*CLASSIFY, "--max_iters=1", "--eval_interval=1"]
-    one = go("one", f"--dataset={tmp_path / 'SMSSpamCollection'}", *few)
-    two = go("two", f"--dataset={tmp_path / 'a.tsv'}", *few, "--text_key=message",
-             "--label_key=category")
-    assert same(weights(last(one)), weights(last(two)))
-    assert capfd.readouterr().err.count("2 labels: ham, spam") == 2
-    with pytest.raises(UserError, match="--text_key=message has no effect without --task=classify"):
-        go("three", "--text_key=message")
-
 
 def test_keys_that_nobody_reads_stop_and_the_flag_is_kept_on_resume(go, tmp_path, capsys):
     path = tmp_path / "a.jsonl"
@@ -580,22 +498,9 @@ def test_keys_that_nobody_reads_stop_and_the_flag_is_kept_on_resume(go, tmp_path
     assert told.count("as they describe records: source (40)\n") == 2 and len(curve(out)) == 2
 
 
-@pytest.mark.parametrize("table, says", [
-    ("text,label\na,x\nb,x\n", "all records have the label 'x'"),
-    ("text,kind\na,x\n", "line 2: a record to classify needs a text and a label"),
-    ("text,label\n" + "a,x\nb,y\n" * 9 + "a,x\na,z\n", "the label 'z' is none of x, y")],
-    ids=["one", "none", "new"])
-def test_labels_that_cannot_be_learnt_are_one_sentence(go, tmp_path, table, says):
-    path = tmp_path / "a.csv"
-    path.write_text(table)
-    with pytest.raises(UserError, match=says):
-        go("out", f"--dataset={path}", *CLASSIFY)
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_shipped_config_resolves():
     path = ROOT / "config" / "sft_skills.py"
     cfg = configure(sft.Config, [str(path)])
-    sft.check(train.replace(cfg, block_size=256))
+    train.check(train.replace(cfg, block_size=256, max_iters=1))
     assert (cfg.dataset, cfg.init_from) == ("skills", "out/demo")
     assert "python sft.py config/sft_skills.py" in path.read_text()

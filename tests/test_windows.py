@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import sft
 import checkpoint
 import config
-import stage
 import train
 from conftest import ROOT
 from training.machine import Machine
@@ -142,7 +142,7 @@ def test_a_logger_that_is_not_installed_is_told_before_training(
     for name in [n for n in sys.modules if n.split(".")[0] == package and leftover]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    for settings in (train.Config(**{flag: True}), stage.Config(**{flag: True})):
+    for settings in (train.Config(**{flag: True}), sft.Config(**{flag: True})):
         with pytest.raises(config.UserError, match=f"--{flag} needs the package {package}"):
             train.check(dataclasses.replace(settings, max_iters=1, block_size=8))
 

@@ -1,9 +1,9 @@
 """The machine: which device, which precision, which rank, and how much of its peak is used.
 
-    machine = find_machine(cfg)         # from --device, --dtype and torchrun's environment
-    total, = machine.sum(value)         # over all ranks
+    with open_machine(cfg) as machine:  # from --device, --dtype and torchrun's environment
+        total, = machine.sum(value)     # over all ranks
 
-Found out, so that no flag is needed: CUDA with bfloat16 (float16 where the GPU is old), Apple's
+Auto-detected: CUDA with bfloat16 (float16 where the GPU is old), Apple's
 MPS, or a CPU, in bfloat16 where it has the instructions. Under torchrun each process is a rank.
 """
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Iterator
 
 try:
     import resource
@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import checkpoint
 from config import UserError, refuse_to_run
+from formats import atomic
 
 # Dense bf16 (fp16 where that is all) peak of a device in TFLOP/s, from the makers' data sheets.
 # The first one in the device's name as whole words counts: an L40 is no L4, and has no MFU.
@@ -46,6 +46,10 @@ class Machine:
     @property
     def main(self) -> bool:
         return self.rank == 0
+
+    def __str__(self) -> str:
+        """What a run prints of it: cuda:0 x 8, bfloat16."""
+        return f"{self.device} x {self.world}, {str(self.dtype).removeprefix('torch.')}"
 
     def sum(self, *values: float | Tensor) -> list[float]:
         """Each value summed over the ranks, in float64: exact for any count of tokens."""
@@ -70,13 +74,25 @@ class Machine:
         part = slice(B * self.rank // self.world, B * (self.rank + 1) // self.world)
         return {k: v[part].to(self.device, non_blocking=True) for k, v in batch.items()}
 
+def pick_device(device: str = "auto") -> torch.device:
+    """Return `device`, or for auto the best one there is: CUDA, Apple's MPS, CPU."""
+    if device == "auto":
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device={device} is not usable here "
+                        f"({str(e).splitlines()[0]}): try --device=auto") from e
+
+
 def find_machine(cfg: Any) -> Machine:
-    """Device, precision and rank from the settings and torchrun's environment."""
+    """Return device, precision and rank by the settings and torchrun's environment."""
     if cfg.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device={cfg.device}: PyTorch sees no GPU here; use --device=cpu")
     if cfg.device in ("auto", "cuda") and torch.cuda.is_available():    # this rank's own GPU
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    device = checkpoint.pick_device(cfg.device)
+    device = pick_device(cfg.device)
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if cfg.dtype not in ("auto", *kinds):
         raise UserError(f"--dtype={cfg.dtype} does not exist: auto, {', '.join(kinds)}")
@@ -97,6 +113,19 @@ def find_machine(cfg: Any) -> Machine:
     if device.type == "cpu":
         keep_freed_memory()
     return machine
+
+
+@contextlib.contextmanager
+def open_machine(cfg: Any) -> Iterator[Machine]:
+    """Yield find_machine(cfg); at the end give cfg.out_dir free and leave the group of ranks."""
+    machine = find_machine(cfg)
+    try:
+        yield machine
+    finally:
+        atomic.release(cfg.out_dir)
+        if machine.world > 1:
+            dist.destroy_process_group()
+
 
 def join_ranks(backend: str, **how: Any) -> None:
     """`dist.init_process_group`, in such a way that `dist.destroy_process_group` ends its threads.

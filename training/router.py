@@ -27,9 +27,9 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
-from data import loader
+from layers.unwrap import unwrap
+from training.batch import Batch, mask_valid_tokens
 
-Batch = dict[str, Any]
 Routes = list[dict[str, Tensor]]        # what each router saw: see model.MoE.forward
 
 
@@ -41,7 +41,7 @@ class GlobalBatch:
 
     def __init__(self, batch: Batch, machine: Any = None):
         self.batch, self.machine = batch, machine
-        valid = loader.valid_tokens(batch)
+        valid = mask_valid_tokens(batch)
         self.tokens = max(1, int(valid.sum()))
         self.rows = max(1, int(valid.any(1).sum()))
         self.counts: dict[Callable, int] = {}
@@ -66,7 +66,7 @@ class GlobalBatch:
                               head=lambda hidden, weight: hidden[:, :0])
             if not routes:                      # first_k_dense_replace may leave no layer
                 return
-            valid = loader.valid_tokens(micro)
+            valid = mask_valid_tokens(micro)
             self.ahead = self.ahead + torch.stack([sum_tokens(seen, valid)[0].sum(0)
                                                    for seen in routes])
 
@@ -118,7 +118,7 @@ def compute_losses(cfg: Any, routes: Routes, batch: Batch, count_of: Callable[[B
     """
     if not routes:                              # first_k_dense_replace may leave no layer
         return 0.0, {}
-    whole, valid = batch.get("whole"), loader.valid_tokens(batch)
+    whole, valid = batch.get("whole"), mask_valid_tokens(batch)
     alone = whole is None
     whole = GlobalBatch(batch) if alone else whole
     sums = zip(*(sum_tokens(seen, valid) for seen in routes))
@@ -136,6 +136,18 @@ def compute_losses(cfg: Any, routes: Routes, batch: Batch, count_of: Callable[[B
         return total, metrics                   # of no weight: report() makes it of the sums
     balance = weight * balance.mean()
     return total + cfg.router_aux_loss_coef * balance, {**metrics, "balance": balance.detach()}
+
+
+def run_model(cfg: Any, model: Any, batch: Batch, head: Callable,
+              count_of: Callable[[Batch], Tensor]) -> tuple[Any, Tensor | float, dict[str, Tensor]]:
+    """Return (what `head` makes of the hidden states, the routers' losses, their metrics); the last
+    two are 0 and {} for a model without experts, and where nothing is learnt."""
+    routed = needs_routes(unwrap(model).config)
+    out = model(batch["ids"], doc=batch.get("doc"), router=routed, head=head)
+    if not routed:
+        return out, 0.0, {}
+    out, routes = out
+    return out, *compute_losses(cfg, routes, batch, count_of)
 
 
 def report(cfg: Any, whole: GlobalBatch, load: Tensor, probability: Tensor) -> dict[str, float]:

@@ -124,8 +124,10 @@ def get_in_force(cfg: Any, shape: ModelConfig, decided: bool) -> dict[str, Any]:
     decided: the model is a checkpoint's, or made of another one; otherwise the settings describe
     it. One that leaves the choice to the model (0 or None by default) is in force as it is.
     """
-    biases = {shape.qkv_bias, shape.o_bias, shape.mlp_bias}
     values = dict(getattr(cfg, "saved", {}))
+    if not hasattr(cfg, "family"):              # a stage that makes no model has no such settings
+        return values
+    biases = {shape.qkv_bias, shape.o_bias, shape.mlp_bias}
     if decided:
         values |= {name: value for name, value in asdict(shape).items() if not (
             name in AUTOMATIC and getattr(cfg, name) == getattr(type(cfg), name))}
@@ -138,7 +140,8 @@ def take_shape(cfg: Any, shape: ModelConfig) -> None:
     """Have the settings say, in place, what is true of a model that is there already."""
     for name in asdict(cfg).keys() & asdict(shape).keys() - {"block_size", "dropout", "init_std"}:
         setattr(cfg, name, getattr(shape, name))
-    cfg.family = family_of(shape).model_type
+    if hasattr(cfg, "family"):
+        cfg.family = family_of(shape).model_type
 
 
 def find_difference(tokenizer: Any, other: Any) -> int | None:

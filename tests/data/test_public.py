@@ -152,7 +152,7 @@ def test_classes_are_balanced_and_split_in_tenths(site, prep, capsys, name, size
     else:
         assert all(r["text"].startswith("WIN £") == (r["label"] == "spam") for r in every)
     assert len(chats.splits(str(out), "labels")[0]) == len(parts[0])
-    assert "sft.py --task=classify --dataset=" in capsys.readouterr().out
+    assert "classify.py --dataset=" in capsys.readouterr().out
 
 
 def test_the_sizes_of_the_real_sets():

@@ -15,6 +15,7 @@ import torch
 
 import checkpoint
 import distill
+import classify
 import dpo
 import lora
 from formats import peft
@@ -23,12 +24,13 @@ import sample
 import sft
 import tokenizer as tokenizers
 import train
-from config import UserError, configure
+from config import field_types, UserError, configure
 from data import prepare
 from formats import run_folder
 from model import ModelConfig, Transformer
 from runs import curve, last, quiet_machine, said, trainer, weights
-from training import effects, start
+from training import start
+from training.settings import is_resumed
 
 assert quiet_machine                # a fixture that every test here uses by itself
 RUN = ["--batch_size=2", "--max_iters=2", "--eval_interval=9", "--device=cpu", "--dtype=float32",
@@ -36,7 +38,7 @@ RUN = ["--batch_size=2", "--max_iters=2", "--eval_interval=9", "--device=cpu", "
 TEXT = "the cat sat on the mat; user and assistant say hello 12 + 30 = 42\n"
 PAIRS = (("say hello", "hello cat", "mat"), ("12 + 30", "42", "the mat"),
          ("the cat", "sat on the mat", "12"))
-DATA = {"sft": "chats", "lora": "chats", "dpo": "pairs", "distill": "chats"}
+DATA = {"sft": "chats", "classify": "mail", "lora": "chats", "dpo": "pairs", "distill": "chats"}
 IDS = torch.arange(40)[None]
 
 
@@ -79,7 +81,7 @@ def place(words, tmp_path_factory):
 def go(place, tmp_path):
     """go(stage, out, *flags): a run of two steps in this process into tmp_path/out."""
     def run(stage, out, *flags):
-        script = {"lora": sft, "sft": sft, "dpo": dpo, "distill": distill, "train": train}[stage]
+        script = {**SCRIPTS, "lora": sft}[stage]
         first = [f"--out_dir={tmp_path / out}", *RUN, "--block_size=64"]
         if stage == "train":
             first += [f"--dataset={place / 'ready'}", "--gradient_accumulation_steps=1",
@@ -428,12 +430,12 @@ def test_to_evaluate_on_nothing_is_refused_and_no_loss_of_zero(go, place, tmp_pa
 
 def test_a_classifier_is_no_base_of_a_chat_model(go, place):
     """Its label tokens would stay, by which sample.py and eval.py know one."""
-    mail = ["--task=classify", f"--dataset={place / 'mail.jsonl'}"]
-    out = go("sft", "out", *mail)
+    mail = [f"--dataset={place / 'mail.jsonl'}"]
+    out = go("classify", "out", *mail)
     for stage in ("sft", "dpo"):
         with pytest.raises(UserError, match="is a classifier, .*start from the model"):
             go(stage, "no", f"--init_from={out}")
-    assert curve(go("sft", "again", *mail, f"--init_from={out}"))
+    assert curve(go("classify", "again", *mail, f"--init_from={out}"))
 
 
 @pytest.mark.parametrize("stage", ["train", "sft", "dpo", "distill"])
@@ -546,10 +548,11 @@ SHAPES = dict(n_layer=7, n_head=4, n_kv_head=1, n_embd=24, head_dim=12, intermed
               bias=1, qk_norm=1, tie_word_embeddings=1, rope_theta=5, activation="relu", gated=0,
               sliding_window=3, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=8,
               n_shared_experts=1, init_std=0.5, family="gemma3", preset="qwen3-0.6b")
-SCRIPTS = {"train": train, "sft": sft, "dpo": dpo, "distill": distill}
+SCRIPTS = {"train": train, "sft": sft, "classify": classify, "dpo": dpo, "distill": distill}
+MAKERS = ("train", "distill")           # of models from scratch: these have the settings of a shape
 IDLE = [
     *((stage, f"--{name}={value}") for stage in SCRIPTS for name, value in SHAPES.items()),
-    *((stage, flag) for stage in ("sft", "dpo", "distill") for flag in (
+    *((stage, flag) for stage in ("sft", "classify", "dpo", "distill") for flag in (
         "--dora=1", "--rslora=1", "--targets=q_proj", "--lora_alpha=32", "--lora_dropout=0.1",
         "--lora_int8=1", "--base=x", "--sample_prompt=hello", "--epochs=3", "--hub_dir=x")),
     *((stage, flag) for stage in SCRIPTS for flag in (
@@ -558,13 +561,15 @@ IDLE = [
         "--router_aux_loss_coef=0.5", "--router_z_loss_coef=0.5", "--router_sequence_wise=1",
         "--router_bias_rate=0.5")),
     ("train", "--sample_prompt=hello"),
-    ("sft", "--task=classify --template=chatml"), ("sft", "--task=classify --sample_interval=2"),
+    ("classify", "--template=chatml"), ("classify", "--sample_interval=2"), ("sft", "--task=chat"),
+    ("sft", "--unfreeze=last"), ("dpo", "--document_mask=0"), ("distill", "--document_mask=1"),
+    ("sft", "--eval_only=1 --lora_rank=2"),
     ("dpo", "--gamma=1"), ("dpo", "--desirable_weight=2"), ("dpo", "--undesirable_weight=2"),
     ("dpo", "--loss=simpo --reference_free=1"), ("dpo", "--loss=orpo --reference_free=1"),
     ("dpo", "--loss=simpo --desirable_weight=2"), ("dpo", "--loss=kto --gamma=1"),
     ("dpo", "--origin=x"), ("distill", "--origin=x"), ("distill", "--beta=0.2"),
     ("distill", "--alpha=1 --temperature=3"), ("distill", "--alpha=1 --divergence=reverse"),
-    ("distill", "--alpha=1 --cache_top_k=3"), ("distill", "--generate_tokens=9"),
+    ("distill", "--generate_tokens=9"),
     ("distill", "--generate_temperature=1"), ("distill", "--cache_dir=x"),
 ]
 
@@ -577,8 +582,7 @@ def test_a_setting_without_effect_is_refused(place, tmp_path, stage):
              "--block_size=16"]
     first += {"distill": [f"--teacher={place / 'other'}"]}.get(stage, [])
     for flags in (flags for name, flags in IDLE if name == stage):
-        data = "ready" if stage == "train" else "mail.jsonl" if "classify" in flags else (
-            f"{DATA[stage]}.jsonl")
+        data = "ready" if stage == "train" else f"{DATA[stage]}.jsonl"
         try:
             script.main(configure(script.Config, [*first, f"--dataset={place / data}",
                                                   *flags.split()]))
@@ -589,10 +593,11 @@ def test_a_setting_without_effect_is_refused(place, tmp_path, stage):
                 wrong.append(f"{flags}: {e}")
     assert not wrong and not (tmp_path / "out").exists()
     shape = checkpoint.read_config(place / "base")
-    cfg = configure(script.Config, [*first, "--family=llama", *(
-        f"--{name}={getattr(shape, name)}" for name in SHAPES if hasattr(shape, name)),
-        "--bias=0", "--dropout=0.1"])
-    train.refuse_idle(cfg, shape, start.get_in_force(cfg, shape, True))
+    if stage in MAKERS:
+        cfg = configure(script.Config, [*first, "--family=llama", *(
+            f"--{name}={getattr(shape, name)}" for name in SHAPES if hasattr(shape, name)),
+            "--bias=0", "--dropout=0.1"])
+        train.refuse_idle(cfg, shape, start.get_in_force(cfg, shape, True))
 
 
 SCRATCH = ["--rope_theta=5", "--num_experts_per_tok=3", "--moe_intermediate_size=9",
@@ -610,7 +615,7 @@ def test_of_a_new_model_too(go, flags, tmp_path):
 
 RESUMED = ["--n_layer=7", "--family=gemma3", "--n_embd=32", "--rope_theta=5", "--lora_rank=4",
            "--lora_rank=0", "--targets=q_proj", "--dora=1", "--rslora=1", "--lora_alpha=9",
-           "--lora_dropout=0.3", "--task=classify", "--sliding_window=3"]
+           "--lora_dropout=0.3", "--sliding_window=3"]
 
 
 def test_a_resumed_run_refuses_what_it_cannot_change(go, place):
@@ -618,11 +623,10 @@ def test_a_resumed_run_refuses_what_it_cannot_change(go, place):
     out = go("lora", "out")
     before = files(out)
     for flag in RESUMED:
-        with pytest.raises(UserError, match=f"{flag.split('=')[0]}=.* has no effect"):
+        with pytest.raises(UserError, match=f"{flag.split('=')[0]}.* has no effect"):
             resume(sft, out, flag, "--max_iters=3")
         assert files(out) == before, flag
-    resume(sft, out, "--max_iters=3", "--n_layer=1", "--lora_rank=2", "--family=llama",
-           "--task=chat", "--learning_rate=1e-3")
+    resume(sft, out, "--max_iters=3", "--lora_rank=2", "--learning_rate=1e-3")
     assert trainer(last(out))["settings"]["learning_rate"] == 1e-3
     full = go("sft", "full")
     with pytest.raises(UserError, match="--lora_rank=2 has no effect on a run that is resumed"):
@@ -651,9 +655,12 @@ def test_what_the_command_line_overrules_in_a_config_file_is_no_mistake(place, t
 
 
 def test_every_row_of_the_tables_names_settings_that_there_are():
-    for script in (train, sft, dpo, distill):
-        names = {f.name for f in train.dataclass(script.Config).__dataclass_fields__.values()}
+    """The causes may be settings of a group that a script does not have."""
+    groups = set(field_types(train.Config)) | set(field_types(distill.Config))
+    for script in SCRIPTS.values():
+        names = set(field_types(script.Config))
         for cls in script.Config.__mro__:
             for rule in vars(cls).get("IDLE", ()):
-                assert {*rule.names.split(), *rule.causes.split()} <= names, rule
-    assert effects.is_resumed(sft.Config(init_from="resume"))
+                assert {*rule.names.split()} <= names, rule
+                assert {*rule.causes.split()} <= groups | names, rule
+    assert is_resumed(sft.Config(init_from="resume"))

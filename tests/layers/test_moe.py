@@ -14,6 +14,7 @@ from runs import (assert_same_run, close, curve, last, log, quiet_machine,  # no
                   ranks, weights)
 from test_train import CALM, data, fork, forks, go, go_on       # noqa: F401
 from training import router
+from training.batch import count_targets
 
 SMALL = dict(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=32, num_experts=4,
              moe_intermediate_size=16)
@@ -108,7 +109,7 @@ def test_an_even_load_has_the_least_balance_loss():
     even = {"logits": torch.zeros(1, 4, 4), "scores": torch.full((1, 4, 4), 0.25),
             "chosen": torch.tensor([[[0, 1], [2, 3], [0, 1], [2, 3]]])}
     batch = {"ids": some_ids(1, 4), "targets": some_ids(1, 4)}
-    _, metrics = router.compute_losses(train.Config(), [even], batch, train.count_targets)
+    _, metrics = router.compute_losses(train.Config(), [even], batch, count_targets)
     assert metrics["balance"].item() / 4 == pytest.approx(2)
 
 

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
+import sft
 import checkpoint
 import eval as evaluation
 import sample
-import stage
 import train
 from config import UserError, configure
 from inference import generate as generation
@@ -192,7 +192,7 @@ def test_nan_is_refused_by_every_script_that_asks_a_model(talker, tmp_path, caps
         with pytest.raises(UserError, match="nan or infinite"):
             run()
     # a sample on the way is no reason to end a run
-    said = stage.answer(model, tokenizer, {"messages": [{"role": "user", "content": "a"}]}, 0)
+    said = sft.answer(model, tokenizer, {"messages": [{"role": "user", "content": "a"}]}, 0)
     assert said.startswith("no sample: the model's logits are nan")
 
 
@@ -214,13 +214,13 @@ def test_training_samples_end_at_the_first_stop_token(talker):                  
     ids, _ = tokenizer.render(asked[:1], add_generation_prompt=True)
     free = run_all(model, [ids], 100, Sampling(temperature=0), 0, tokenizer.vocab_size)[0]
     end = next((k + 1 for k, token in enumerate(free) if token in stops), 100)
-    assert stage.answer(model, tokenizer, {"messages": asked}, 0) == tokenizer.decode(
+    assert sft.answer(model, tokenizer, {"messages": asked}, 0) == tokenizer.decode(
         ids + free[:end])
     # a record's tools are in its prompt; what stands before the first question is context
     tools = [{"type": "function", "function": {"name": "look"}}]
     talk = [{"role": "assistant", "content": "Welcome"}, *asked]
     prompt = tokenizer.render(talk[:2], None, True, tools=tools)[0]
-    said = stage.answer(model, tokenizer, {"messages": talk, "tools": tools}, 0)
+    said = sft.answer(model, tokenizer, {"messages": talk, "tools": tools}, 0)
     assert said.startswith(tokenizer.decode(prompt)) and '"look"' in said and "Welcome" in said
 
 

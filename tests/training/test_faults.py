@@ -11,8 +11,8 @@ import sys
 import pytest
 import torch
 
+import sft
 import checkpoint
-import stage
 import train
 from config import Stopped, UserError, configure
 from data import loader
@@ -222,9 +222,9 @@ def test_a_stage_before_the_demo_names_the_command_that_makes_its_base(tmp_path,
                           ("dpo_skills", "sft.py config/sft_skills.py")):
         text = (ROOT / "config" / f"{file}.py").read_text(encoding="utf-8")
         source = re.search('^init_from = "(.*)"', text, re.M)[1]
-        cfg = configure(stage.Config, [f"--init_from={source}"])
+        cfg = configure(sft.Config, [f"--init_from={source}"])
         with pytest.raises(UserError, match=f"make one with `python {command}`"):
-            stage.start_from(cfg)
+            sft.start_from(cfg)
 
 
 # ---------------------------------------------------------------------------- before run()

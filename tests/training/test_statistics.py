@@ -12,12 +12,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+import classify
+from training.batch import mask_valid_tokens
 import distill
 import dpo
 import kernels
 from layers import lora as lora_layers
 import sft
-import stage
 import train
 from config import UserError, configure
 from data import chats, loader
@@ -26,7 +27,7 @@ from model import ModelConfig, Transformer
 from training.optim import Optimizer
 from runs import Grads, quiet_machine       # noqa: F401
 from test_dpo import base, packed, pairs, words      # noqa: F401
-from training import router
+from training import log, router
 
 CPU = Machine(torch.device("cpu"), torch.float32)
 SMALL = dict(vocab_size=61, block_size=48, n_layer=2, n_head=2, n_embd=32)
@@ -145,7 +146,7 @@ def test_a_step_of_an_moe_model_is_that_of_the_whole_batch_however_it_is_cut(nam
     data = chats.Packed(conversations(9, longest=40), 9, 80)
     data.rows = [[i] for i in range(9)]
     batch, valid = data.gather(range(9)), valid_of(data, range(9))
-    assert 0.5 < (~valid).float().mean() < 0.9 and torch.equal(loader.valid_tokens(batch), valid)
+    assert 0.5 < (~valid).float().mean() < 0.9 and torch.equal(mask_valid_tokens(batch), valid)
     shape = dict(n_layer=3) if name == "glm4_moe" else {}       # the first of which is dense
     total, balance, load, wanted = whole_batch(make(name, **shape), batch, valid,
                                                train.Config(**settings))
@@ -163,11 +164,11 @@ def test_a_step_of_an_moe_model_is_that_of_the_whole_batch_however_it_is_cut(nam
             return done, optimizer.last, model
         results = on_ranks(world, step)
         for done, _, model in results:
-            assert done["loss"] == pytest.approx(total, rel=1e-6)
-            assert done["balance"] == pytest.approx(balance, rel=2e-6)
+            assert done.metrics["loss"] == pytest.approx(total, rel=1e-6)
+            assert done.metrics["balance"] == pytest.approx(balance, rel=2e-6)
             busiest = (4 * load.amax(-1) / load.sum(-1)).max().item()
-            assert done["load_max"] == pytest.approx(busiest)
-            assert done["idle_experts"] == (load == 0).sum() and done["tokens"] == valid.sum()
+            assert done.metrics["load_max"] == pytest.approx(busiest)
+            assert done.metrics["idle_experts"] == (load == 0).sum() and done.tokens == valid.sum()
             if name == "glm4_moe":
                 moved = [m.gate.e_score_correction_bias for m in model.modules()
                          if type(m).__name__ == "MoE"]
@@ -221,7 +222,7 @@ def test_pairs_of_an_moe_model_are_divided_by_those_of_the_global_batch(words, l
         optimizer = Grads(model)
         done = train.take_step(cfg, model, batch, dpo.pair_loss(cfg), CPU, optimizer,
                                train.State(), False)
-        results.append((done["loss"], done["balance"], optimizer.last))
+        results.append((done.metrics["loss"], done.metrics["balance"], optimizer.last))
     for value, balance, grads in results[1:]:
         assert (value, balance) == pytest.approx(results[0][:2], rel=1e-6)
         for key, g in results[0][2].items():
@@ -231,7 +232,7 @@ def test_pairs_of_an_moe_model_are_divided_by_those_of_the_global_batch(words, l
 # ------------------------------------------------------------------- what is frozen does not move
 
 @pytest.mark.parametrize("freeze, moves", [
-    (lambda m: lora_layers.add_lora(m, 2, 4), []), (sft.freeze, [2]), (lambda m: None, [1, 2])],
+    (lambda m: lora_layers.add_lora(m, 2, 4), []), (classify.freeze, [2]), (lambda m: None, [1, 2])],
     ids=["lora", "last", "all"])
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_step_moves_what_trains_and_nothing_else(freeze, moves, kind):
@@ -276,7 +277,7 @@ def scored(words):                                              # noqa: F811
         "text": (train.next_token_loss(train.Config()),
                  lambda b: loader.eval_batches(Tokens(), b, 40, 19)),
         "sft": (train.next_token_loss(sft.Config(), masked=True), lambda b: talk.fixed(b, 19)),
-        "classes": (sft.class_loss(sft.Config(label_smoothing=0.3), [59, 60]),
+        "classes": (classify.class_loss(classify.Config(label_smoothing=0.3), [59, 60]),
                     lambda b: chats.Packed(labels, 8, 40).fixed(b, 19))}
     for kind in ("sigmoid", "kto"):
         cfg, data = dpo.Config(loss=kind), packed(words, pairs(60, 4), 8)
@@ -341,7 +342,7 @@ def test_every_script_scores_the_same_rows(tmp_path, base, capfd):      # noqa: 
     (3, 1, 8, 1), (1, 1, 1, 1), (0.01, 11, 8, 1), (1 / 3, 9, 1, 3), (2.5, 100, 7, 36)])
 def test_epochs_are_rounded_up(epochs, rows, batch, steps):
     """So that every row is seen as often as is asked for, with the least steps that do."""
-    assert stage.steps_of(epochs, rows, batch) == steps
+    assert sft.count_steps(epochs, rows, batch) == steps
     assert steps * batch >= epochs * rows * (1 - 1e-9)
     assert steps == 1 or (steps - 1) * batch < epochs * rows
 
@@ -350,7 +351,7 @@ def test_epochs_are_rounded_up(epochs, rows, batch, steps):
 def test_an_epoch_sees_every_row(rows, batch):
     data = chats.Packed([(np.arange(20), np.ones(20, bool))] * rows, batch, 19)
     assert len(data) == rows
-    steps = stage.steps_of(1, rows, batch)
+    steps = sft.count_steps(1, rows, batch)
     seen = [int(data.epoch(k // rows)[k % rows]) for k in range(steps * batch)]
     assert set(seen) == set(range(rows))
 
@@ -371,7 +372,7 @@ FROZEN = {
     "int8 lora": lambda m: lora_layers.add_lora(m, 2, 4, int8=True),
     "two adapters, one on": lambda m: (lora_layers.add_lora(m, 2, 4, name="a"),
                                        lora_layers.add_lora(m, 4, 4, name="b")),
-    "unfreeze=last": sft.freeze,
+    "unfreeze=last": classify.freeze,
     "the final norm alone": lambda m: [p.requires_grad_(n == "model.norm.weight")
                                        for n, p in m.named_parameters()],
     "a norm in the middle": lambda m: [p.requires_grad_("1.post_attention_layernorm" in n)
@@ -415,7 +416,7 @@ def test_a_classifiers_head_is_the_rows_of_its_labels():
     model, ids = make("llama"), torch.ones(2, 24, dtype=torch.int64)
     batch = {"ids": ids, "targets": torch.full_like(ids, -100), "doc": torch.zeros_like(ids)}
     batch["targets"][:, -1] = 59
-    loss = sft.class_loss(sft.Config(), [58, 59, 60])
+    loss = classify.class_loss(classify.Config(), [58, 59, 60])
     kernels.use("reference")
     with FlopCounterMode(display=False) as counter:
         loss(model, batch)[0].backward()
@@ -423,12 +424,12 @@ def test_a_classifiers_head_is_the_rows_of_its_labels():
 
 
 @pytest.mark.parametrize("settings", [{}, {"hidden": 1.0}])
-def test_a_students_step_counts_its_teacher(settings):
+def test_a_students_step_counts_its_teacher(settings, monkeypatch):
     cfg = distill.Config(temperature=1.0, **settings)
     student, teacher = make("llama"), make("llama", n_embd=48, n_layer=3).requires_grad_(False)
-    student.matching = distill.Matching(1, 32, 48, 0) if settings else None
-    plain = train.next_token_loss(cfg, masked=True)
-    loss = distill.Loss(cfg, student, teacher, None, 61, 1.0, plain)
+    matching = distill.Matching(1, 32, 48, 0) if settings else None
+    monkeypatch.setattr(distill, "is_text", lambda dataset: False)
+    loss = distill.distillation_loss(cfg, student, teacher, matching, 1.0)
     ids = torch.ones(2, 24, dtype=torch.int64)
     batch = {"ids": ids, "targets": torch.where(torch.arange(24) > 12, ids, -100),
              "doc": torch.zeros_like(ids)}
@@ -441,7 +442,7 @@ def test_a_students_step_counts_its_teacher(settings):
 def test_tokens_a_second_and_mfu_leave_padding_out(monkeypatch, tmp_path):
     """A row of 40 with 12 tokens has 12: the log says what was learnt from."""
     said = []
-    monkeypatch.setattr(train, "utilisation", lambda flops, device: said.append(flops))
+    monkeypatch.setattr(log, "utilisation", lambda flops, device: said.append(flops))
     monkeypatch.setattr(train.time, "perf_counter", iter(range(1000)).__next__)
     cfg = train.Config(max_iters=1, batch_size=2, block_size=40, out_dir=str(tmp_path))
     talk = [(np.arange(12), np.arange(12) >= 6), (np.arange(30), np.arange(30) >= 20)]
@@ -493,7 +494,7 @@ def test_a_classifier_is_smoothed_as_pytorch_smooths(settings):
     ids = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(1))
     batch = {"ids": ids, "targets": torch.full_like(ids, -100), "doc": torch.zeros_like(ids)}
     batch["targets"][:, -1] = torch.tensor([59, 17, 40])
-    loss = sft.class_loss(sft.Config(**settings), rows)
+    loss = classify.class_loss(classify.Config(**settings), rows)
     total, count, metrics = loss(model, batch)
     z = model(ids)[:, -1][:, rows].float()
     expected = F.cross_entropy(z, torch.tensor([2, 0, 1]), reduction="sum",
@@ -510,7 +511,7 @@ def test_a_classifier_of_experts_balances_them():
     ids = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(1))
     batch = {"ids": ids, "targets": torch.full_like(ids, -100), "doc": torch.zeros_like(ids)}
     batch["targets"][:, -1] = 59
-    values = [sft.class_loss(sft.Config(router_aux_loss_coef=c), [17, 59])(model, batch)
+    values = [classify.class_loss(classify.Config(router_aux_loss_coef=c), [17, 59])(model, batch)
               for c in (0.0, 0.5)]
     balance = values[1][2]["balance"]
     assert (values[1][0] - values[0][0]).item() == pytest.approx(0.5 * balance.item(), rel=1e-4)
@@ -529,9 +530,9 @@ def test_the_router_module_knows_padding_as_the_packer_does():
         data = chats.Packed(conversations(9, seed, 30), 4, 33, pad=seed)
         rows = list(range(len(data)))
         batch = data.gather(rows)
-        assert torch.equal(loader.valid_tokens(batch), valid_of(data, rows))
+        assert torch.equal(mask_valid_tokens(batch), valid_of(data, rows))
         whole = router.GlobalBatch(batch)
         assert whole.tokens == valid_of(data, rows).sum() and whole.rows == len(rows)
     ids = torch.ones(2, 8, dtype=torch.int64)
-    assert loader.valid_tokens({"ids": ids, "targets": ids}).all()
-    assert loader.valid_tokens({"ids": ids, "targets": ids, "doc": ids.cumsum(1).int()}).all()
+    assert mask_valid_tokens({"ids": ids, "targets": ids}).all()
+    assert mask_valid_tokens({"ids": ids, "targets": ids, "doc": ids.cumsum(1).int()}).all()
