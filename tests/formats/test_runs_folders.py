@@ -164,7 +164,7 @@ def test_a_second_round_starts_from_its_own_result(go, stage, tmp_path):
     aside = Path(f"{out}.old1")
     settings = trainer(last(out))["settings"]
     assert settings[own[2:]] == str(aside / first) and last(aside).is_dir()
-    resume({"dpo": dpo, "distill": distill}.get(stage, sft), out, "--max_iters=3")
+    resume({**SCRIPTS, "lora": sft}[stage], out, "--max_iters=3")
     assert last(out).name == "step_000003"
     if stage == "dpo":                  # the run before as the reference of a new one
         go(stage, "out", f"--reference={out}")
