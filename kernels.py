@@ -13,7 +13,7 @@ Each operation is one function with up to five implementations of the same formu
     kernels.use("reference")                       # or --backend=reference on any script
 
 Shapes: B batch, T tokens, C width, H heads, D head_dim, V vocabulary. Sums are taken in float32.
-tests/test_kernels.py: relative L2 against float64 at most 1e-5 in float32 and 1e-2 in bfloat16.
+tests/backends: relative L2 against float64 at most 1e-5 in float32 and 1e-2 in bfloat16.
 """
 from __future__ import annotations
 
@@ -26,21 +26,23 @@ from typing import Any, Callable, Sequence
 import torch
 import torch.nn.functional as F      # only inside the `torch` forms
 from torch import Tensor
-from torch.autograd import Function
 
 from config import UserError, refuse_to_run
 
 BACKENDS = ("auto", "reference", "torch", "triton", "cuda")
 # the files that register a form, read when a tensor first asks for it: not every machine has Triton
-FILES = {"cpu": ("cpu",), "cuda": ("cuda",),
-         "triton": ("triton_pointwise", "triton_optim", "triton_attention", "triton_loss")}
-LESSONS = ("linear",)       # operations whose Triton form is there to be read: cuBLAS is as fast
+FILES = {"torch": ("chunked_loss", "foreach"), "cpu": ("cpu",), "cuda": ("cuda",),
+         "triton": ("triton_norm", "triton_pointwise", "triton_attention", "triton_matmul",
+                    "triton_loss", "triton_moe", "triton_optim")}
+TO_READ = ("linear",)       # whose Triton kernel is there to be read: cuBLAS is as fast
 OPERATIONS: dict[str, Callable] = {}
 _backend = "auto"
 _ready: dict[str, bool] = {}            # forms whose files were read: whether they can be used
 
+
 class Unsupported(UserError):
     """A form cannot compute this; asked for by name it says so, auto takes PyTorch's instead."""
+
 
 def ready(form: str) -> bool:
     """Read the files of a form, once; False where what they are built on is not installed."""
@@ -56,6 +58,7 @@ def ready(form: str) -> bool:
                 raise
             _ready[form] = False
     return _ready[form]
+
 
 def use(backend: str) -> str:
     """Choose the form of every operation from here on; returns the previous choice.
@@ -73,10 +76,13 @@ def use(backend: str) -> str:
             raise UserError(f"--backend={backend} needs a GPU, and PyTorch sees none: use auto")
         if not ready(backend):
             raise UserError(f"--backend={backend}: triton is not installed; pip install triton")
-    elif backend == "auto" and torch.cuda.is_available():
-        ready("triton")                 # here and not in the middle of what torch.compile traces
+    # here and not in the middle of what torch.compile traces
+    ready("torch")
+    if backend == "auto" and torch.cuda.is_available():
+        ready("triton")
     backend, _backend = _backend, backend
     return backend
+
 
 def best(lead: Any) -> str:
     """The form that serves this tensor now (a list of tensors: its first), if it is there."""
@@ -90,34 +96,41 @@ def best(lead: Any) -> str:
         return "triton"
     return "torch"
 
+
 def operation(reference: Callable) -> Callable:
     """Make the reference implementation an operation; `.torch`, `.triton` … add faster forms."""
-    forms: dict[str, Callable] = {"reference": reference}
-    lesson = reference.__name__ in LESSONS
+    implementations: dict[str, Callable] = {"reference": reference}
+    slower = reference.__name__ in TO_READ
 
     @functools.wraps(reference)
     def call(first: Any, *args, **kwargs):
+        ready("torch")
         name = best(first)
         if name == "triton" and _backend == "auto":
-            if name in forms and not lesson:
+            if name in implementations and not slower:
                 try:
-                    return forms[name](first, *args, **kwargs)
+                    return implementations[name](first, *args, **kwargs)
                 except Unsupported:
                     pass
             name = "torch"
-        return (forms.get(name) or forms.get("torch", reference))(first, *args, **kwargs)
+        return (implementations.get(name) or implementations.get("torch", reference))(first, *args, **kwargs)
 
-    call.forms, call.reference = forms, reference
-    for name in ("torch", *FILES):
-        setattr(call, name, functools.partial(forms.setdefault, name))
+    call.implementations = implementations
+    call.reference = reference
+    for name in FILES:
+        setattr(call, name, functools.partial(implementations.setdefault, name))
     OPERATIONS[reference.__name__] = call
     return call
+
 
 def widen(x: Tensor) -> Tensor:
     """Half types as float32, for sums and statistics; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
+
 # ------------------------------------------------------------------ linear and embedding
+
+
 @operation
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + b; x (..., K), weight (N, K) -> (..., N), in the type of x.
@@ -130,6 +143,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 linear.torch(lambda x, weight, bias=None: F.linear(
     x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)))
 
+
 @operation
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Row `ids` of weight (V, C); ids (...) int64 -> (..., C)."""
@@ -137,7 +151,10 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 embedding.torch(F.embedding)
 
+
 # ------------------------------------------------------------------------- normalisation
+
+
 @operation
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * (offset + w), over the last dimension (Zhang 2019).
@@ -148,10 +165,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 0.0) 
     normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
     return (normed * (offset + weight.to(wide.dtype))).to(x.dtype)
 
+
 @rms_norm.torch
-def _(x, weight, eps=1e-6, offset=0.0):
+def rms_norm_torch(x, weight, eps=1e-6, offset=0.0):
     weight, C = (weight + offset if offset else weight), x.shape[-1]
     return F.rms_norm(x, (C,), weight.to(x.dtype), eps)
+
 
 @operation
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
@@ -162,12 +181,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float
     y = normed * weight.to(wide.dtype)
     return (y if bias is None else y + bias.to(wide.dtype)).to(x.dtype)
 
+
 @layer_norm.torch
-def _(x, weight, bias=None, eps=1e-5):
+def layer_norm_torch(x, weight, bias=None, eps=1e-5):
     bias = None if bias is None else bias.to(x.dtype)
     return F.layer_norm(x, (x.shape[-1],), weight.to(x.dtype), bias, eps)
 
+
 # ------------------------------------------------------------------------------- position
+
+
 @operation
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotary position embedding (Su 2021): rotate pairs of features by position times frequency.
@@ -186,7 +209,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
+
 # ---------------------------------------------------------------------------- activations
+
+
 @operation
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x) (Hendrycks 2016); approximate="tanh" is GPT-2's own formula."""
@@ -194,15 +220,18 @@ def gelu(x: Tensor, approximate: str = "none") -> Tensor:
         return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
     return 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5)))
 
+
 @operation
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x), also called swish."""
     return x * torch.sigmoid(x)
 
+
 @operation
 def relu(x: Tensor) -> Tensor:
     """max(x, 0)."""
     return x * (x > 0)
+
 
 @operation
 def relu2(x: Tensor) -> Tensor:
@@ -221,19 +250,38 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu, "relu": relu, "relu2": relu2,
 }
 
+
 @operation
 def glu(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """act(gate) * up: SwiGLU with silu, GeGLU with gelu (Shazeer 2020). Shapes (..., N)."""
     return ACTIVATIONS[activation](gate) * up
+
+
+@operation
+def glu_linear(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None,
+               activation: str = "silu") -> Tensor:
+    """(act(gate) * up) W^T + b: the second half of a gated MLP; gate, up (..., N), weight (C, N).
+
+    One operation, so that its backward may keep gate and up alone and make their product again.
+    """
+    return linear.reference(glu.reference(gate, up, activation), weight, bias)
+
+
+@glu_linear.torch
+def glu_linear_torch(gate, up, weight, bias=None, activation="silu"):
+    return linear(glu(gate, up, activation), weight, bias)
+
 
 @operation
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero a share p of the elements at random and scale the others to keep the mean."""
     return x * keep_mask(x.shape, p, x.device).to(x.dtype) / (1 - quantised(p))
 
+
 def quantised(p: float) -> float:
     """The drop rate on a CPU is p rounded to a 256th: eight decisions from one 64-bit draw."""
     return round(p * 256) / 256
+
 
 def keep_mask(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
     """Boolean mask of the given shape, True with probability 1 - quantised(p).
@@ -248,6 +296,7 @@ def keep_mask(shape: Sequence[int], p: float, device: torch.device) -> Tensor:
 
 dropout.torch(lambda x, p: F.dropout(x, p))
 
+
 @operation
 def softmax(x: Tensor) -> Tensor:
     """exp(x - max) / sum(exp(x - max)) over the last dimension, in float32."""
@@ -257,12 +306,16 @@ def softmax(x: Tensor) -> Tensor:
 
 softmax.torch(lambda x: torch.softmax(x, -1))    # half types are summed in float32 inside
 
+
 # ------------------------------------------------------------------------------ attention
+
+
 def near(rows: Tensor, keys: Tensor, window: int = 0) -> Tensor:
     """True where a query at position rows (..., T) may look at keys (S,): not ahead, and not
     `window` or more back. (..., T, S)."""
     distance = rows.unsqueeze(-1) - keys
     return (distance >= 0) & (distance < window) if window else distance >= 0
+
 
 def attention_mask(q: Tensor, k: Tensor, window: int, doc: Tensor | None,
                    positions: Tensor | None) -> Tensor:
@@ -273,6 +326,7 @@ def attention_mask(q: Tensor, k: Tensor, window: int, doc: Tensor | None,
     if doc is not None:
         seen = seen & (doc[:, -T:].unsqueeze(-1) == doc.unsqueeze(-2))
     return seen if seen.ndim == 2 else seen.unsqueeze(1)
+
 
 @operation
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, window: int = 0,
@@ -296,8 +350,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, wi
         weights = dropout.reference(weights, dropout_p)
     return weights @ v
 
+
 @attention.torch
-def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
+def attention_torch(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None,
+                    dropout_p=0.0):
     (B, H, T, D), (_, K, S, _) = q.shape, k.shape
     groups, scale = H // K, D ** -0.5 if scale is None else scale
     if T == 1 < S and positions is None and doc is None and not softcap:
@@ -322,7 +378,10 @@ def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, d
                                        dropout_p=dropout_p, scale=scale)
     return y.reshape(B, H, T, D)
 
+
 # --------------------------------------------------------------------------------- losses
+
+
 def row_losses(logits: Tensor, targets: Tensor, ignore_index: int = -100, softcap: float = 0.0,
                z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Tensor, ...]:
     """Loss of each row of logits (N, V) float32, and what its gradient needs: (loss, z, lse, live).
@@ -339,6 +398,7 @@ def row_losses(logits: Tensor, targets: Tensor, ignore_index: int = -100, softca
     loss = loss + z_loss * lse * lse
     return torch.where(live, loss, 0.0), z, lse, live
 
+
 @operation
 def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100,
                   softcap: float = 0.0, z_loss: float = 0.0, label_smoothing: float = 0.0,
@@ -351,9 +411,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, ignore_index: int = -100,
     loss = row_losses(widen(logits), targets, ignore_index, softcap, z_loss, label_smoothing)[0]
     return loss.sum() if reduction == "sum" else loss
 
+
 @cross_entropy.torch
-def _(logits, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
-      reduction="sum"):
+def cross_entropy_torch(logits, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0,
+                        label_smoothing=0.0, reduction="sum"):
     wide = widen(logits)
     wide = softcap * torch.tanh(wide / softcap) if softcap else wide
     flat, where = wide.reshape(-1, wide.shape[-1]), targets.reshape(-1)
@@ -362,6 +423,7 @@ def _(logits, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_smoo
     if z_loss:
         loss = loss + z_loss * torch.logsumexp(flat, -1) ** 2 * (where != ignore_index)
     return loss.sum() if reduction == "sum" else loss.view(targets.shape)
+
 
 @operation
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) -> Tensor:
@@ -372,94 +434,12 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, **options) 
     """
     return cross_entropy.reference(linear.reference(x, weight), targets, **options)
 
-class ChunkedLoss(Function):
-    """A loss on x W^T, a chunk of rows of logits at a time: (N, V) never exists whole.
-
-    rule(logits, part, learn) -> (loss of the rows, d loss / d logits or None). A sum has one
-    known upstream gradient, so dX and dW are made in the forward, while the logits are there;
-    a loss per row recomputes them in the backward.
-    """
-    # elements of a chunk, 64 MB in float32: with half of it, or less than some 300 rows of a
-    # vocabulary of 50k, a chunk no longer pays for its pass over dW
-    LOGITS = 2 ** 24
-    ONE = object()          # the upstream gradient of a sum
-
-    @staticmethod
-    def of(x, weight, rule, reduction):
-        # subtle: needs_input_grad stays true under no_grad, and evaluation would pay three times
-        both = (x, weight) if torch.is_grad_enabled() else (x.detach(), weight.detach())
-        return ChunkedLoss.apply(*both, rule, reduction)
-
-    @staticmethod
-    def walk(x, weight, rule, upstream, frozen=False):
-        """(loss (N,), dx, dweight); gradients are scaled by upstream (N,); None asks for none.
-        frozen: the weight gets none, which is a third of the work (LoRA)."""
-        w, wide, dw = weight.to(x.dtype), widen(x[:0]).dtype, None
-        loss = torch.zeros(x.shape[0], dtype=wide, device=x.device)
-        dx = None if upstream is None else torch.empty_like(x)
-        rows = max(1, ChunkedLoss.LOGITS * (8 if x.is_cuda else 1) // weight.shape[0])
-        for i in range(0, max(x.shape[0], 1), rows):
-            part = slice(i, min(i + rows, x.shape[0]))
-            loss[part], dz = rule(widen(x[part] @ w.T), part, upstream is not None)
-            if upstream is not None:
-                dz = dz if upstream is ChunkedLoss.ONE else dz.mul_(upstream[part].unsqueeze(-1))
-                dz = dz.to(x.dtype)
-                dx[part] = dz @ w
-                if not frozen:      # slice by slice: in a CPU's cache, and no second dW beside it
-                    dw = torch.zeros_like(weight, dtype=wide) if dw is None else dw
-                    for some, d in zip(dw.split(rows * 16), dz.T.split(rows * 16)):
-                        some += d @ x[part]
-        return loss, dx, dw
-
-    @staticmethod
-    def forward(ctx, x, weight, rule, reduction):
-        summed = reduction == "sum"
-        learn, frozen = summed and any(ctx.needs_input_grad[:2]), not ctx.needs_input_grad[1]
-        loss, dx, dw = ChunkedLoss.walk(x, weight, rule, ChunkedLoss.ONE if learn else None, frozen)
-        ctx.rule, ctx.summed, ctx.frozen = rule, summed, frozen
-        if any(ctx.needs_input_grad[:2]):
-            ctx.save_for_backward(*((dx, dw) if summed else (x, weight)))
-        return loss.sum() if summed else loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        if ctx.summed:
-            same = grad.is_cpu and grad.item() == 1     # where looking is free: no second dW
-            dx, dw = (d if d is None or same else d * grad.to(d.dtype) for d in ctx.saved_tensors)
-        else:
-            _, dx, dw = ChunkedLoss.walk(*ctx.saved_tensors, ctx.rule, grad, ctx.frozen)
-        return dx, dw, None, None
-
-@linear_cross_entropy.torch
-def _(x, weight, targets, *, reduction="sum", **options):
-    if torch.compiler.is_compiling():    # a chunk loop would break its graph, and it fuses this
-        return cross_entropy(linear(x, weight), targets, reduction=reduction, **options)
-    softcap, z_loss, smooth = map(options.get, ("softcap", "z_loss", "label_smoothing"), [0.0] * 3)
-    flat, right = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    def rule(logits, part, learn):
-        loss, z, lse, live = row_losses(logits, right[part], **options)
-        if not learn:
-            return loss, None
-        # d loss / d z = p (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V
-        lse = lse.unsqueeze(-1)
-        dz = torch.exp(z - lse).mul_(1 + 2 * z_loss * lse).sub_(smooth / z.shape[-1])
-        dz.scatter_add_(-1, right[part].clamp(min=0)[:, None], torch.full_like(lse, smooth - 1))
-        if softcap:
-            dz.mul_(1 - (z / softcap) ** 2)
-        return loss, dz.mul_(live.unsqueeze(-1))
-
-    loss = ChunkedLoss.of(flat, weight, rule, reduction)
-    return loss if reduction == "sum" else loss.view(targets.shape)
-
 DIVERGENCES = ("forward", "reverse", "js")
+
 
 def capped(z: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(z / softcap) if softcap else z
 
-def buckets(z: Tensor, kept: Tensor) -> Tensor:
-    """Logits (N, V) -> those of the kept tokens (N, k) and of all others as one, (N, k + 1)."""
-    others = z.scatter(-1, kept, -math.inf)
-    return torch.cat((z.gather(-1, kept), torch.logsumexp(others, -1, keepdim=True)), -1)
 
 @operation
 def linear_kl(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, *,
@@ -471,25 +451,21 @@ def linear_kl(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tens
     forward KL(p || q); reverse KL(q || p); js: b KL(p || m) + (1 - b) KL(q || m) with
     m = b p + (1 - b) q, the generalised Jensen-Shannon of GKD (Agarwal 2023, arXiv:2306.13649).
     x (..., C), weight (V, C); teacher_x (..., Ct), teacher_weight (Vt, Ct): both vocabularies are
-    cut to their first `cut` tokens, by default to the smaller. Or what was kept of a teacher:
-    teacher_x (..., k + 1), at T the log-probs of k tokens and of all others together, and
-    teacher_weight (..., k) their ids, int64: the student's other tokens are one bucket then too.
-    live (...) marks the rows that count. Gradients reach the student alone.
+    cut to their first `cut` tokens, by default to the smaller. live (...) marks the rows that
+    count. Gradients reach the student alone.
     With targets (...) int64: (sum of alpha CE + (1 - alpha) T^2 D, sum of CE, sum of T^2 D), the
     last two without gradients; the cross entropy is that of all of the student's logits.
     """
-    z, T = capped(widen(linear.reference(x, weight)), softcap), temperature
-    if teacher_weight.is_floating_point():
-        cut = cut or min(len(weight), len(teacher_weight))
-        known = widen(linear.reference(teacher_x.detach(), teacher_weight[:cut].detach()))
-        log_p, log_q = log_normal(capped(known, teacher_softcap) / T), log_normal(z[..., :cut] / T)
-    else:
-        log_q, log_p = log_normal(buckets(z[..., :cut or None] / T, teacher_weight)), teacher_x
-        if teacher_weight.shape[-1] == (cut or len(weight)):            # there are no others
-            log_q, log_p = log_q[..., :-1], log_p[..., :-1]
-    p, q = torch.exp(log_p), torch.exp(log_q)
+    z = capped(widen(linear.reference(x, weight)), softcap)
+    T = temperature
+    cut = cut or min(len(weight), len(teacher_weight))
+    taught = widen(linear.reference(teacher_x.detach(), teacher_weight[:cut].detach()))
+    log_p = log_normal(capped(taught, teacher_softcap) / T)
+    log_q = log_normal(z[..., :cut] / T)
+    p = torch.exp(log_p)
+    q = torch.exp(log_q)
     if divergence == "js":
-        # subtle: log m of the logs, as b p + (1 - b) q may be 0 where neither log is
+        # log m of the logs, as b p + (1 - b) q may be 0 where neither log is
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
         rows = beta * p * (log_p - log_m) + (1 - beta) * q * (log_q - log_m)
     else:
@@ -502,73 +478,16 @@ def linear_kl(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tens
     ce = -torch.where(live, right, 0.0).sum()
     return alpha * ce + (1 - alpha) * total, ce.detach(), total.detach()
 
+
 def log_normal(z: Tensor) -> Tensor:
     """log softmax(z), plainly."""
     z = z - z.amax(-1, keepdim=True).detach()
     return z - torch.log(torch.exp(z).sum(-1, keepdim=True))
 
-def diverge(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> tuple[Tensor, Tensor]:
-    """(D (N,), d D / d z (N, V)) of q = softmax(z) from p; log_q is overwritten.
-
-    With h = d D / d q the gradient is q (h - sum q h): for forward h = -p / q, so q - p.
-    """
-    if divergence == "forward":
-        p = log_p.exp()
-        # sum p (log p - log q), without a tensor for the difference
-        loss = torch.linalg.vecdot(p, log_p).sub_(torch.linalg.vecdot(p, log_q))
-        return loss, log_q.exp_().sub_(p)
-    q = log_q.exp()
-    if divergence == "reverse":                                 # h = log(q / p) + 1
-        h, loss = log_q.sub_(log_p), None
-    else:                                                       # h = (1 - b) log(q / m)
-        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
-        loss = beta * torch.linalg.vecdot(log_p.exp(), log_p - log_m)
-        h = log_q.sub_(log_m).mul_(1 - beta)
-    mean = torch.linalg.vecdot(q, h)
-    return mean if loss is None else loss + mean, h.sub_(mean.unsqueeze(-1)).mul_(q)
-
-@linear_kl.torch
-def _(x, weight, teacher_x, teacher_weight, *, temperature=1.0, live=None, divergence="forward",
-      beta=0.5, softcap=0.0, teacher_softcap=0.0, cut=0, targets=None, alpha=0.0):
-    T, V, whole = temperature, len(weight), teacher_weight.is_floating_point()
-    flat, known = x.reshape(-1, x.shape[-1]), teacher_x.reshape(-1, teacher_x.shape[-1]).detach()
-    rest, wide = teacher_weight.detach().reshape(-1, teacher_weight.shape[-1]), widen(x[:0]).dtype
-    cut = cut or (min(V, len(rest)) if whole else V)
-    counts = flat.new_ones(len(flat), dtype=wide) if live is None else live.reshape(-1).to(wide)
-    a, right = (0.0, None) if targets is None else (alpha, targets.reshape(-1, 1))
-    sums = torch.zeros(2, dtype=wide, device=x.device)          # of CE and of T^2 D
-    def rule(logits, part, learn):
-        z, some = capped(logits, softcap), counts[part].unsqueeze(-1)
-        soft = z[:, :cut] / T
-        if whole:
-            taught = capped(widen(known[part] @ rest[:cut].to(known.dtype).T), teacher_softcap)
-            loss, dz = diverge(torch.log_softmax(taught.div_(T), -1), torch.log_softmax(soft, -1),
-                               divergence, beta)
-        else:
-            ids, n = rest[part], rest.shape[1] + (rest.shape[1] < cut)  # all: no bucket of others
-            pooled = buckets(soft, ids)[:, :n]
-            loss, dp = diverge(known[part][:, :n], torch.log_softmax(pooled, -1), divergence, beta)
-            # what moves the bucket of the others moves each by its share of it
-            dz = soft.sub_(pooled[:, -1:]).exp_().mul_(dp[:, -1:])
-            dz.scatter_(-1, ids, dp[:, :rest.shape[1]])
-        loss, dz = loss * T ** 2, dz.mul_((1 - a) * T * some)   # d D / d logits, times T^2
-        if right is not None:
-            log_q = torch.log_softmax(z, -1)
-            ce = -log_q.gather(-1, right[part])[:, 0]
-            sums.add_(torch.stack((ce, loss)) @ some[:, 0])
-            loss = a * ce + (1 - a) * loss
-            # alpha (softmax(z) - onehot) more, in the one tensor that is as wide as the logits
-            more = log_q.exp_().mul_(a * some).scatter_add_(-1, right[part], -a * some)
-            more[:, :cut] += dz
-            dz = more
-        elif cut < V:
-            dz = F.pad(dz, (0, V - cut))
-        return loss * some[:, 0], dz.mul_(1 - (z / softcap) ** 2) if softcap else dz
-
-    total = ChunkedLoss.of(flat, weight, rule, "sum")
-    return total if targets is None else (total, *sums)
 
 # --------------------------------------------------------------------- mixture of experts
+
+
 @operation
 def moe(x: Tensor, chosen: Tensor, share: Tensor, gate: Tensor, up: Tensor, down: Tensor,
         activation: str = "silu") -> Tensor:
@@ -584,8 +503,9 @@ def moe(x: Tensor, chosen: Tensor, share: Tensor, gate: Tensor, up: Tensor, down
         y = y + weight * (hidden @ down[e].T)
     return y
 
+
 @moe.torch
-def _(x, chosen, share, gate, up, down, activation="silu"):
+def moe_torch(x, chosen, share, gate, up, down, activation="silu"):
     # tokens sorted by expert: each expert multiplies one contiguous run of rows
     k, flat = chosen.shape[1], chosen.reshape(-1)
     order, runs = flat.argsort(stable=True), torch.bincount(flat, minlength=len(gate)).tolist()
@@ -595,6 +515,78 @@ def _(x, chosen, share, gate, up, down, activation="silu"):
            for r, g, u, d in experts if len(r) or not len(x)]
     out = torch.cat(out) * share.reshape(-1)[order].unsqueeze(-1).to(x.dtype)
     return torch.zeros_like(x).index_add(0, order // k, out)
+
+
+# ----------------------------------------------------------------------------- optimizers
+
+
+@operation
+def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], m: Sequence[Tensor],
+          v: Sequence[Tensor], *, step: int, lr: float, beta1: float, beta2: float, eps: float,
+          weight_decay: float) -> None:
+    """One AdamW step in place (Loshchilov 2019). `step` counts from 1.
+
+    p <- p (1 - lr wd);  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
+    p <- p - lr m_hat / (sqrt(v_hat) + eps), hats dividing by 1 - b^step
+    """
+    for p, g, first, second in zip(params, grads, m, v):
+        p.mul_(1 - lr * weight_decay)
+        first.mul_(beta1).add_(g, alpha=1 - beta1)
+        second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        denominator = (second / (1 - beta2 ** step)).sqrt() + eps
+        p.sub_(lr / (1 - beta1 ** step) * first / denominator)
+
+
+# Coefficients of the quintic whose repetition pushes singular values towards 1 (Jordan 2024)
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def newton_schulz(g: Tensor, steps: int = 5) -> Tensor:
+    """Roughly the nearest orthogonal matrices: U V^T of g = U S V^T; g (..., rows, cols).
+
+    x <- a x + (b A + c A^2) x with A = x x^T, from x = g / |g|. Singular values end within
+    about 0.7 to 1.2, which is as good as 1 for a descent direction and far cheaper than an SVD.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = g.reshape(-1, *g.shape[-2:])
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]             # the smaller side makes the smaller A
+    x = x.mT.contiguous() if tall else x
+    for _ in range(steps):
+        A = torch.bmm(x, x.mT)
+        A = torch.baddbmm(A, A, A, beta=b, alpha=c)     # b A + c A A in one pass
+        x = torch.baddbmm(x, A, x, beta=a)
+    return (x.mT if tall else x).reshape(g.shape)
+
+
+@operation
+def muon(params: Sequence[Tensor], grads: Sequence[Tensor], momentum: Sequence[Tensor], *,
+         lr: float, beta: float, weight_decay: float, steps: int = 5) -> None:
+    """One Muon step in place on matrices (Jordan 2024): descend along orthogonalised momentum.
+
+    M <- b M + (1 - b) g;  u = newton_schulz(b M + (1 - b) g)          (Nesterov)
+    p <- p (1 - lr wd) - lr sqrt(max(1, rows / cols)) u
+    """
+    for p, g, M in zip(params, grads, momentum):
+        M.lerp_(g, 1 - beta)
+        u = newton_schulz(g.lerp(M, beta), steps)
+        p.mul_(1 - lr * weight_decay)
+        p.sub_(lr * math.sqrt(max(1.0, p.shape[0] / p.shape[1])) * u)
+
+
+@operation
+def clip_grad_norm(grads: Sequence[Tensor], max_norm: float, scale: Tensor | float = 1.0) -> Tensor:
+    """Multiply all gradients by scale, then by max_norm / norm where their norm exceeds it.
+
+    Returns the norm before clipping, a scalar tensor on the gradients' device; max_norm 0 never
+    clips. `scale` turns a sum over tokens into a mean without a pass of its own.
+    """
+    norm = torch.sqrt(sum((g.double() ** 2).sum() for g in grads)).float() * scale
+    limit = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else 1.0
+    for g in grads:
+        g.mul_(limit * scale)
+    return norm
+
 
 if __name__ == "__main__":
     refuse_to_run()

@@ -30,7 +30,7 @@ import kernels
 from layers.kv_cache import Cache
 from config import UserError, run
 from families import DEFAULT, PRESETS, SCRATCH
-from layers.basic import Embedding, Linear, Norm, linear_together
+from layers.basic import Embedding, Linear, Norm, glu_through, linear_together
 from layers.flops import count_flops
 
 
@@ -306,7 +306,7 @@ class MLP(Module):
             both = self.joined(x) if self.joined else linear_together(
                 x, self.gate_proj, self.up_proj)
             gate, up = both.split_with_sizes([self.width, self.width], -1)
-            return self.down_proj(kernels.glu(gate, up, self.config.activation))
+            return glu_through(self.down_proj, gate, up, self.config.activation)
         return self.down_proj(kernels.ACTIVATIONS[self.config.activation](self.up_proj(x)))
 
 

@@ -48,7 +48,7 @@ from training.faults import Stop, check_finite, together
 from training.log import Journal
 from training.loggers import find_loggers
 from training.machine import Machine, open_machine
-from training.optim import Optimizer, clip_grad_norm
+from training.optim import Optimizer
 from training.settings import (Data, Hardware, Logging, Optimization, Regularization, Schedule,
                                Shape, Source, is_pretrained, is_resumed)
 
@@ -236,7 +236,7 @@ def take_step(cfg: Config, model, batch: Batch, loss: Loss, machine: Machine,
     total, weight, asked, *values = machine.sum(total, weight, float(asked), *sums.values())
     # DDP averages over ranks; the gradient wanted is the sum over ranks / the tokens of all
     weight = max(1.0, weight)
-    norm = clip_grad_norm(optimizer.gradients(), cfg.grad_clip,
+    norm = kernels.clip_grad_norm(optimizer.gradients(), cfg.grad_clip,
                           machine.world / (weight * state.scale)).item()
     finite = math.isfinite(norm) and math.isfinite(total)
     if finite:

@@ -6,7 +6,7 @@
 A core multiplies far faster than it reads memory, and PyTorch's eager operators read and write
 every tensor between them. So each form here writes its result once, updates in place what is its
 own, and keeps blocks small enough for a core's cache. The gradients are derived on paper;
-tests/test_kernels.py holds them against float64 autograd and finite differences, and
+tests/backends holds them against float64 autograd and finite differences, and
 `python bench.py kernels` shows what each gains over PyTorch's operator.
 
 The last two functions are for serving: what a token repeats in every layer, prepared once.
@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from config import refuse_to_run
 import kernels
+from backends.chunked_loss import ChunkedLoss
+from config import refuse_to_run
+
 
 # ------------------------------------------------------------------------- normalisation
 
@@ -49,10 +51,10 @@ class RMSNormCPU(Function):
 
 
 @kernels.rms_norm.cpu
-def _(x, weight, eps=1e-6, offset=0.0):
+def rms_norm_cpu(x, weight, eps=1e-6, offset=0.0):
     weight = weight + offset if offset else weight
     if x.dtype == torch.float64:                    # the statistics above are float32
-        return kernels.rms_norm.forms["torch"](x, weight, eps)
+        return kernels.rms_norm.implementations["torch"](x, weight, eps)
     return RMSNormCPU.apply(x, weight, eps)
 
 
@@ -80,10 +82,11 @@ class LayerNormCPU(Function):
 
 
 @kernels.layer_norm.cpu
-def _(x, weight, bias=None, eps=1e-5):
+def layer_norm_cpu(x, weight, bias=None, eps=1e-5):
     if x.dtype == torch.float64:
-        return kernels.layer_norm.forms["torch"](x, weight, bias, eps)
+        return kernels.layer_norm.implementations["torch"](x, weight, bias, eps)
     return LayerNormCPU.apply(x, weight, bias, eps)
+
 
 # ----------------------------------------------------------------------- linear and its gate
 
@@ -93,11 +96,8 @@ class LinearCPU(Function):
     layers until the backward, half of the weights' memory; casting again costs a pass over W."""
     @staticmethod
     def forward(ctx, x, bias, *weights):
-        # after a gate x is made again from what the gate's own backward keeps anyway
-        source, version = getattr(x, "glu_of", (None, None))
-        source = source if source and x._version == version else (x,)
-        ctx.save_for_backward(*source, *weights)
-        ctx.biased, ctx.sources = bias is not None, len(source)
+        ctx.save_for_backward(x, *weights)
+        ctx.biased = bias is not None
         return torch.nn.functional.linear(x, LinearCPU.join(x, weights),
                                           None if bias is None else bias.to(x.dtype))
 
@@ -108,23 +108,21 @@ class LinearCPU(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        saved = ctx.saved_tensors                   # asked once: checkpointing remakes it each time
-        source, weights = saved[:ctx.sources], saved[ctx.sources:]
+        x, *weights = ctx.saved_tensors             # asked once: checkpointing remakes it each time
         dx = grad @ LinearCPU.join(grad, weights) if ctx.needs_input_grad[0] else None
         rows = grad.reshape(-1, grad.shape[-1])
         dw = [None] * len(weights)
         if any(ctx.needs_input_grad[2:]):
-            x = source[0] if len(source) == 1 else GluCPU.product(*source)
             whole = rows.T @ x.reshape(-1, x.shape[-1])
             dw = whole.split([len(w) for w in weights])
         return dx, rows.sum(0) if ctx.biased else None, *dw
 
 
-plain_linear = kernels.linear.forms["torch"]
+plain_linear = kernels.linear.implementations["torch"]
 
 
 @kernels.linear.cpu
-def _(x, weight, bias=None):
+def linear_cpu(x, weight, bias=None):
     if weight.dtype == torch.float32 and x.dtype == torch.bfloat16 and torch.is_grad_enabled():
         return LinearCPU.apply(x, bias, weight)
     return plain_linear(x, weight, bias)
@@ -143,7 +141,11 @@ class GluCPU(Function):
 
     @staticmethod
     def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
+        return GluCPU.differentiate(grad, *ctx.saved_tensors)
+
+    @staticmethod
+    def differentiate(grad, gate, up):
+        """Return the gradients of gate and up."""
         both = torch.empty(*gate.shape[:-1], 2 * gate.shape[-1], dtype=gate.dtype)
         dgate, dup = both.chunk(2, -1)
         torch.mul(grad, torch.nn.functional.silu(gate), out=dup)
@@ -152,13 +154,41 @@ class GluCPU(Function):
 
 
 @kernels.glu.cpu
-def _(gate, up, activation="silu"):
+def glu_cpu(gate, up, activation="silu"):
     if activation == "silu" and torch.is_grad_enabled() and gate.requires_grad:
-        y = GluCPU.apply(gate, up)
-        # for the linear that follows, unless y is changed in place before
-        y.glu_of = (gate, up), y._version
-        return y
+        return GluCPU.apply(gate, up)
     return kernels.glu.reference(gate, up, activation)
+
+
+class GluLinearCPU(Function):
+    """(silu(gate) * up) W^T + b, keeping gate and up alone: their product is made again, and the
+    master weight is cast again, as in LinearCPU."""
+    @staticmethod
+    def forward(ctx, gate, up, weight, bias):
+        ctx.save_for_backward(gate, up, weight)
+        ctx.biased = bias is not None
+        return torch.nn.functional.linear(GluCPU.product(gate, up), weight.to(gate.dtype),
+                                          None if bias is None else bias.to(gate.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        gate, up, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        dw = None
+        if ctx.needs_input_grad[2]:
+            x = GluCPU.product(gate, up)
+            dw = rows.T @ x.reshape(-1, x.shape[-1])
+        dgate, dup = GluCPU.differentiate(grad @ weight.to(grad.dtype), gate, up)
+        return dgate, dup, dw, rows.sum(0) if ctx.biased else None
+
+
+@kernels.glu_linear.cpu
+def glu_linear_cpu(gate, up, weight, bias=None, activation="silu"):
+    masters = weight.dtype == torch.float32 and gate.dtype == torch.bfloat16
+    if masters and activation == "silu" and torch.is_grad_enabled() and gate.requires_grad:
+        return GluLinearCPU.apply(gate, up, weight, bias)
+    return linear_cpu(glu_cpu(gate, up, activation), weight, bias)
+
 
 # ------------------------------------------------------------------------------- position
 
@@ -186,12 +216,13 @@ class RopeCPU(Function):
 
 
 @kernels.rope.cpu
-def _(x, cos, sin, interleaved=False):
+def rope_cpu(x, cos, sin, interleaved=False):
     return RopeCPU.apply(x, cos, sin, interleaved)
 
 
 # the reference draws eight decisions at a time: F.dropout's bernoulli costs ten times as much
 kernels.dropout.cpu(kernels.dropout.reference)
+
 
 # ------------------------------------------------------------------------------ attention
 
@@ -280,20 +311,22 @@ class AttentionCPU(Function):
 
 
 @kernels.attention.cpu
-def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
+def attention_cpu(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None,
+                  dropout_p=0.0):
     (B, H, T, D), S = q.shape, k.shape[2]
     plain = not window and not softcap and doc is None and not dropout_p
     # SDPA is as good for a few tokens over a cache, for short prompts, and in float32, whose
     # products cost so much that the rest matters less
     if positions is not None or T != S or T == 1 or plain and (
             q.dtype == torch.float32 or T <= 128 and not torch.is_grad_enabled()):
-        return kernels.attention.forms["torch"](
+        return kernels.attention.implementations["torch"](
             q, k, v, scale=scale, window=window, softcap=softcap, doc=doc, positions=positions,
             dropout_p=dropout_p)
     # v is a view of what q, k and v were computed in: kept as it is, it would keep all of that
     flat = [x.reshape(-1, T, D).contiguous() for x in (q, k, v)]
     scale = D ** -0.5 if scale is None else scale
     return AttentionCPU.apply(*flat, scale, window, softcap, doc, dropout_p).view(B, H, T, D)
+
 
 # -------------------------------------------------------------------------------- serving
 
@@ -331,16 +364,17 @@ def rope_at(cos: Tensor, sin: Tensor, dtype: torch.dtype, interleaved: bool = Fa
         return y if whole else torch.cat((y, x[..., 2 * half:]), -1)
     return turn
 
+
 # --------------------------------------------------------------------------------- the loss
 
 
 @kernels.linear_cross_entropy.cpu
-def _(x, weight, targets, *, reduction="sum", **options):
+def linear_cross_entropy_cpu(x, weight, targets, *, reduction="sum", **options):
     """Without softcap and the like the logits of a chunk are passed over once forth, to log p, and
     once back in place, to their gradient p - onehot(target)."""
     if torch.compiler.is_compiling() or any(
             options.get(name) for name in ("softcap", "z_loss", "label_smoothing")):
-        return kernels.linear_cross_entropy.forms["torch"](x, weight, targets,
+        return kernels.linear_cross_entropy.implementations["torch"](x, weight, targets,
                                                            reduction=reduction, **options)
     right = targets.reshape(-1)
     live = right != options.get("ignore_index", -100)
@@ -354,7 +388,7 @@ def _(x, weight, targets, *, reduction="sum", **options):
         dz = log_p.exp_().scatter_add_(-1, where, torch.full_like(log_p[:, :1], -1.0))
         return loss, dz if whole else dz.mul_(live[part].unsqueeze(-1))
 
-    loss = kernels.ChunkedLoss.of(x.reshape(-1, x.shape[-1]), weight, rule, reduction)
+    loss = ChunkedLoss.of(x.reshape(-1, x.shape[-1]), weight, rule, reduction)
     return loss if reduction == "sum" else loss.view(targets.shape)
 
 

@@ -30,6 +30,8 @@ MOST = 2 ** 31 - 1              # ints are passed as 32 bits
 
 
 @functools.lru_cache(maxsize=None)
+
+
 def compiled(name: str) -> Any:
     """The kernel of that name for the current GPU, compiled at its first use."""
     return torch.cuda._compile_kernel(SOURCE.read_text(), name)
@@ -138,20 +140,20 @@ class Softmax(Function):
 
 
 @kernels.gelu.cuda
-def _(x, approximate="none"):
+def gelu_cuda(x, approximate="none"):
     # GPT-2's tanh formula has no twin: the form that auto would take
-    return GELU.apply(x) if approximate == "none" else kernels.gelu.forms["torch"](x, approximate)
+    return GELU.apply(x) if approximate == "none" else kernels.gelu.implementations["torch"](x, approximate)
 
 
 @kernels.glu.cuda
-def _(gate, up, activation="silu"):
+def glu_cuda(gate, up, activation="silu"):
     if activation != "silu":
         return kernels.glu.reference(gate, up, activation)
     return SwiGLU.apply(gate, up)
 
 
 @kernels.rms_norm.cuda
-def _(x, weight, eps=1e-6, offset=0.0):
+def rms_norm_cuda(x, weight, eps=1e-6, offset=0.0):
     return RMSNorm.apply(x, weight, eps, offset)
 
 

@@ -32,7 +32,7 @@ from torch.autograd import Function
 from config import refuse_to_run
 import kernels
 from kernels import Unsupported
-from backends.triton_pointwise import check, expect
+from backends.triton_common import check, expect, one_type, rounding
 
 MOST_D = 256                                # head_dim: a tile of more does not fit in registers
 MOST_FEW, FEW_WIDE = 64, 16                 # rows of queries over a cache; the same in float32
@@ -41,6 +41,8 @@ LOG2E = math.log2(math.e)                   # exp(x) = exp2(x LOG2E)
 
 
 # -------------------------------------------------------------------------- pieces of a kernel
+
+
 @triton.jit
 def load_rows(ptr, start, stride, limit, ROWS: tl.constexpr, D: tl.constexpr,
               BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
@@ -54,7 +56,7 @@ def load_rows(ptr, start, stride, limit, ROWS: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
-def capped(s, scale, softcap, CAPPED: tl.constexpr):
+def scale_scores(s, scale, softcap, CAPPED: tl.constexpr):
     """(score, tanh) with score = softcap tanh(s scale / softcap); without a cap s, unscaled."""
     if CAPPED:
         # 2 sigmoid(2x) - 1 is tanh, runs in the interpreter too, and cannot overflow
@@ -140,6 +142,8 @@ def document_span(doc, first, last, S, BLOCK: tl.constexpr):
 
 
 # ----------------------------------------------------------------------------------- forward
+
+
 @triton.jit
 def attention_forward(q, k, v, o, L, doc, first, positions, seed,
                       q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, B, H, T, S, span,
@@ -183,7 +187,7 @@ def attention_forward(q, k, v, o, L, doc, first, positions, seed,
             j = start + tl.arange(0, BN)
             keys = load_rows(k, start, k_s, S, BN, D, BLOCK_D, part == 0)
             s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)      # (BM, BN)
-            s, _ = capped(s, scale, softcap, CAPPED)
+            s, _ = scale_scores(s, scale, softcap, CAPPED)
             if part == 0:
                 doc_j = j
                 if DOC:
@@ -232,6 +236,8 @@ def attention_join(parts, L, o, H, T, rows, splits, SPLITS: tl.constexpr, D: tl.
 
 
 # ---------------------------------------------------------------------------------- backward
+
+
 @triton.jit
 def attention_delta(o, do, delta, H, T, rows, BM: tl.constexpr, D: tl.constexpr,
                     BLOCK_D: tl.constexpr):
@@ -294,7 +300,7 @@ def attention_keys(q, k, v, do, L, delta, dk, dv, doc, first, last, positions, s
             upstream = load_rows(do + (b * T * H + h) * D, start, H * D, T, BM, D, BLOCK_D,
                                  part == 0)
             s = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)      # (BN, BM)
-            s, tanh = capped(s, scale, softcap, CAPPED)
+            s, tanh = scale_scores(s, scale, softcap, CAPPED)
             if part == 0:
                 i, doc_i, _ = standing(tl.minimum(t, T - 1), doc, first, positions, b, T, S,
                                        DOC, PLACED)
@@ -351,7 +357,7 @@ def attention_queries(q, k, v, do, L, delta, dq, doc, first, positions, seed,
             keys = load_rows(k, start, k_s, S, BN, D, BLOCK_D, part == 0)
             values = load_rows(v, start, v_s, S, BN, D, BLOCK_D, part == 0)
             s = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)      # (BM, BN)
-            s, tanh = capped(s, scale, softcap, CAPPED)
+            s, tanh = scale_scores(s, scale, softcap, CAPPED)
             if part == 0:
                 doc_j = j
                 if DOC:
@@ -373,6 +379,8 @@ def attention_queries(q, k, v, do, L, delta, dq, doc, first, positions, seed,
 
 
 # ---------------------------------------------------------------------------------- launching
+
+
 # (BM, BN, num_warps, num_stages) for head_dims up to 64, 128 and 256: the largest tiles of which
 # nothing spills on sm_80 and sm_90 and that fit in 99 KB of shared memory, which any GPU has.
 # Dropout's random numbers take registers from the tiles. float32 is multiplied without tensor
@@ -410,12 +418,6 @@ def last_dense(x: Tensor) -> Tensor:
 
 def strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
     return *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
-
-
-def rounding(x: Tensor) -> str:
-    """How tl.dot multiplies float32: exactly, unless the user lets tensor cores round."""
-    loose = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if loose else "ieee"
 
 
 def prepare(q, k, doc, positions, scale, window, softcap, dropout_p) -> tuple:
@@ -505,16 +507,9 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, doc, positions, scale, window, s
     return o.transpose(1, 2)
 
 
-def one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the type of the first; under autocast, in autocast's, as a matmul would be."""
-    dtype, device = tensors[0].dtype, tensors[0].device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) for x in tensors)
-
-
 @kernels.attention.triton
-def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, dropout_p=0.0):
+def attention_triton(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None,
+                     dropout_p=0.0):
     check(q, k, v, doc, positions)
     (B, H, T, D), (Hkv, S) = q.shape, k.shape[1:3]
     expect(k.shape == v.shape == (B, Hkv, S, D) and H % max(1, Hkv) == 0 and T <= S
@@ -541,6 +536,8 @@ def _(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None, d
 
 
 # ------------------------------------------------------------------------- what can be launched
+
+
 POINTERS = dict.fromkeys(("L", "delta", "parts"), "*fp32") | dict.fromkeys(
     ("doc", "positions", "seed"), "*i64") | dict.fromkeys(("first", "last"), "*i32")
 NUMBERS = ("scale", "unit", "softcap", "p_drop")
@@ -595,6 +592,7 @@ def shipped() -> Iterator[tuple]:
 
 
 SHIPPED = list(shipped())
+
 
 if __name__ == "__main__":
     refuse_to_run()

@@ -19,14 +19,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-from config import refuse_to_run
 import kernels
-from backends.triton_attention import one_type, rounding
-from backends.triton_pointwise import TYPES, check, expect, rows_of
+from backends.triton_common import check, expect, one_type, rounding, rows_of, ship
+from config import refuse_to_run
 
 GROUP = 8                               # tiles that a band of the grid is high: see swizzle
 
+
 # ------------------------------------------------------------------------- pieces of a matmul
+
+
 def even(x: Tensor, dims: int = 1) -> Tensor:
     """x with its last dimensions padded by zeros to multiples of 16, which real models' are.
 
@@ -36,10 +38,12 @@ def even(x: Tensor, dims: int = 1) -> Tensor:
     pads = [pad for n in x.shape[::-1][:dims] for pad in (0, -n % 16)]
     return torch.constant_pad_nd(x, pads) if any(pads) else x
 
+
 def even_rows(x: Tensor) -> Tensor:
     """x (..., C) as (rows, C), whose rows begin at multiples of 16 elements."""
     x = rows_of(x)
     return x if x.stride(0) % 16 == 0 else x.contiguous()
+
 
 def blocks(rows: int, wide: bool, accumulators: int = 1) -> dict[str, int]:
     """Tile sizes and launch options of a product with this many rows; wide: float32.
@@ -55,10 +59,12 @@ def blocks(rows: int, wide: bool, accumulators: int = 1) -> dict[str, int]:
         BN, BK, warps, stages = 128 // accumulators, 64, 8 if BM == 128 else 4, 3
     return dict(BM=BM, BN=BN, BK=BK, GROUP=GROUP, num_warps=warps, num_stages=stages)
 
+
 @triton.jit
 def sixteens(n):
     """n itself, a width or a stride; but now the compiler knows that it is a multiple of 16."""
     return n // 16 * 16
+
 
 @triton.jit
 def swizzle(pid, m_tiles, n_tiles, GROUP: tl.constexpr):
@@ -70,6 +76,7 @@ def swizzle(pid, m_tiles, n_tiles, GROUP: tl.constexpr):
     band, inside = pid // (GROUP * n_tiles), pid % (GROUP * n_tiles)
     height = tl.minimum(m_tiles - band * GROUP, GROUP)
     return band * GROUP + inside % height, inside // height
+
 
 @triton.jit
 def product(total, a, a_live, a_k, b, b_live, b_k, K, BK: tl.constexpr, PRECISION: tl.constexpr):
@@ -87,7 +94,10 @@ def product(total, a, a_live, a_k, b, b_live, b_k, K, BK: tl.constexpr, PRECISIO
         b += BK * b_k
     return total
 
+
 # ------------------------------------------------------------------------------------ linear
+
+
 @triton.jit
 def matmul_tile(a, b, bias, y, M, N, K, a_stride, b_stride, BIAS: tl.constexpr,
                 A_T: tl.constexpr, B_T: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -113,6 +123,7 @@ def matmul_tile(a, b, bias, y, M, N, K, a_stride, b_stride, BIAS: tl.constexpr,
         total += tl.load(bias + col, col < N, 0.0).to(tl.float32)
     tl.store(y + row * N + col, total.to(y.dtype.element_ty), (row < M) & (col < N))
 
+
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None = None,
            a_t: bool = False, b_t: bool = False) -> Tensor:
     """a (M, K) times b (K, N), plus bias (N,), in that type; a_t: a is given as (K, M)."""
@@ -123,6 +134,7 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None = None,
             a, b, bias, y, M, N, K, a.stride(0), b.stride(0), BIAS=bias is not None, A_T=a_t,
             B_T=b_t, PRECISION=rounding(a), **launch)
     return y
+
 
 class Linear(Function):
     """y = x W^T + b; x (M, K), W (N, K). Saves x and W: dx = dy W, dW = dy^T x, db = sum dy."""
@@ -140,8 +152,9 @@ class Linear(Function):
                 matmul(dy, x, weight.dtype, a_t=True),
                 dy.sum(0, dtype=torch.float32) if ctx.biased else None)
 
+
 @kernels.linear.triton
-def _(x, weight, bias=None):
+def linear_triton(x, weight, bias=None):
     check(x, weight, bias)
     expect(weight.ndim == 2 and weight.shape[1] == x.shape[-1] and
            (bias is None or bias.shape == weight.shape[:1]), "linear",
@@ -150,17 +163,9 @@ def _(x, weight, bias=None):
     y = Linear.apply(even_rows(even(x)), even(weight, 2), bias)
     return y[:, :len(weight)].view(*x.shape[:-1], len(weight))
 
+
 # ------------------------------------------------------------------------- what can be launched
-def ship(function, dtype: str, types: str, launch: dict, **constants) -> tuple:
-    """An entry of SHIPPED: (name, jit function, signature, constants, options). A letter for each
-    argument before the constants: one of TYPES, h for dtype, 0 for a tensor that is not there."""
-    options = {k: v for k, v in launch.items() if k.startswith("num")}
-    constants |= {k: v for k, v in launch.items() if k not in options}
-    title = " ".join([function.fn.__name__, dtype, *(f"{k}={v}" for k, v in constants.items())])
-    names, letters = dict(zip(function.arg_names, types)), dict(TYPES, h="*" + dtype)
-    signature = {name: letters.get(names.get(name), "constexpr") for name in function.arg_names}
-    constants |= {name: None for name, letter in names.items() if letter == "0"}
-    return title, function, signature, constants, options
+
 
 def choices() -> Iterator[tuple[str, int, dict, dict]]:
     """(type, rows, launch, launch with two accumulators) of every tile that `blocks` chooses."""
@@ -170,14 +175,16 @@ def choices() -> Iterator[tuple[str, int, dict, dict]]:
             one, two = ({"PRECISION": precision} | blocks(rows, wide, n) for n in (1, 2))
             yield dtype, rows, one, two
 
-def shipped() -> Iterator[tuple]:
+
+def list_shipped() -> Iterator[tuple]:
     """y = x W^T + b, dx = dy W, dW = dy^T x; gradients of weights are float32, as masters are."""
     for dtype, _, launch, _ in choices():
-        yield ship(matmul_tile, dtype, "hhhhiiiii", launch, BIAS=True, A_T=False, B_T=True)
-        yield ship(matmul_tile, dtype, "hh0hiiiii", launch, BIAS=False, A_T=False, B_T=False)
-        yield ship(matmul_tile, dtype, "hh0fiiiii", launch, BIAS=False, A_T=True, B_T=False)
+        yield ship(matmul_tile, "hhhhiiiii", launch, dtype, BIAS=True, A_T=False, B_T=True)
+        yield ship(matmul_tile, "hh0hiiiii", launch, dtype, BIAS=False, A_T=False, B_T=False)
+        yield ship(matmul_tile, "hh0fiiiii", launch, dtype, BIAS=False, A_T=True, B_T=False)
 
-SHIPPED = list(shipped())
+SHIPPED = list(list_shipped())
+
 
 if __name__ == "__main__":
     refuse_to_run()

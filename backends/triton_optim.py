@@ -17,107 +17,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
 
-from config import refuse_to_run
 import kernels
-from training import optim
-from backends.triton_pointwise import LOOP_SIZES, check, expect, online, rows_of, ship, tile, window
+from backends.triton_common import check, expect, ship
+from config import refuse_to_run
 
-# --------------------------------------------------------------------------- cross entropy
-@triton.jit
-def capped(z, softcap, CAP: tl.constexpr):
-    """softcap tanh(z / softcap), by tanh u = 2 sigmoid(2u) - 1."""
-    z = z.to(tl.float32)
-    return softcap * (2 * tl.sigmoid(2 * z / softcap) - 1) if CAP else z
-
-@triton.jit
-def cross_entropy_forward(logits, targets, loss, lse, N, V, stride, ignore, softcap, z_loss,
-                          smooth, CAP: tl.constexpr, SMOOTH: tl.constexpr, R: tl.constexpr,
-                          BLOCK: tl.constexpr):
-    # a program reads its rows once, a block at a time: max, sum of exp and sum of z as they go
-    row, lane, _ = window(N, BLOCK, 1, R, BLOCK)
-    top = tl.full((R, 1), float("-inf"), tl.float32)
-    total = tl.zeros((R, 1), tl.float32)
-    plain = tl.zeros((R, 1), tl.float32)                  # sum of z, for the smoothing
-    for start in range(0, V, BLOCK):
-        mask = (row < N) & (start + lane < V)
-        z = tl.load(logits + row * stride + start + lane, mask, float("-inf"))
-        z = tl.where(mask, capped(z, softcap, CAP), float("-inf"))      # tanh(-inf) is -1
-        top, total = online(top, total, z)
-        if SMOOTH:
-            plain += tl.sum(tl.where(mask, z, 0.0), 1)[:, None]
-    norm = top + tl.log(total)
-    target = tl.load(targets + row, row < N, ignore)
-    # a target that is neither ignored nor in the vocabulary makes the loss NaN, not a wild read
-    inside = (target >= 0) & (target < V)
-    right = capped(tl.load(logits + row * stride + target, (row < N) & inside, float("nan")),
-                   softcap, CAP)
-    value = norm - (1 - smooth) * right + z_loss * norm * norm
-    if SMOOTH:
-        value -= smooth * plain / V
-    tl.store(loss + row, tl.where(target != ignore, value, 0.0), row < N)
-    tl.store(lse + row, norm, row < N)
-
-@triton.jit
-def cross_entropy_backward(dloss, logits, targets, lse, dlogits, N, V, blocks, dloss_stride,
-                           stride, ignore, softcap, z_loss, smooth, CAP: tl.constexpr,
-                           R: tl.constexpr, BLOCK: tl.constexpr):
-    # with lse known each block of a row is on its own, so the grid covers rows and blocks
-    row, col, mask = window(N, V, blocks, R, BLOCK)
-    target = tl.load(targets + row, row < N, ignore)
-    live = (row < N) & (target != ignore)                 # an ignored row is written, not read
-    z = capped(tl.load(logits + row * stride + col, mask & live, 0.0), softcap, CAP)
-    norm = tl.load(lse + row, live, 0.0)
-    dz = tl.exp(z - norm) * (1 + 2 * z_loss * norm) - smooth / V
-    dz -= tl.where(col == target, 1 - smooth, 0.0)
-    if CAP:
-        dz *= 1 - (z / softcap) * (z / softcap)           # the slope of softcap tanh(x / softcap)
-    out = tl.where(live, dz * tl.load(dloss + row * dloss_stride, live, 0.0), 0.0)
-    tl.store(dlogits + row * V + col, out.to(dlogits.dtype.element_ty), mask)
-
-class CrossEntropy(Function):
-    """Loss of each row of logits (N, V) against targets (N,), float32; the formula and its options
-    are kernels.row_losses'. One pass over the logits each way.
-
-    Saves the logits and lse (N,); p is recomputed, so the caller's logits are never overwritten:
-        d loss / d z = p (1 + 2 z_loss lse) - (1 - e) onehot(target) - e / V
-    """
-    @staticmethod
-    def forward(ctx, logits, targets, ignore, softcap, z_loss, smooth):
-        (N, V), (R, block, warps) = logits.shape, tile(logits.shape[1], LOOP_SIZES)
-        loss = torch.empty(N, dtype=torch.float32, device=logits.device)
-        lse = torch.empty_like(loss)
-        ctx.rest = (ignore, softcap, z_loss, smooth)
-        cross_entropy_forward[(triton.cdiv(N, R),)](
-            logits, targets, loss, lse, N, V, logits.stride(0), *ctx.rest, CAP=softcap != 0,
-            SMOOTH=smooth != 0, R=R, BLOCK=block, num_warps=warps)
-        ctx.save_for_backward(logits, targets, lse)
-        return loss
-
-    @staticmethod
-    def backward(ctx, dloss):
-        logits, targets, lse = ctx.saved_tensors
-        (N, V), (R, block, warps) = logits.shape, tile(logits.shape[1], LOOP_SIZES)
-        dlogits = torch.empty(N, V, dtype=logits.dtype, device=logits.device)
-        blocks = triton.cdiv(V, block)
-        # the gradient of a sum is one number with a stride of 0: no (N,) copy of it is made
-        cross_entropy_backward[(triton.cdiv(N, R) * blocks,)](
-            dloss, logits, targets, lse, dlogits, N, V, blocks, dloss.stride(0),
-            logits.stride(0), *ctx.rest, CAP=ctx.rest[1] != 0, R=R, BLOCK=block, num_warps=warps)
-        return dlogits, None, None, None, None, None
-
-@kernels.cross_entropy.triton
-def _(logits, targets, *, ignore_index=-100, softcap=0.0, z_loss=0.0, label_smoothing=0.0,
-      reduction="sum"):
-    check(logits, targets)
-    expect(targets.shape == logits.shape[:-1], "cross_entropy", "logits (..., V), targets (...)")
-    loss = CrossEntropy.apply(rows_of(logits), targets.reshape(-1).contiguous(), ignore_index,
-                              softcap, z_loss, label_smoothing)
-    return loss.sum() if reduction == "sum" else loss.view(targets.shape)
 
 # ------------------------------------------------------------------- one launch, many tensors
+
+
 TENSORS, CHUNK = 256, 4096               # tensors a launch, elements a program
+
 
 @triton.jit
 def my_part(table, count, TENSORS: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
@@ -136,6 +46,7 @@ def my_part(table, count, TENSORS: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: t
     part = (pid - begin) * CHUNK + tl.arange(0, CHUNK)
     return which, part, part < size
 
+
 @triton.jit
 def address(table, count, row: tl.constexpr, which, like, ALIGNED: tl.constexpr):
     """The pointer in row `row` of the table's addresses, of the type of `like`.
@@ -145,6 +56,7 @@ def address(table, count, row: tl.constexpr, which, like, ALIGNED: tl.constexpr)
     """
     pointer = tl.load(table + (2 + row) * count + which).to(like.dtype)
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+
 
 def launches(*lists: Sequence[Tensor]) -> Iterator[tuple]:
     """(programs, table, count, first tensor of each list, constants) of as few launches as types
@@ -167,6 +79,7 @@ def launches(*lists: Sequence[Tensor]) -> Iterator[tuple]:
             yield ends[-1], table, len(group), group[0], dict(
                 TENSORS=TENSORS, CHUNK=CHUNK, ALIGNED=aligned, num_warps=8)
 
+
 def dense(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
     """The same lists with copies in the place of what is not contiguous."""
     check(*{(t.dtype, t.device): t for tensors in lists for t in tensors}.values())
@@ -175,16 +88,21 @@ def dense(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
            "an optimizer step", "lists of the same length, and of the same shapes in each place")
     return [[t.contiguous() for t in tensors] for tensors in lists]
 
+
 def write_back(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
     for t, copy in zip(tensors, copies):
         if copy is not t:
             t.copy_(copy)
 
+
 def sharded(tensors: Sequence[Tensor]) -> bool:
     """True for FSDP's DTensors: PyTorch's own operators know what to do across ranks."""
     return any(hasattr(t, "to_local") for t in tensors)
 
+
 # -------------------------------------------------------------------------------- optimizer
+
+
 @triton.jit
 def adamw_step(table, count, p_like, g_like, m_like, v_like, decay, rate, fresh1, fresh2, eps,
                correction, TENSORS: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
@@ -207,10 +125,11 @@ def adamw_step(table, count, p_like, g_like, m_like, v_like, decay, rate, fresh1
     tl.store(m_at, m.to(m_like.dtype.element_ty), mask)
     tl.store(v_at, v.to(v_like.dtype.element_ty), mask)
 
-@optim.adamw.triton
-def _(params, grads, m, v, *, step, lr, beta1, beta2, eps, weight_decay):
+
+@kernels.adamw.triton
+def adamw_triton(params, grads, m, v, *, step, lr, beta1, beta2, eps, weight_decay):
     if sharded(params):
-        return optim.adamw.forms["torch"](params, grads, m, v, step=step, lr=lr, beta1=beta1,
+        return kernels.adamw.implementations["torch"](params, grads, m, v, step=step, lr=lr, beta1=beta1,
                                           beta2=beta2, eps=eps, weight_decay=weight_decay)
     p2, g2, m2, v2 = dense(params, grads, m, v)
     for programs, table, count, like, constants in launches(p2, g2, m2, v2):
@@ -219,6 +138,7 @@ def _(params, grads, m, v, *, step, lr, beta1, beta2, eps, weight_decay):
             1 - beta2, eps, 1 / (1 - beta2 ** step), **constants)
     for tensors, copies in zip((params, m, v), (p2, m2, v2)):
         write_back(tensors, copies)
+
 
 @triton.jit
 def muon_momentum(table, count, m_like, g_like, u_like, beta, fresh, TENSORS: tl.constexpr,
@@ -234,6 +154,7 @@ def muon_momentum(table, count, m_like, g_like, u_like, beta, fresh, TENSORS: tl
     tl.store(m_at, m.to(m_like.dtype.element_ty), mask)
     tl.store(u_at, (g + (m - g) * beta).to(u_like.dtype.element_ty), mask)
 
+
 @triton.jit
 def muon_descend(table, count, p_like, u_like, decay, rate, TENSORS: tl.constexpr,
                  CHUNK: tl.constexpr, ALIGNED: tl.constexpr):
@@ -245,10 +166,11 @@ def muon_descend(table, count, p_like, u_like, decay, rate, TENSORS: tl.constexp
     u = tl.load(u_at, mask, 0.0).to(tl.float32)
     tl.store(p_at, (p * decay - rate * u).to(p_like.dtype.element_ty), mask)
 
-@optim.muon.triton
-def _(params, grads, momentum, *, lr, beta, weight_decay, steps=5):
+
+@kernels.muon.triton
+def muon_triton(params, grads, momentum, *, lr, beta, weight_decay, steps=5):
     if sharded(params):
-        return optim.muon.forms["torch"](params, grads, momentum, lr=lr, beta=beta,
+        return kernels.muon.implementations["torch"](params, grads, momentum, lr=lr, beta=beta,
                                          weight_decay=weight_decay, steps=steps)
     p2, g2, m2 = dense(params, grads, momentum)
     shapes: dict[tuple, list[int]] = {}
@@ -263,7 +185,7 @@ def _(params, grads, momentum, *, lr, beta, weight_decay, steps=5):
     for programs, table, count, like, constants in launches(*lists):
         muon_momentum[(programs,)](table, count, *like, beta, 1 - beta, **constants)
     for (rows, cols), members in shapes.items():
-        directions = optim.newton_schulz(stacks[rows, cols], steps).contiguous().unbind()
+        directions = kernels.newton_schulz(stacks[rows, cols], steps).contiguous().unbind()
         rate = lr * max(1.0, rows / cols) ** 0.5
         for programs, table, count, like, constants in launches([p2[i] for i in members],
                                                                 directions):
@@ -271,6 +193,7 @@ def _(params, grads, momentum, *, lr, beta, weight_decay, steps=5):
                                       **constants)
     write_back(params, p2)
     write_back(momentum, m2)
+
 
 @triton.jit
 def sum_squares(table, count, g_like, partial, TENSORS: tl.constexpr, CHUNK: tl.constexpr,
@@ -280,6 +203,7 @@ def sum_squares(table, count, g_like, partial, TENSORS: tl.constexpr, CHUNK: tl.
     g = tl.load(address(table, count, 0, which, g_like, ALIGNED) + part, mask, 0.0)
     g = g.to(tl.float32)
     tl.store(partial + tl.program_id(0), tl.sum(g * g, 0))
+
 
 @triton.jit
 def multiply(table, count, g_like, factor, TENSORS: tl.constexpr, CHUNK: tl.constexpr,
@@ -291,11 +215,12 @@ def multiply(table, count, g_like, factor, TENSORS: tl.constexpr, CHUNK: tl.cons
         g = tl.load(g_at, mask, 0.0).to(tl.float32)
         tl.store(g_at, (g * by).to(g_like.dtype.element_ty), mask)
 
-@optim.clip_grad_norm.triton
-def _(grads, max_norm, scale=1.0):
+
+@kernels.clip_grad_norm.triton
+def clip_grad_norm_triton(grads, max_norm, scale=1.0):
     grads = list(grads)
     if sharded(grads):
-        return optim.clip_grad_norm.forms["torch"](grads, max_norm, scale)
+        return kernels.clip_grad_norm.implementations["torch"](grads, max_norm, scale)
     copies, = dense(grads)
     parts, sums = list(launches(copies)), [torch.zeros(1, device=grads[0].device)]
     for programs, table, count, like, constants in parts:
@@ -311,25 +236,22 @@ def _(grads, max_norm, scale=1.0):
     write_back(grads, copies)
     return norm
 
+
 # ------------------------------------------------------------------------- what can be launched
-def shipped() -> Iterator[tuple]:
-    """Yield every configuration that the operations above can launch, as triton_pointwise.ship."""
-    for width in LOOP_SIZES:
-        R, block, warps = tile(width, LOOP_SIZES)
-        for cap in (False, True):
-            flags = dict(CAP=cap, R=R, BLOCK=block)
-            yield ship(cross_entropy_backward, "fblfbiiiiiixxx", warps, **flags)
-            for smooth in (False, True):
-                flags = dict(CAP=cap, SMOOTH=smooth, R=R, BLOCK=block)
-                yield ship(cross_entropy_forward, "blffiiiixxx", warps, **flags)
+
+
+def list_shipped() -> Iterator[tuple]:
+    """Yield every configuration of the optimizer steps that can be launched."""
     for aligned in (False, True):
         flags = dict(TENSORS=TENSORS, CHUNK=CHUNK, ALIGNED=aligned)
         for function, types in ((adamw_step, "liffffxxxxxx"), (muon_momentum, "liffbxx"),
                                 (muon_descend, "lifbxx"), (sum_squares, "liff"),
                                 (multiply, "liff")):
-            yield ship(function, types, 8, **flags)
+            yield ship(function, types, dict(num_warps=8), **flags)
 
-SHIPPED = list(shipped())
+
+SHIPPED = list(list_shipped())
+
 
 if __name__ == "__main__":
     refuse_to_run()

@@ -133,13 +133,13 @@ def list_contenders(name: str, device: str) -> dict[str, tuple[str, Callable]]:
     """Return the ways to compute an operation here: title -> (backend for its calls, function)."""
     operation = getattr(kernels, name)
     out = {"reference": ("reference", operation.reference)}
-    if "torch" in operation.forms:
-        out["PyTorch's"] = ("torch", operation.forms["torch"])
+    if "torch" in operation.implementations:
+        out["PyTorch's"] = ("torch", operation.implementations["torch"])
     out["compiled"] = ("reference", torch.compile(operation.reference))
     if device == "cuda":
         for form in ("triton", "cuda"):
-            if kernels.ready(form) and form in operation.forms:
-                out[form] = (form, operation.forms[form])
+            if kernels.ready(form) and form in operation.implementations:
+                out[form] = (form, operation.implementations[form])
         if name in list_liger():
             out["Liger's"] = ("auto", list_liger()[name])
     return out | {"auto": ("auto", operation)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 import kernels
-from backends import cpu
+from backends import chunked_loss, cpu, foreach      # noqa: F401  before a compiler traces
 from config import refuse_to_run
 
 
@@ -46,6 +46,13 @@ class Norm(Module):
         if self.kind == "rmsnorm":
             return kernels.rms_norm(x, self.weight, self.eps, self.offset)
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+def glu_through(layer: Linear, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Return layer(act(gate) * up): in one operation where the layer is a plain Linear."""
+    if type(layer) is Linear:
+        return kernels.glu_linear(gate, up, layer.weight, layer.bias, activation)
+    return layer(kernels.glu(gate, up, activation))         # one with adapters, or packed
 
 
 def linear_together(x: Tensor, *layers: Linear) -> Tensor:

@@ -6,7 +6,6 @@ uniform: what is tested here does not depend on what they know.
 import ast
 import importlib.util
 import json
-import math
 import os
 import re
 import signal
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 import checkpoint
 import distill
 import kernels
+from backends.chunked_loss import ChunkedLoss
 import sft
 import tokenizer as tokenizers
 import train
@@ -147,7 +147,7 @@ def problem(V=14, Vt=14, N=9):
 @pytest.mark.parametrize("V, Vt", [(14, 14), (14, 20), (14, 11)])
 def test_loss_and_gradients_are_those_of_whole_logits(form, kind, V, Vt, monkeypatch):
     """Float64 autograd on logits that exist whole, cut to the smaller vocabulary; in chunks."""
-    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", 4 * V)
+    monkeypatch.setattr(ChunkedLoss, "LOGITS", 4 * V)
     x, w, tx, tw, y, live = problem(V, Vt)
     kernels.use(form)
     for some, caps, targets in ((None, (0, 0), None), (live, (2.0, 3.0), y), (live, (0, 0), y)):
@@ -171,41 +171,11 @@ def test_loss_and_gradients_are_those_of_whole_logits(form, kind, V, Vt, monkeyp
             assert (a - b).norm() < 1e-10 * b.norm()
 
 
-@pytest.mark.parametrize("form", ["reference", "torch"])
-@pytest.mark.parametrize("kind", kernels.DIVERGENCES)
-@pytest.mark.parametrize("k, cut", [(1, 0), (5, 11), (13, 0), (14, 0), (11, 11)])
-def test_of_a_kept_teacher_all_other_tokens_are_one(form, kind, k, cut):
-    """k tokens and a bucket: the divergence of those k + 1 events; with k = V the exact one."""
-    x, w, tx, tw, y, _ = problem()
-    kernels.use(form)
-    V = cut or 14
-    log_p = torch.log_softmax((tx @ tw[:V].T) / 1.7, -1)
-    top, ids = log_p.topk(k)
-    rest = torch.logsumexp(log_p.scatter(-1, ids, -math.inf), -1, keepdim=True)
-    got, _, _ = kernels.linear_kl(x, w, torch.cat((top, rest), -1), ids, temperature=1.7,
-                                  divergence=kind, beta=0.3, cut=cut, targets=y, alpha=0.4)
-    z = x @ w.T
-    events = torch.zeros(9, V, k + (k < V), dtype=f64)       # token -> its event, by rows
-    events[:, :, -1] = 1.0
-    for n in range(9):
-        events[n, ids[n]] = torch.eye(k, k + (k < V), dtype=f64)
-    p, q = (torch.einsum("nv,nve->ne", torch.softmax(logits / 1.7, -1), events).log() * 1.7
-            for logits in (tx @ tw[:V].T, z[:, :V]))
-    want = 0.4 * F.cross_entropy(z, y, reduction="sum") + 0.6 * divergence(
-        q, p, kind, 0.3, 1.7).sum()
-    if k == V:
-        exact = divergence(z[:, :V], tx @ tw[:V].T, kind, 0.3, 1.7)
-        assert abs(divergence(q, p, kind, 0.3, 1.7) - exact).max() < 1e-10
-    assert abs(got - want) < 1e-10
-    for a, b in zip(torch.autograd.grad(got, (x, w)), torch.autograd.grad(want, (x, w))):
-        assert (a - b).norm() < 1e-10 * b.norm()
-
-
 def test_neither_model_s_logits_exist_whole(monkeypatch):
     """The largest tensor is a chunk of logits, though CE and every divergence are made of them."""
     from test_kernels import Largest
     N, V, C, rows = 256, 300, 16, 16
-    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", rows * V)
+    monkeypatch.setattr(ChunkedLoss, "LOGITS", rows * V)
     x, w = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
     tx, tw, y = torch.randn(N, 8), torch.randn(V + 2, 8), torch.randint(V, (N,))
     kernels.use("torch")

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from backends.chunked_loss import ChunkedLoss
 from config import UserError
 
 FORMS = ("reference", "torch")
@@ -201,9 +202,9 @@ def test_every_operation_of_the_design_is_there_in_both_forms():
         op = kernels.OPERATIONS[name]
         assert op is getattr(kernels, name) and op.__doc__
         # PyTorch has no operator for these two
-        assert "torch" in op.forms or name in ("glu", "rope"), name
+        assert "torch" in op.implementations or name in ("glu", "rope"), name
     kernels.softmax(torch.zeros(1))                     # a first tensor on a CPU reads the forms
-    by_hand = {name for name in wanted if "cpu" in kernels.OPERATIONS[name].forms}
+    by_hand = {name for name in wanted if "cpu" in kernels.OPERATIONS[name].implementations}
     assert by_hand == {"rms_norm", "layer_norm", "rope", "dropout", "attention", "linear", "glu",
                        "linear_cross_entropy"}
 
@@ -694,7 +695,7 @@ def test_cross_entropy_forms_agree(kw, reduction, shape):
 @pytest.mark.parametrize("shape, chunk", [((5, 12), 4), ((2, 33), 100), ((1,), 4), ((0,), 4)])
 def test_linear_cross_entropy_forms_agree(kw, reduction, shape, chunk, monkeypatch):
     V, C = 123, 24
-    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", chunk * V)      # rows of a chunk
+    monkeypatch.setattr(ChunkedLoss, "LOGITS", chunk * V)      # rows of a chunk
     y = targets_for(shape, V, kw.get("ignore_index", -100))
     weight = torch.randn(V, C, dtype=f64) / math.sqrt(C)
     check_forms(lambda x, w: kernels.linear_cross_entropy(x, w, y, reduction=reduction, **kw),
@@ -703,7 +704,7 @@ def test_linear_cross_entropy_forms_agree(kw, reduction, shape, chunk, monkeypat
 
 def test_losses_of_strided_inputs(monkeypatch):
     """A stage scores a slice of the hidden states, h[:, :-1]: its rows are not one run."""
-    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", 4 * 33)
+    monkeypatch.setattr(ChunkedLoss, "LOGITS", 4 * 33)
     y, x, w = targets_for((3, 5), 33), strided(3, 5, 8), strided(33, 8)
     check_forms(lambda x, w: kernels.linear_cross_entropy(x, w, y), x, w)
     check_forms(lambda z: kernels.cross_entropy(z, y.T.contiguous().T), strided(3, 5, 33))
@@ -776,10 +777,10 @@ def test_the_chunk_size_does_not_change_the_result(name, monkeypatch):
     call, tensors = loss_calls(N, V, C)[name], [torch.randn(N, C), torch.randn(V, C)]
     whole = forward_backward("torch", call, tensors)
     for rows in (1, 5, 36, 37, 38):
-        monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", rows * V)
+        monkeypatch.setattr(ChunkedLoss, "LOGITS", rows * V)
         for a, b in zip(forward_backward("torch", call, tensors), whole):
             assert distance(a, b) < 1e-6
-    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", V - 1)   # not even a row: one at a time
+    monkeypatch.setattr(ChunkedLoss, "LOGITS", V - 1)   # not even a row: one at a time
     assert distance(forward_backward("torch", call, tensors)[0], whole[0]) < 1e-6
 
 
@@ -799,7 +800,7 @@ class Largest(TorchDispatchMode):
 def test_the_logits_never_exist_whole(name, monkeypatch):
     """Memory is what the fused loss is for: nothing of N x V elements, forward or backward."""
     N, V, C, rows = 256, 300, 16, 16
-    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", rows * V)
+    monkeypatch.setattr(ChunkedLoss, "LOGITS", rows * V)
     call, tensors = loss_calls(N, V, C)[name], [torch.randn(N, C), torch.randn(V, C)]
     with Largest() as mode:
         forward_backward("torch", call, tensors)
@@ -841,7 +842,7 @@ def test_linear_kl_reference_is_pytorchs_kl_div(temperature):
 @pytest.mark.parametrize("shape", [(5, 12), (1,), (0,)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_linear_kl_forms_agree(shape, masked, monkeypatch):
-    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", 7 * 123)
+    monkeypatch.setattr(ChunkedLoss, "LOGITS", 7 * 123)
     live = torch.rand(shape) < 0.6 if masked else None
     known = torch.randn(*shape, 16), torch.randn(130, 16) / 4
 
@@ -1043,7 +1044,7 @@ def test_a_gate_by_hand_is_the_formulas():
 def test_the_loss_by_hand_is_the_formulas(monkeypatch, reduction, ignored):
     """One pass forth and one back in place, over several chunks: loss and gradients of the formula
     on whole logits, also where some or all targets do not count, and with a frozen matrix."""
-    monkeypatch.setattr(kernels.ChunkedLoss, "LOGITS", 4 * 37)
+    monkeypatch.setattr(ChunkedLoss, "LOGITS", 4 * 37)
     x, w, y = torch.randn(11, 8), torch.randn(37, 8), torch.randint(37, (11,))
     y[:ignored] = -100
     value, grads = gradients(lambda x, w: kernels.linear_cross_entropy(x, w, y,

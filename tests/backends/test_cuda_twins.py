@@ -128,7 +128,7 @@ def test_a_twin_is_its_formula_in_float64(twins, name, shape, dtype, gate):
     expected = operation.reference(*exact, **options)
     expected.backward(upstream.double())
     given = [x.to(DEVICE).requires_grad_() for x in inputs]
-    y = operation.forms["cuda"](*given, **options)
+    y = operation.implementations["cuda"](*given, **options)
     y.backward(upstream.to(DEVICE))
     assert y.dtype == dtype and distance(y, expected.detach()) < gate
     for x, e in zip(given, exact):
@@ -141,40 +141,40 @@ def test_a_twin_is_its_formula_in_float64(twins, name, shape, dtype, gate):
 
 def test_strided_inputs_and_an_empty_batch(twins):
     x = torch.randn(6, 40, device=DEVICE).T[::2]                    # (20, 6), not contiguous
-    assert distance(kernels.softmax.forms["cuda"](x), torch.softmax(x.double().cpu(), -1)) < 1e-6
+    assert distance(kernels.softmax.implementations["cuda"](x), torch.softmax(x.double().cpu(), -1)) < 1e-6
     for name, (operation, count, options) in OPERATIONS.items():
         empty = [torch.zeros(0, 8, device=DEVICE, requires_grad=True) for _ in range(count)]
         weight = [torch.ones(8, device=DEVICE, requires_grad=True)] if "norm" in name else []
-        y = operation.forms["cuda"](*empty, *weight, **options)
+        y = operation.implementations["cuda"](*empty, *weight, **options)
         y.sum().backward()
         assert y.shape == (0, 8) and all(w.grad.abs().max() == 0 for w in weight)
 
 
 def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(twins):
     values = torch.tensor([1.00390625, 1.01171875, 3.3e38, float("inf"), 0.0, -1.00390625])
-    got = kernels.glu.forms["cuda"](torch.full((6,), 30.0, device=DEVICE).bfloat16(),
+    got = kernels.glu.implementations["cuda"](torch.full((6,), 30.0, device=DEVICE).bfloat16(),
                                     (values / 30).bfloat16().to(DEVICE))
     exact = 30 * (values / 30).bfloat16().double()
     assert torch.equal(got.cpu()[:2], exact[:2].bfloat16()) and got[3].isinf() and got[4] == 0
     nan = torch.tensor([float("nan")], device=DEVICE).bfloat16()
-    assert kernels.gelu.forms["cuda"](nan).isnan().all()
+    assert kernels.gelu.implementations["cuda"](nan).isnan().all()
 
 
 def test_what_has_no_twin_takes_another_form(twins):
     x = torch.randn(3, 8, device=DEVICE)
     for activation in ("gelu", "relu2"):
         close = kernels.glu.reference(x, x, activation)
-        torch.testing.assert_close(kernels.glu.forms["cuda"](x, x, activation), close)
-    torch.testing.assert_close(kernels.gelu.forms["cuda"](x, approximate="tanh"),
+        torch.testing.assert_close(kernels.glu.implementations["cuda"](x, x, activation), close)
+    torch.testing.assert_close(kernels.gelu.implementations["cuda"](x, approximate="tanh"),
                                kernels.gelu.reference(x, approximate="tanh"))
 
 
 def test_a_type_or_a_device_without_a_kernel_is_one_sentence(twins, monkeypatch):
     with pytest.raises(UserError, match="float32 and bfloat16, not torch.float64"):
-        kernels.softmax.forms["cuda"](torch.randn(2, 3, device=DEVICE).double())
+        kernels.softmax.implementations["cuda"](torch.randn(2, 3, device=DEVICE).double())
     monkeypatch.undo()
     with pytest.raises(UserError, match="needs a GPU"):
-        kernels.softmax.forms["cuda"](torch.randn(2, 3))
+        kernels.softmax.implementations["cuda"](torch.randn(2, 3))
 
 
 def nvrtc():

@@ -31,7 +31,7 @@ from test_kernels import GATES, distance, documents, f64, fresh, strided
 bf16_interpreter.install()
 # lanes outside a tile compute -inf - -inf and the like before they are masked away
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-attend = kernels.attention.forms["triton"]
+attend = kernels.attention.implementations["triton"]
 fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
 ALL = (fp32, fp16, bf16)
 

@@ -28,8 +28,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MODULES = [name for name in ("triton_pointwise", "triton_optim", "triton_attention", "triton_loss")
-           if (ROOT / "backends" / f"{name}.py").exists()]
+MODULES = sorted(p.stem for p in (ROOT / "backends").glob("triton_*.py")
+                 if p.stem != "triton_common")
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 NVIDIA = ("sm_80", "sm_90")
 SHARED = 99 * 1024              # bytes a block may have on sm_86 and sm_89, the least since sm_80

@@ -1,4 +1,4 @@
-"""triton_pointwise.py and triton_optim.py in Triton's interpreter, against float64 autograd.
+"""triton_norm.py, triton_pointwise.py and triton_optim.py in Triton's interpreter, against float64 autograd.
 
 The gate is that of test_kernels.py: relative L2 of the output and of every gradient against the
 reference form in float64, at most 1e-5 in float32, 1e-3 in float16, 1e-2 in bfloat16. What the
@@ -22,17 +22,17 @@ import torch.nn.functional as F
 
 import bf16_interpreter
 import kernels
-from training import optim
-from backends import triton_pointwise
-from backends import triton_optim
+from backends import triton_common, triton_optim
 from config import UserError
 from conftest import ROOT
 from model import ModelConfig, Transformer
+from training.optim import Optimizer
 from families import SCRATCH
 from test_kernels import (GATES, LOSS_OPTIONS, ORACLES, backend, close, distance, f64,
-                          forward_backward, fresh, rotation, strided, targets_for)
+                          forward_backward, rotation, strided, targets_for)
 
 bf16_interpreter.install()
+kernels.ready("triton")
 # lanes outside a row compute -inf - -inf and the like before they are masked away
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 SHAPES = [(5, 123), (1, 7), (1, 1, 80), (2, 3, 130), (0, 16)]
@@ -54,10 +54,10 @@ def agree(call, *shapes_or_tensors, dtypes=tuple(GATES)):
 
 
 def test_every_row_operation_has_a_triton_form():
-    names = """embedding rms_norm layer_norm add_rms_norm rope gelu silu relu relu2 glu dropout
+    names = """embedding rms_norm layer_norm rope gelu silu relu relu2 glu dropout
     softmax cross_entropy adamw muon clip_grad_norm""".split()
     for name in names:
-        assert "triton" in kernels.OPERATIONS[name].forms, name
+        assert "triton" in kernels.OPERATIONS[name].implementations, name
 
 
 # ------------------------------------------------------------------------------ embedding
@@ -90,16 +90,6 @@ def test_norms(shape):
     agree(lambda x, w: kernels.rms_norm(x, w, 1e-6, 1.0), shape, C, dtypes=types)
     agree(kernels.layer_norm, shape, C, C, dtypes=types)
     agree(kernels.layer_norm, shape, C, dtypes=[torch.float32])
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_add_rms_norm(shape):
-    """Both results are used, so the sum's own gradient has to join the norm's."""
-    def call(x, branch, w):
-        s, y = kernels.OPERATIONS["add_rms_norm"](x, branch, w, 1e-6, 1.0)
-        return torch.stack((s, y))
-    agree(call, shape, shape, shape[-1:])
-    agree(lambda *t: call(*t)[1], shape, shape, shape[-1:], dtypes=[torch.float32])
 
 
 @pytest.mark.parametrize("op", [kernels.rms_norm, kernels.layer_norm])
@@ -330,7 +320,7 @@ def adam(form, params, dtype=torch.float32, steps=3):
     with backend(form):
         for step in range(1, steps + 1):
             grads = numbers(step, [p.shape for p in params], dtype)
-            optim.adamw(params, grads, m, v, step=step, lr=0.1 / step, beta1=0.9, beta2=0.999,
+            kernels.adamw(params, grads, m, v, step=step, lr=0.1 / step, beta1=0.9, beta2=0.999,
                         eps=1e-8, weight_decay=0.1 * (step > 1))
     return [*params, *m, *v]
 
@@ -372,7 +362,7 @@ def test_muon_is_the_torch_form():
         params, momentum = numbers(0, shapes), numbers(9, shapes)
         params[1] = params[1].T.contiguous().T                  # a transposed one among them
         with backend(form):
-            optim.muon(params, numbers(1, shapes), momentum, lr=1.0, beta=0.95, weight_decay=0.1)
+            kernels.muon(params, numbers(1, shapes), momentum, lr=1.0, beta=0.95, weight_decay=0.1)
         results[form] = [p - 0.9 * q for p, q in zip(params, numbers(0, shapes))], momentum
     same(results["triton"][0], results["torch"][0], 0.02)
     same(results["triton"][0], results["reference"][0], 0.05)
@@ -385,9 +375,9 @@ def test_clip_grad_norm(max_norm, scale):
     ours, theirs = (numbers(1) + numbers(2)[:1] for _ in range(2))
     ours[-1], theirs[-1] = ours[-1].T, theirs[-1].T
     with backend("triton"):
-        norm = optim.clip_grad_norm(ours, max_norm, scale)
+        norm = kernels.clip_grad_norm(ours, max_norm, scale)
     with backend("reference"):
-        want = optim.clip_grad_norm(theirs, max_norm, scale)
+        want = kernels.clip_grad_norm(theirs, max_norm, scale)
     assert norm.ndim == 0
     same([norm, *ours], [want, *theirs])
 
@@ -397,8 +387,8 @@ def test_a_bad_gradient_shows_in_the_norm(bad):
     grads = numbers(1)
     grads[2][1, 1] = bad
     with backend("triton"):
-        assert not torch.isfinite(optim.clip_grad_norm(grads, 1.0))
-        assert optim.clip_grad_norm([torch.zeros(0)], 1.0) == 0
+        assert not torch.isfinite(kernels.clip_grad_norm(grads, 1.0))
+        assert kernels.clip_grad_norm([torch.zeros(0)], 1.0) == 0
 
 
 # --------------------------------------------------------------------------- what is refused
@@ -415,7 +405,7 @@ def test_errors_are_one_sentence(monkeypatch):
         (lambda: kernels.rope(x.view(1, 2, 1, 8), *rotation(3, 8)), "rope: the shapes"),
         (lambda: kernels.cross_entropy(x, torch.zeros(3, dtype=torch.int64)), "cross_entropy"),
         (lambda: adam("triton", [x.double()]), "not torch.float64"),
-        (lambda: optim.adamw([x], [x[:1]], [x], [x], step=1, lr=1., beta1=.9, beta2=.9, eps=1e-8,
+        (lambda: kernels.adamw([x], [x[:1]], [x], [x], step=1, lr=1., beta1=.9, beta2=.9, eps=1e-8,
                              weight_decay=0.), "of the same shapes"),
     ]
     with backend("triton"):
@@ -423,7 +413,7 @@ def test_errors_are_one_sentence(monkeypatch):
             with pytest.raises(UserError, match=message) as error:
                 call()
             assert "\n" not in str(error.value)
-        monkeypatch.setattr(triton_pointwise, "INTERPRETED", False)
+        monkeypatch.setattr(triton_common, "INTERPRETED", False)
         with pytest.raises(UserError, match="need a GPU, and a tensor is on cpu"):
             kernels.silu(x)
 
@@ -441,13 +431,13 @@ def test_a_model_trains_the_same_on_these_kernels(family, checkpointing):
         model = Transformer(ModelConfig(**{**SCRATCH[family].flags, **dict(
             vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16)}))
         model.checkpointing = checkpointing
-        optimizer = optim.Optimizer(model.named_parameters(), learning_rate=1e-2)
+        optimizer = Optimizer(model.named_parameters(), learning_rate=1e-2)
         with backend(form):
             for _ in range(5):
                 logits = model(ids[:, :-1])
                 loss = kernels.cross_entropy(logits, ids[:, 1:])
                 loss.backward()
-                optim.clip_grad_norm(optimizer.gradients(), 1.0, 1 / 16)
+                kernels.clip_grad_norm(optimizer.gradients(), 1.0, 1 / 16)
                 optimizer.step()
                 optimizer.zero_grad()
                 yield loss.item()
@@ -477,8 +467,10 @@ torch.utils._triton.has_triton = lambda: True
 triton.runtime.driver.set_active(types.SimpleNamespace(
     get_current_target=lambda: GPUTarget("cuda", 90, 32)))
 import kernels
-from backends import triton_optim, triton_pointwise
-triton_pointwise.check = triton_optim.check = lambda *tensors: None
+from backends import triton_loss, triton_norm, triton_optim, triton_pointwise
+for module in (triton_loss, triton_norm, triton_optim, triton_pointwise):
+    module.check = lambda *tensors: None
+kernels.ready("torch")
 kernels._backend = "triton"          # use() would ask for a GPU
 
 class Done(Exception):
@@ -492,7 +484,7 @@ def forward(graph, inputs):
 
 def step(ids, table, branch, w, b, cos, sin):
     x = kernels.dropout(kernels.embedding(ids, table), 0.1)
-    x, y = triton_pointwise.add_rms_norm(x, branch, w)
+    y = kernels.rms_norm(x + branch, w)
     y = kernels.rope(y.view(1, 4, 2, 8), cos, sin).view(4, 16)
     y = kernels.glu(*kernels.layer_norm(y, w, b).split(8, -1))
     return kernels.cross_entropy(kernels.gelu(kernels.softmax(y)), ids)

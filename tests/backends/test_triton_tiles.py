@@ -1,4 +1,4 @@
-"""triton_loss.py and triton_matmul.py in Triton's interpreter, against float64 autograd.
+"""triton_loss.py, triton_moe.py and triton_matmul.py in Triton's interpreter, against float64 autograd.
 
 The gate is that of test_kernels.py: relative L2 of the output and of every gradient against the
 reference form in float64, at most 1e-5 in float32, 1e-3 in float16, 1e-2 in bfloat16. The
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bf16_interpreter
 import kernels
-from backends import triton_loss
+from backends import triton_loss, triton_moe
 from config import UserError
 from test_kernels import (GATES, backend, close, distance, f64, forward_backward, fresh,
                           strided)
@@ -54,7 +54,7 @@ def chunks(monkeypatch):
 
 def test_every_tiled_operation_has_a_triton_form():
     for name in ("linear", "linear_cross_entropy", "linear_kl", "moe"):
-        assert "triton" in kernels.OPERATIONS[name].forms, name
+        assert "triton" in kernels.OPERATIONS[name].implementations, name
 
 
 # --------------------------------------------------------------------------------- linear
@@ -242,8 +242,8 @@ def test_moe_experts_without_tokens_and_with_all(rows, monkeypatch):
     chosen = torch.tensor([[1, 3]]).expand(150, 2)
     call = lambda x, share, *w: kernels.moe(x, chosen, share, *w)
     tensors = experts(150, 16, 24, 5, 2)
-    sizes = triton_loss.blocks
-    monkeypatch.setattr(triton_loss, "blocks", lambda _, *rest: sizes(rows, *rest))
+    sizes = triton_moe.blocks
+    monkeypatch.setattr(triton_moe, "blocks", lambda _, *rest: sizes(rows, *rest))
     agree(call, *tensors, dtypes=single)
     for gradient in forward_backward("triton", call, [t.float() for t in tensors])[3:]:
         assert not gradient[[0, 2, 4]].any() and gradient[[1, 3]].any(-1).all()
@@ -298,6 +298,6 @@ def test_what_the_kernels_do_not_take_is_one_sentence(monkeypatch):
         for call in wrong:
             with pytest.raises(UserError, match="do not fit|not torch.float64"):
                 call()
-        monkeypatch.setattr("backends.triton_pointwise.INTERPRETED", False)
+        monkeypatch.setattr("backends.triton_common.INTERPRETED", False)
         with pytest.raises(UserError, match="need a GPU"):
             kernels.linear_cross_entropy(x, w, torch.arange(4))

@@ -12,7 +12,8 @@ import kernels                                          # noqa: E402
 from config import UserError                            # noqa: E402
 from training.machine import join_ranks                          # noqa: E402
 from model import ModelConfig, Transformer              # noqa: E402
-from training.optim import Optimizer, clip_grad_norm             # noqa: E402
+from kernels import clip_grad_norm                                # noqa: E402
+from training.optim import Optimizer                              # noqa: E402
 from families import SCRATCH
 
 V, T = 31, 16
@@ -116,18 +117,18 @@ def test_every_operation_of_a_step_runs_in_triton(monkeypatch):
     """A form that is missing falls back in silence: here it may not, linear (cuBLAS) apart."""
     kernels.ready("triton")
     for name, operation in kernels.OPERATIONS.items():
-        if "triton" in operation.forms:
+        if "triton" in operation.implementations:
             for other in ("torch", "cpu"):
-                if other in operation.forms:
-                    monkeypatch.setitem(operation.forms, other, None)
+                if other in operation.implementations:
+                    monkeypatch.setitem(operation.implementations, other, None)
     wanted = """embedding rms_norm layer_norm rope gelu silu relu relu2 glu dropout softmax linear
     attention cross_entropy linear_cross_entropy linear_kl moe adamw muon clip_grad_norm"""
-    assert {n for n in wanted.split() if "triton" not in kernels.OPERATIONS[n].forms} == set()
+    assert {n for n in wanted.split() if "triton" not in kernels.OPERATIONS[n].implementations} == set()
 
 
 def test_a_cpu_tensor_without_the_interpreter_is_one_sentence(monkeypatch):
-    from backends import triton_pointwise
+    from backends import triton_common
     kernels.use("triton")
-    monkeypatch.setattr(triton_pointwise, "INTERPRETED", False)
+    monkeypatch.setattr(triton_common, "INTERPRETED", False)
     with pytest.raises(UserError, match="need a GPU"):
         kernels.softmax(torch.zeros(2, 3))
