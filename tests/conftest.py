@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 # Tensors as small as these gain nothing from a second core, which another test is using. Read when
 # torch is first imported, here and in the processes that tests start: so before anything else.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -22,3 +24,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def pytest_make_parametrize_id(val, argname):
     """Bytes may hold a time, as gzip's do, and a test has one name in every process."""
     return argname if isinstance(val, bytes) else None
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """The same random numbers whatever the order of the tests; the backend as it was before."""
+    kernels = sys.modules.get("kernels")
+    if kernels is None:                 # a test file that needs neither
+        yield
+        return
+    kernels.torch.manual_seed(0)
+    before = kernels.use("auto")
+    yield
+    kernels.use(before)

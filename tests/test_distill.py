@@ -173,7 +173,7 @@ def test_loss_and_gradients_are_those_of_whole_logits(form, kind, V, Vt, monkeyp
 
 def test_neither_model_s_logits_exist_whole(monkeypatch):
     """The largest tensor is a chunk of logits, though CE and every divergence are made of them."""
-    from test_kernels import Largest
+    from gates import Largest
     N, V, C, rows = 256, 300, 16, 16
     monkeypatch.setattr(ChunkedLoss, "LOGITS", rows * V)
     x, w = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)

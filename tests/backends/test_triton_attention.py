@@ -1,6 +1,6 @@
 """triton_attention.py in Triton's interpreter, against float64 autograd of the reference.
 
-The gate is that of test_kernels.py: relative L2 of the output and of dq, dk and dv at most 1e-5 in
+The gate is that of gates.py: relative L2 of the output and of dq, dk and dv at most 1e-5 in
 float32, 1e-3 in float16, 1e-2 in bfloat16. One wrong element of a mask is a hundred times that.
 The sizes follow the tiles: 130 tokens are more than one tile of every type and leave a ragged
 last one; 16 to 80 tokens keep the interpreter quick where one tile is enough.
@@ -26,7 +26,7 @@ import bf16_interpreter
 import kernels
 from backends import triton_attention
 from config import UserError
-from test_kernels import GATES, distance, documents, f64, fresh, strided
+from gates import GATES, distance, documents, f64, strided
 
 bf16_interpreter.install()
 # lanes outside a tile compute -inf - -inf and the like before they are masked away

@@ -1,6 +1,6 @@
 """triton_norm.py, triton_pointwise.py and triton_optim.py in Triton's interpreter, against float64 autograd.
 
-The gate is that of test_kernels.py: relative L2 of the output and of every gradient against the
+The gate is that of gates.py: relative L2 of the output and of every gradient against the
 reference form in float64, at most 1e-5 in float32, 1e-3 in float16, 1e-2 in bfloat16. What the
 interpreter cannot show (registers, spills, another GPU's code) is for test_triton_compile.py.
 """
@@ -28,7 +28,7 @@ from conftest import ROOT
 from model import ModelConfig, Transformer
 from training.optim import Optimizer
 from families import SCRATCH
-from test_kernels import (GATES, LOSS_OPTIONS, ORACLES, backend, close, distance, f64,
+from gates import (GATES, LOSS_OPTIONS, ORACLES, backend, close, distance, f64,
                           forward_backward, rotation, strided, targets_for)
 
 bf16_interpreter.install()

@@ -1,6 +1,6 @@
 """triton_loss.py, triton_moe.py and triton_matmul.py in Triton's interpreter, against float64 autograd.
 
-The gate is that of test_kernels.py: relative L2 of the output and of every gradient against the
+The gate is that of gates.py: relative L2 of the output and of every gradient against the
 reference form in float64, at most 1e-5 in float32, 1e-3 in float16, 1e-2 in bfloat16. The
 interpreter cannot show races, spills or cuBLAS's own sum of bfloat16 products in float32.
 """
@@ -21,7 +21,7 @@ import bf16_interpreter
 import kernels
 from backends import triton_loss, triton_moe
 from config import UserError
-from test_kernels import (GATES, backend, close, distance, f64, forward_backward, fresh,
+from gates import (GATES, backend, close, distance, f64, forward_backward,
                           strided)
 from test_triton_rows import agree
 
