@@ -113,7 +113,8 @@ def operation(reference: Callable) -> Callable:
                 except Unsupported:
                     pass
             name = "torch"
-        return (implementations.get(name) or implementations.get("torch", reference))(first, *args, **kwargs)
+        chosen = implementations.get(name) or implementations.get("torch", reference)
+        return chosen(first, *args, **kwargs)
 
     call.implementations = implementations
     call.reference = reference
@@ -129,8 +130,6 @@ def widen(x: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------ linear and embedding
-
-
 @operation
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x W^T + b; x (..., K), weight (N, K) -> (..., N), in the type of x.
@@ -145,6 +144,13 @@ linear.torch(lambda x, weight, bias=None: F.linear(
 
 
 @operation
+def linear_joined(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    """Several linears of one input side by side: x (..., K), weights (N_i, K) -> (..., sum N_i)."""
+    bias = None if biases[0] is None else torch.cat(list(biases))
+    return linear(x, torch.cat([w.to(x.dtype) for w in weights]), bias)
+
+
+@operation
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """Row `ids` of weight (V, C); ids (...) int64 -> (..., C)."""
     return weight[ids]
@@ -153,8 +159,6 @@ embedding.torch(F.embedding)
 
 
 # ------------------------------------------------------------------------- normalisation
-
-
 @operation
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 0.0) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * (offset + w), over the last dimension (Zhang 2019).
@@ -170,6 +174,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, offset: float = 0.0) 
 def rms_norm_torch(x, weight, eps=1e-6, offset=0.0):
     weight, C = (weight + offset if offset else weight), x.shape[-1]
     return F.rms_norm(x, (C,), weight.to(x.dtype), eps)
+
+
+@operation
+def prepare_rms_norm(weight: Tensor, eps: float, offset: float, dtype: torch.dtype
+                     ) -> Callable[[Tensor], Tensor]:
+    """Return rms_norm(x, weight, eps, offset) as a function of x of that type, for serving."""
+    return lambda x: rms_norm(x, weight, eps, offset)
 
 
 @operation
@@ -189,8 +200,6 @@ def layer_norm_torch(x, weight, bias=None, eps=1e-5):
 
 
 # ------------------------------------------------------------------------------- position
-
-
 @operation
 def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """Rotary position embedding (Su 2021): rotate pairs of features by position times frequency.
@@ -210,9 +219,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
+@operation
+def prepare_rope(cos: Tensor, sin: Tensor, dtype: torch.dtype, interleaved: bool = False
+                 ) -> Callable[[Tensor], Tensor]:
+    """Return rope(x, cos, sin, interleaved) as a function of x, for all the layers of a step."""
+    return lambda x: rope(x, cos, sin, interleaved)
+
+
 # ---------------------------------------------------------------------------- activations
-
-
 @operation
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """x Phi(x) (Hendrycks 2016); approximate="tanh" is GPT-2's own formula."""
@@ -308,8 +322,6 @@ softmax.torch(lambda x: torch.softmax(x, -1))    # half types are summed in floa
 
 
 # ------------------------------------------------------------------------------ attention
-
-
 def near(rows: Tensor, keys: Tensor, window: int = 0) -> Tensor:
     """True where a query at position rows (..., T) may look at keys (S,): not ahead, and not
     `window` or more back. (..., T, S)."""
@@ -380,8 +392,6 @@ def attention_torch(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, pos
 
 
 # --------------------------------------------------------------------------------- losses
-
-
 def row_losses(logits: Tensor, targets: Tensor, ignore_index: int = -100, softcap: float = 0.0,
                z_loss: float = 0.0, label_smoothing: float = 0.0) -> tuple[Tensor, ...]:
     """Loss of each row of logits (N, V) float32, and what its gradient needs: (loss, z, lse, live).
@@ -486,8 +496,6 @@ def log_normal(z: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------- mixture of experts
-
-
 @operation
 def moe(x: Tensor, chosen: Tensor, share: Tensor, gate: Tensor, up: Tensor, down: Tensor,
         activation: str = "silu") -> Tensor:
@@ -518,8 +526,6 @@ def moe_torch(x, chosen, share, gate, up, down, activation="silu"):
 
 
 # ----------------------------------------------------------------------------- optimizers
-
-
 @operation
 def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], m: Sequence[Tensor],
           v: Sequence[Tensor], *, step: int, lr: float, beta1: float, beta2: float, eps: float,

@@ -18,20 +18,27 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.nn import Module, Parameter
+from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
-from backends import cpu
 import kernels
-from layers.kv_cache import Cache
 from config import UserError, run
 from families import DEFAULT, PRESETS, SCRATCH
-from layers.basic import Embedding, Linear, Norm, glu_through, linear_together
+from layers.attention import Attention
+from layers.basic import Embedding, Linear, Norm
+from layers.context import Context
 from layers.flops import count_flops
+from layers.kv_cache import Cache
+from layers.moe import MLP, MoE
+from layers.rope import rope_table
+
+# what `layer_types` may name: mixers, each with forward(x, context) and a decode state of its own;
+# a file of yours may add one (tests/layers/test_mixers.py has an example)
+MIXERS: dict[str, type[Module]] = {"full_attention": Attention, "sliding_attention": Attention}
 
 
 @dataclass
@@ -76,7 +83,7 @@ class ModelConfig:
     attn_logit_softcapping: float = 0.0
     sliding_window: int = 0             # a query sees that many keys, itself included; 0: all
     sliding_window_pattern: int = 0     # every n-th layer is without the window; 0: none is
-    layer_types: list | None = None     # sliding_attention or full_attention, for each layer
+    layer_types: list | None = None     # the mixer of each layer, a key of MIXERS
     # --- mixture of experts
     num_experts: int = 0                # routed experts; 0: one MLP for every token
     num_experts_per_tok: int = 2
@@ -154,12 +161,12 @@ class ModelConfig:
             n = self.sliding_window_pattern
             self.layer_types = ["full_attention" if n and i % n == n - 1 else "sliding_attention"
                                 for i in range(self.n_layer)]
-        kinds, self.sliding_window_pattern = ("full_attention", "sliding_attention"), 0
-        if self.layer_types is not None and (
-                len(self.layer_types) != self.n_layer or set(self.layer_types) - set(kinds)
-                or kinds[1] in self.layer_types and not self.sliding_window):
+        self.sliding_window_pattern = 0
+        types = self.layer_types
+        if types is not None and (len(types) != self.n_layer or set(types) - MIXERS.keys()
+                                  or "sliding_attention" in types and not self.sliding_window):
             raise UserError(f"layer_types needs, for each of {self.n_layer} layers, one of "
-                            f"{', '.join(kinds)}, and sliding_window for the second")
+                            f"{', '.join(MIXERS)}, and sliding_window for sliding_attention")
         if not set(self.nope_layers or ()) <= set(range(self.n_layer)):
             raise UserError(f"nope_layers {self.nope_layers} are not among {self.n_layer} layers")
         if self.num_experts:
@@ -173,8 +180,12 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         return int(self.head_dim * self.partial_rotary_factor)
 
+    def layer_type(self, layer: int) -> str:
+        """Return the name of the layer's mixer in MIXERS."""
+        return self.layer_types[layer] if self.layer_types else "full_attention"
+
     def window(self, layer: int) -> int:
-        """Keys that a query of the layer sees, 0: all before it."""
+        """Return the number of keys that a query of the layer sees, 0: all before it."""
         return self.sliding_window if self.layer_types and (
             self.layer_types[layer] == "sliding_attention") else 0
 
@@ -182,185 +193,22 @@ class ModelConfig:
         dense = layer < self.first_k_dense_replace or layer in (self.mlp_only_layers or ())
         return self.num_experts > 0 and not dense
 
-# ------------------------------------------------------------------------------- position
-
-
-def rope_frequencies(config: ModelConfig, local: bool = False) -> tuple[Tensor, float]:
-    """Radians a position for each rotated pair, (R / 2,) float32, theta^(-2i/R), and a factor on
-    cos and sin. `local`: of the layers with a window, which keep their own base, unscaled.
-
-    linear   all divided by `factor`: positions are squeezed into the trained range (Chen 2023)
-    llama3   keeps the fast ones, divides the slow ones, blends between the wavelengths
-             original/high and original/low (Llama 3 report, 2024)
-    yarn     the same by dimension: those that turn more than beta_fast times within the original
-             context stay, below beta_slow they are divided, a ramp between (Peng 2023)
-    """
-    R, theta = config.rotary_dim, config.rope_theta
-    s = config.rope_scaling or {}
-    if local and config.rope_local_theta:
-        theta, s = config.rope_local_theta, {}
-    f = 1.0 / theta ** (torch.arange(0, R, 2, dtype=torch.float32) / R)
-    kind = s.get("rope_type", s.get("type", "default"))
-    needed = {"linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
-              "llama3": ("factor", "low_freq_factor", "high_freq_factor",
-                         "original_max_position_embeddings")}
-    missing = [k for k in needed.get(kind, ()) if k not in s]
-    if missing:
-        raise UserError(f"rope_scaling of rope_type {kind!r} lacks {', '.join(missing)}")
-    if kind == "linear":
-        return f / s["factor"], 1.0
-    original = s.get("original_max_position_embeddings")
-    if kind == "llama3":
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
-        blend = (original * f / (2 * math.pi) - low) / (high - low)
-        blend = blend.clamp(0, 1)                    # 0: slow, stretched whole; 1: fast, kept
-        return (1 - blend) * f / s["factor"] + blend * f, 1.0
-    if kind == "yarn":
-        def dimension(turns: float) -> float:        # the pair that turns that often
-            return R * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-        low, high = dimension(s.get("beta_fast") or 32), dimension(s.get("beta_slow") or 1)
-        if s.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, R - 1)
-        ramp = (torch.arange(R // 2) - low) / (high - low or 0.001)
-        ramp = ramp.clamp(0, 1)                      # 0: fast, kept; 1: slow, stretched
-
-        def grow(weight: float) -> float:            # warmer attention over longer contexts
-            return 0.1 * weight * math.log(s["factor"]) + 1.0 if s["factor"] > 1 else 1.0
-
-        both = s.get("mscale") and s.get("mscale_all_dim")       # DeepSeek's two settings
-        factor = s.get("attention_factor") or (
-            grow(s["mscale"]) / grow(s["mscale_all_dim"]) if both else grow(1.0))
-        return ramp * f / s["factor"] + (1 - ramp) * f, factor
-    if kind != "default":
-        raise UserError(f"rope_type {kind!r} is not supported: use default, linear, llama3 or yarn")
-    return f, 1.0
-
-
-def rope_table(config: ModelConfig, length: int, device, local: bool = False):
-    """cos and sin of every position times every frequency, each (length, R / 2) float32."""
-    frequencies, factor = rope_frequencies(config, local)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
-    return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
-
 # ----------------------------------------------------------------------------- the layers
 
 
-class Attention(Module):
-    joined: Callable | None = None          # q, k and v in one, where quantize.pack() made it
-
-    def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        c, self.config, self.layer = config, config, layer
-        inner, narrow = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-        self.q_proj = Linear(c.n_embd, inner, c.qkv_bias)
-        self.k_proj = Linear(c.n_embd, narrow, c.qkv_bias)
-        self.v_proj = Linear(c.n_embd, narrow, c.qkv_bias)
-        self.o_proj = Linear(inner, c.n_embd, c.o_bias)
-        if c.qk_norm:
-            self.q_norm = Norm(c, inner if c.qk_norm_whole else c.head_dim, "rmsnorm")
-            self.k_norm = Norm(c, narrow if c.qk_norm_whole else c.head_dim, "rmsnorm")
-        self.window = c.window(layer)
-        # which of the two tables of rope() this layer reads; None: it has no positions
-        self.table = None if layer in (c.nope_layers or ()) else bool(
-            self.window and c.rope_local_theta)
-
-    def forward(self, x: Tensor, rope, doc, cache: Cache | None) -> Tensor:
-        c, (B, T, _), H, K = self.config, x.shape, self.config.n_head, self.config.n_kv_head
-        qkv = self.joined(x) if self.joined else linear_together(
-            x, self.q_proj, self.k_proj, self.v_proj)
-        # q and k stay side by side until they have turned: one operation for both
-        qk, v = qkv.view(B, T, H + 2 * K, c.head_dim).split_with_sizes([H + K, K], 2)
-        if c.qk_norm:
-            shape = (B, T, -1) if c.qk_norm_whole else (B, T, -1, c.head_dim)
-            q, k = (y.reshape(shape) for y in qk.split_with_sizes([H, K], 2))
-            qk = torch.cat([y.view(B, T, -1, c.head_dim) for y in (self.q_norm(q), self.k_norm(k))],
-                           2)
-        if rope is not None and self.table is not None:
-            qk = rope[self.table](qk)
-        q, k = qk.split_with_sizes([H, K], 2)                                  # (B, T, H, D)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)      # (B, H, T, D)
-        positions = None
-        if cache is not None:
-            k, v, positions = cache.put(self.layer, k, v)
-        y = kernels.attention(q, k, v, scale=c.attention_multiplier, window=self.window,
-                              softcap=c.attn_logit_softcapping, doc=doc, positions=positions,
-                              dropout_p=c.dropout * self.training)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-
-
-class MLP(Module):
-    joined: Callable | None = None          # gate and up in one, where quantize.pack() made it
-
-    def __init__(self, config: ModelConfig, width: int):
-        super().__init__()
-        c, self.config, self.width = config, config, width
-        if c.gated:
-            self.gate_proj = Linear(c.n_embd, width, c.mlp_bias)
-        self.up_proj = Linear(c.n_embd, width, c.mlp_bias)
-        self.down_proj = Linear(width, c.n_embd, c.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.config.gated:
-            both = self.joined(x) if self.joined else linear_together(
-                x, self.gate_proj, self.up_proj)
-            gate, up = both.split_with_sizes([self.width, self.width], -1)
-            return glu_through(self.down_proj, gate, up, self.config.activation)
-        return self.down_proj(kernels.ACTIVATIONS[self.config.activation](self.up_proj(x)))
-
-
-class MoE(Module):
-    """Each token through the k experts that a router chooses for it, and the shared ones.
-
-    scores = softmax or sigmoid of the router's logits, float32; chosen: the k largest of scores
-    + bias; shares: their scores, without the bias. The bias is no parameter that gradients move:
-    it evens the load out (Wang 2024, arXiv:2408.15664; DeepSeek-V3), see balance().
-    """
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        c, self.config = config, config
-        E, narrow = c.num_experts, c.moe_intermediate_size
-        self.gate = Embedding(E, c.n_embd)
-        if c.router_bias:
-            self.gate.e_score_correction_bias = Parameter(torch.zeros(E), requires_grad=False)
-        self.experts = Module()                     # stacked, so that a matmul can take them all
-        self.experts.gate_proj = Parameter(torch.empty(E, narrow, c.n_embd))
-        self.experts.up_proj = Parameter(torch.empty(E, narrow, c.n_embd))
-        self.experts.down_proj = Parameter(torch.empty(E, c.n_embd, narrow))
-        if c.n_shared_experts:
-            self.shared_experts = MLP(c, narrow * c.n_shared_experts)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """x (B, T, C) -> (y (B, T, C), {"scores" (B, T, E), "logits" (B, T, E), "chosen"})."""
-        c = self.config
-        logits = kernels.linear(x.float(), self.gate.weight)                # (B, T, E)
-        scores = kernels.softmax(logits) if c.scoring_func == "softmax" else logits.sigmoid()
-        bias = self.gate.e_score_correction_bias if c.router_bias else 0.0
-        chosen = (scores + bias).topk(c.num_experts_per_tok, -1).indices    # (B, T, k)
-        share = scores.gather(-1, chosen)
-        if c.norm_topk_prob:
-            # the trap: with k = 1 a share is 1 whatever the router says, and it learns nothing
-            share = share / (share.sum(-1, keepdim=True) + 1e-20)
-        share = share * c.routed_scaling_factor
-        e, k = self.experts, c.num_experts_per_tok
-        y = kernels.moe(x.reshape(-1, x.shape[-1]), chosen.reshape(-1, k), share.reshape(-1, k),
-                        e.gate_proj, e.up_proj, e.down_proj, c.activation).view_as(x)
-        if c.n_shared_experts:
-            y = y + self.shared_experts(x)
-        return y, {"scores": scores, "logits": logits, "chosen": chosen}
-
-
 class Block(Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); norms before, after, both, or in parallel."""
+    """x + mixer(norm(x)), then x + mlp(norm(x)); norms before, after, both, or in parallel."""
+    packed = False          # set by pack(): serving has no use for the hooks of Module.__call__
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        c, self.config = config, config
+        c = config
+        self.config = config
         if c.norm_placement != "post":
             self.input_layernorm = Norm(c, c.n_embd, bias=c.norm_bias)
-        self.self_attn = Attention(c, layer)
+        mixer = MIXERS[c.layer_type(layer)]
+        self.mixer_name = mixer.name
+        self.add_module(mixer.name, mixer(c, layer))
         if c.norm_placement in ("post", "sandwich"):
             self.post_self_attn_layernorm = Norm(c, c.n_embd, bias=c.norm_bias)
         if c.norm_placement in ("pre", "sandwich"):
@@ -370,23 +218,30 @@ class Block(Module):
         if c.norm_placement in ("post", "sandwich"):
             self.post_mlp_layernorm = Norm(c, c.n_embd, bias=c.norm_bias)
 
+    @property
+    def mixer(self) -> Any:
+        """The layer's mixer, under whatever name its parameters have."""
+        return getattr(self, self.mixer_name)
+
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Return x + branch, which dropout and a multiplier may change."""
         c = self.config
         if c.dropout and self.training:
             branch = kernels.dropout(branch, c.dropout)
         return x + (branch if c.residual_multiplier == 1 else branch * c.residual_multiplier)
 
-    def forward(self, x: Tensor, *context) -> tuple[Tensor, dict | None]:
-        """x (B, T, C) -> (x, what the router saw or None)."""
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, dict | None]:
+        """x (B, T, C) -> (x, the routes of an MoE layer or None)."""
         placement = self.config.norm_placement
         h = x if placement == "post" else self.input_layernorm(x)
-        y = self.self_attn(h, *context)
+        mixer = self.mixer.forward if self.packed else self.mixer
+        y = mixer(h, context)
         if placement in ("post", "sandwich"):
             y = self.post_self_attn_layernorm(y)
         x = self.add(x, y)
         if placement != "parallel":                 # in parallel the MLP reads what attention read
             h = x if placement == "post" else self.post_attention_layernorm(x)
-        y = self.mlp(h)
+        y = self.mlp.forward(h) if self.packed else self.mlp(h)
         y, seen = y if isinstance(y, tuple) else (y, None)
         if placement in ("post", "sandwich"):
             y = self.post_mlp_layernorm(y)
@@ -398,7 +253,8 @@ class Transformer(Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        c, self.config = config, config
+        c = config
+        self.config = config
         self.model = Module()
         self.model.embed_tokens = Embedding(c.vocab_size, c.n_embd)
         if c.position == "learned":
@@ -433,12 +289,22 @@ class Transformer(Module):
         return self.model.embed_tokens.weight if tied else self.lm_head.weight
 
     def new_cache(self, batch: int, length: int) -> Cache:
-        w = self.output_weight
-        return Cache(self.config, batch, length, w.device, self.compute_dtype or w.dtype)
+        """Return an empty cache for `length` tokens in each of `batch` rows."""
+        device = self.output_weight.device
+        dtype = self.compute_dtype or self.output_weight.dtype
+        groups: dict[Any, list[int]] = {}               # layers that share a state
+        mixers = [block.mixer for block in self.model.layers.children()]
+        for i, mixer in enumerate(mixers):
+            groups.setdefault(getattr(mixer, "state_key", i), []).append(i)
+        states: dict[int, Any] = {}
+        for layers in groups.values():
+            state = mixers[layers[0]].new_state(batch, length, device, dtype, layers)
+            states.update(dict.fromkeys(layers, state))
+        return Cache([states[i] for i in range(len(mixers))], batch, length, device)
 
     def rope(self, positions: Tensor | None, start: int, T: int, device, dtype) -> list[Callable]:
-        """What turns x (B, T, H, D) at the positions at hand, and the same for the layers with a
-        base of their own."""
+        """Return the function that turns x (B, T, H, D) at the positions at hand, and that of the
+        layers with a base of their own."""
         length = min(self.config.block_size, 1 << 17)   # a context of millions is seldom used
         length = length if start + T <= length else 1 << (start + T - 1).bit_length()
         if (length, device) not in self.tables:
@@ -447,7 +313,7 @@ class Transformer(Module):
                 self.tables = {(length, device): [rope_table(self.config, length, device, local)
                                                   for local in kinds]}
         rows = slice(start, start + T) if positions is None else positions      # (T) or (B, T)
-        return [cpu.rope_at(cos[rows], sin[rows], dtype, self.config.rope_interleaved)
+        return [kernels.prepare_rope(cos[rows], sin[rows], dtype, self.config.rope_interleaved)
                 for cos, sin in self.tables[length, device]]
 
     def forward(self, ids: Tensor, *, doc: Tensor | None = None, cache: Cache | None = None,
@@ -457,10 +323,13 @@ class Transformer(Module):
         doc (B, T): each document is as it were alone. With a cache, ids go on where it ends.
         router: returns (that, what each MoE layer's router saw, as MoE.forward gives it).
         """
-        c, T = self.config, ids.shape[1]
-        start, positions = 0, None
+        c = self.config
+        T = ids.shape[1]
+        start = 0
+        positions = None
         if cache is not None:
-            start, positions = cache.end, cache.positions(T)
+            start = cache.end
+            positions = cache.positions(T)
             if start + T > cache.length:
                 raise UserError(f"{start + T} tokens do not fit the cache of {cache.length}: "
                                 "generate less or ask for a longer cache")
@@ -481,17 +350,17 @@ class Transformer(Module):
             rope = self.rope(positions, start, T, ids.device, self.compute_dtype or x.dtype)
         x = x.to(self.compute_dtype or x.dtype)
         if c.embedding_multiplier != 1:
-            # the trap: in bfloat16 Gemma rounds the factor as well, sqrt(640) to 25.25
+            # in bfloat16 Gemma rounds the factor as well, sqrt(640) to 25.25
             x = x * torch.tensor(c.embedding_multiplier, dtype=x.dtype)
         if c.dropout and self.training:
             x = kernels.dropout(x, c.dropout)
         routes = []
+        context = Context(rope, doc, cache)
         for block in self.model.layers.children():
             if self.checkpointing and self.training:
-                x, seen = checkpoint(block, x, rope, doc, cache, use_reentrant=False)
+                x, seen = checkpoint(block, x, context, use_reentrant=False)
             else:
-                # a packed model has no use for the hooks of Module.__call__
-                x, seen = (block.forward if self.output else block)(x, rope, doc, cache)
+                x, seen = (block.forward if block.packed else block)(x, context)
             if router and seen is not None:
                 routes.append(seen)
         if cache is not None:
@@ -528,7 +397,8 @@ class Transformer(Module):
     def parameter_count(self, embeddings: bool = True, active: bool = False) -> int:
         """All parameters; without embeddings, those that are not a look-up table (nanoGPT's N);
         active: those that one token meets, of the routed experts only the chosen ones."""
-        c, total = self.config, 0
+        c = self.config
+        total = 0
         for name, p in self.named_parameters():
             if not embeddings and "embed_positions" in name:
                 continue

@@ -13,7 +13,7 @@ and keys read per second: a decode step does little else, so memory bandwidth is
 The same command gives the same text. In float32, sample r of --seed=S is the only sample of
 --seed=S+r, and a prompt in a batch, of any lengths, gives the text that it gives alone. In other
 types (a checkpoint's own is bfloat16 as a rule) it gives that text up to where two tokens are
-nearly tied: sums over another batch are rounded in another order. --speculate likewise.
+nearly tied: sums over another batch are rounded in another order.
 
 When the context is full, its last half is encoded again and generation goes on; a chat forgets its
 oldest exchange instead. Each answer of a chat draws anew: answer k of --seed=S from S + k *
@@ -102,7 +102,6 @@ class Config(Sampling):
     dtype: str = "auto"             # auto (the file's), float32, bfloat16, float16
     backend: str = "auto"           # of the kernels: auto, reference, torch, triton, cuda
     quantize: str = ""              # int8 or int4: smaller weights, the same activations
-    speculate: int = 0              # guess up to so many tokens from repetitions in the text
     IDLE = (                        # which of these have no effect, and when
         Idle("system template think", "chat", lambda c, m: not c.chat, "without --chat"),
         Idle("echo stream", "chat", lambda c, m: c.chat, "in a chat"),
@@ -202,7 +201,7 @@ class Served:
 
 def say(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]], stops: set[int],
         stream: bool, seed: int, memory: Memory | None = None) -> tuple[list[str], Meter]:
-    """What the model says after each prompt; with `stream` on stdout too, as it comes."""
+    """Return what the model says after each prompt; with `stream` on stdout too, as it is made."""
     rows = [Text(tokenizer, cfg.stop, set() if cfg.ignore_eot else stops, ids) for ids in prompts]
     said = [""] * len(rows)
 
@@ -211,16 +210,15 @@ def say(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]], s
         if stream:
             print(piece, end="", flush=True)
 
-    def ends_at(r: int, token: int) -> bool:
-        put(r, rows[r].put(token))
-        return rows[r].over
-
-    steps = generate(served.model, prompts, cfg.max_new_tokens, cfg, seed,
-                     tokenizer.vocab_size, ends_at, cfg.speculate, memory)
+    steps = generate(served.model, prompts, cfg.max_new_tokens, cfg, seed, tokenizer.vocab_size,
+                     lambda r, token: rows[r].over, memory)
     meter = Meter(prompts, served.bytes, served.token)
     try:
         for step in steps:
             meter.step(step)
+            for r, token in enumerate(step):
+                if token is not None:
+                    put(r, rows[r].put(token))
             if not stream and sys.stderr.isatty():
                 meter.show(cfg.max_new_tokens)
     except KeyboardInterrupt:                           # ends an answer, not the conversation
@@ -354,9 +352,8 @@ def label(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: An
 
 def main(cfg: Config) -> None:
     kernels.use(cfg.backend)
-    if cfg.num_samples < 1 or cfg.max_new_tokens < 1 or not 0 <= cfg.speculate < 64:
-        raise UserError("--num_samples and --max_new_tokens have to be at least 1, --speculate 0 "
-                        "to 63")
+    if cfg.num_samples < 1 or cfg.max_new_tokens < 1:
+        raise UserError("--num_samples and --max_new_tokens must be at least 1")
     if cfg.chat and (cfg.num_samples > 1 or cfg.lines):
         raise UserError("--chat is one conversation: leave out --num_samples and --lines")
     refuse_idle(cfg)

@@ -38,7 +38,7 @@ import kernels
 import train
 from config import UserError, refuse_idle, run, show
 from data import chats, loader
-from formats.peft import FOLDER, find_base, load_adapter, read_base, save_adapter
+from formats.peft import FOLDER, check_ranks, find_base, load_adapter, read_base, save_adapter
 from formats.run_folder import GROWN, fingerprint
 from inference.labels import get_label_ids
 from inference.generate import Sampling, sample_text
@@ -273,6 +273,7 @@ def add_adapters(cfg: Any, model: Transformer, tokenizer: Any, grown: bool = Fal
             digest = fingerprint(Path(base))
         add_lora(model, cfg.lora_rank, cfg.lora_alpha or 2.0 * cfg.lora_rank, cfg.lora_dropout,
                  cfg.targets, cfg.rslora, cfg.dora, int8=cfg.lora_int8)
+        check_ranks(model)
     base = os.path.abspath(base)
     if dtype == torch.bfloat16:
         halve(model)

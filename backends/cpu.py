@@ -128,6 +128,13 @@ def linear_cpu(x, weight, bias=None):
     return plain_linear(x, weight, bias)
 
 
+@kernels.linear_joined.cpu
+def linear_joined_cpu(x, weights, biases):
+    if x.dtype == torch.bfloat16 and biases[0] is None:
+        return LinearCPU.apply(x, None, *weights)
+    return kernels.linear_joined.reference(x, weights, biases)
+
+
 class GluCPU(Function):
     """silu(gate) * up, keeping what it was given and not silu(gate)."""
     @staticmethod
@@ -331,11 +338,11 @@ def attention_cpu(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, posit
 # -------------------------------------------------------------------------------- serving
 
 
-def rms_norm_at(weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> Callable:
-    """rms_norm(x, weight, eps, offset) as a function of x (…, C) of that type, without gradients.
-
-    sqrt(C) w x / hypot(|x|, sqrt(C eps)): for one token what counts is the number of calls.
-    """
+@kernels.prepare_rms_norm.cpu
+def prepare_rms_norm_cpu(weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -> Callable:
+    """sqrt(C) w x / hypot(|x|, sqrt(C eps)): for one token the number of calls is what counts."""
+    if dtype not in (torch.float32, torch.bfloat16):            # in float16 |x| overflows
+        return kernels.prepare_rms_norm.reference(weight, eps, offset, dtype)
     C = weight.shape[0]
     least = torch.tensor(math.sqrt(C * eps), dtype=dtype)
     scale = (weight.float() + offset).mul_(math.sqrt(C)).to(dtype)
@@ -343,15 +350,15 @@ def rms_norm_at(weight: Tensor, eps: float, offset: float, dtype: torch.dtype) -
     return lambda x: (x / length(x, 2, -1, True).hypot_(least)).mul_(scale)
 
 
-def rope_at(cos: Tensor, sin: Tensor, dtype: torch.dtype, interleaved: bool = False) -> Callable:
-    """rope(x, cos, sin, interleaved) as a function of x, for all the layers of a step.
-
-    Where nothing is learned, cos and sin are spread over whole heads once, as [cos cos] and
-    [-sin sin]: then a layer's x cos + swap(x) sin is three operations.
-    """
-    if torch.is_grad_enabled() or kernels.best(cos) != "cpu":
-        return lambda x: kernels.rope(x, cos, sin, interleaved)
-    half, pair = cos.shape[-1], -1 if interleaved else -2
+@kernels.prepare_rope.cpu
+def prepare_rope_cpu(cos: Tensor, sin: Tensor, dtype: torch.dtype, interleaved: bool = False
+                     ) -> Callable:
+    """Where nothing is learned, cos and sin are spread over whole heads once, as [cos cos] and
+    [-sin sin]: then a layer's x cos + swap(x) sin is three operations."""
+    if torch.is_grad_enabled():
+        return kernels.prepare_rope.reference(cos, sin, dtype, interleaved)
+    half = cos.shape[-1]
+    pair = -1 if interleaved else -2
     cos, sin = (torch.stack(y, pair).flatten(-2).unsqueeze(-2).to(dtype)      # (.., T, 1, R)
                 for y in ((cos, cos), (-sin, sin)))
 

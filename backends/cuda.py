@@ -142,7 +142,9 @@ class Softmax(Function):
 @kernels.gelu.cuda
 def gelu_cuda(x, approximate="none"):
     # GPT-2's tanh formula has no twin: the form that auto would take
-    return GELU.apply(x) if approximate == "none" else kernels.gelu.implementations["torch"](x, approximate)
+    if approximate != "none":
+        return kernels.gelu.implementations["torch"](x, approximate)
+    return GELU.apply(x)
 
 
 @kernels.glu.cuda

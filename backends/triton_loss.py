@@ -342,9 +342,9 @@ def linear_kl_triton(x, weight, teacher_x, teacher_weight, *, temperature=1.0, l
            "(V, C), teacher_x (..., Ct), teacher_weight (V or more, Ct) and live (...)")
     if targets is not None:             # two walks, each with its kernel
         right = targets if live is None else targets.masked_fill(~live, -100)
-        ce = kernels.linear_cross_entropy.implementations["triton"](x, weight, right)
-        kl = kernels.linear_kl.implementations["triton"](x, weight, teacher_x, teacher_weight, live=live,
-                                               temperature=temperature)
+        ce = linear_cross_entropy_triton(x, weight, right)
+        kl = linear_kl_triton(x, weight, teacher_x, teacher_weight, live=live,
+                              temperature=temperature)
         return alpha * ce + (1 - alpha) * kl, ce.detach(), kl.detach()
     (x,), (known,) = one_type(x), one_type(teacher_x.detach())
     x, known = rows_of(x), rows_of(known)

@@ -129,8 +129,9 @@ def adamw_step(table, count, p_like, g_like, m_like, v_like, decay, rate, fresh1
 @kernels.adamw.triton
 def adamw_triton(params, grads, m, v, *, step, lr, beta1, beta2, eps, weight_decay):
     if sharded(params):
-        return kernels.adamw.implementations["torch"](params, grads, m, v, step=step, lr=lr, beta1=beta1,
-                                          beta2=beta2, eps=eps, weight_decay=weight_decay)
+        return kernels.adamw.implementations["torch"](
+            params, grads, m, v, step=step, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay)
     p2, g2, m2, v2 = dense(params, grads, m, v)
     for programs, table, count, like, constants in launches(p2, g2, m2, v2):
         adamw_step[(programs,)](
@@ -170,8 +171,8 @@ def muon_descend(table, count, p_like, u_like, decay, rate, TENSORS: tl.constexp
 @kernels.muon.triton
 def muon_triton(params, grads, momentum, *, lr, beta, weight_decay, steps=5):
     if sharded(params):
-        return kernels.muon.implementations["torch"](params, grads, momentum, lr=lr, beta=beta,
-                                         weight_decay=weight_decay, steps=steps)
+        return kernels.muon.implementations["torch"](
+            params, grads, momentum, lr=lr, beta=beta, weight_decay=weight_decay, steps=steps)
     p2, g2, m2 = dense(params, grads, momentum)
     shapes: dict[tuple, list[int]] = {}
     for i, p in enumerate(params):

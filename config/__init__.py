@@ -164,7 +164,7 @@ RANGES = {
     "[1, 1e7]": "batch_size gradient_accumulation_steps n_layer n_head n_embd keep num_samples "
                 "repeat seeds",
     "[0, 1e7]": "n_kv_head head_dim intermediate_size num_experts n_shared_experts lora_rank show "
-                "hidden_layers speculate wrong top_k num_experts_per_tok "
+                "hidden_layers wrong top_k num_experts_per_tok "
                 "moe_intermediate_size",
     "[1, 1e12]": "eval_interval log_interval generate_tokens vocab_size shard_tokens",
     "[0, 1e12]": "block_size max_iters lr_decay_iters sample_interval eval_iters generate limit "

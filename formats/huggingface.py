@@ -22,7 +22,8 @@ from config import UserError, field_types, refuse_to_run
 from formats.config_keys import check_keys
 from families import FAMILIES, HANDMADE, ROWS, WRAPPERS
 from families.base import LARGEST_DEPTH, Family
-from model import ModelConfig, Transformer, rope_frequencies
+from layers.rope import rope_frequencies
+from model import ModelConfig, Transformer
 from text.tokenizer_files import is_misread
 from formats.safetensors import note, shorten
 
@@ -59,7 +60,7 @@ def effective(config: ModelConfig) -> dict[str, Any]:
         values["partial_rotary_factor"] = values["rope_interleaved"] = None
     if config.position != "rope" or True not in kinds:
         values["rope_local_theta"] = None               # settings that nothing reads
-    if kinds == {False}:
+    if kinds == {False} and set(config.layer_types or ()) <= {"full_attention"}:
         values["layer_types"] = values["sliding_window"] = None
     dense = [i for i in range(config.n_layer) if not config.is_moe(i)]
     del values["first_k_dense_replace"]

@@ -24,21 +24,45 @@ from torch import Tensor
 import kernels
 from config import UserError, refuse_to_run
 from families import FAMILIES
+from families.base import Family
+from formats import run_folder
 from formats.atomic import sync, write_json
-from formats.huggingface import Slot, family_of, padding
-from formats.run_folder import find_model, fingerprint as fingerprint_model, is_checkpoint, resolve
+from formats.huggingface import Slot, disk_form, family_of, layout, padding
+from formats.run_folder import find_model, is_checkpoint, resolve
 from formats.safetensors import DTYPES, Stored, read, read_header, read_json, write_safetensors
-from layers.lora import (Adapter, LoraLinear, adapters, attach, check_model, disabled, linears,
-                         matches, places)
+from layers.lora import (Adapter, LoraLinear, adapters, attach, check_model, convert, disabled,
+                         linears, matches)
 from layers.unwrap import unwrap
 from model import Linear, Transformer
-
 
 PREFIX = "base_model.model."        # PEFT's wrappers, which stand in front of every name
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE = "base.json"      # the fingerprint of the base, beside PEFT's files, which PEFT leaves alone
 FOLDER = "adapter"      # in a checkpoint: beside the merged weights transformers would add it twice
 KINDS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
+
+
+def map_layers(model: Transformer, family: Family) -> dict[str, Slot]:
+    """Return the name of each linear in the family's naming scheme -> our layers that it consists
+    of."""
+    known = linears(model).keys()
+    slots = {}
+    for name, slot in layout(disk_form(model.config, family), family).items():
+        parts = tuple(p.removesuffix(".weight") for p in slot.parts)
+        if name.endswith(".weight") and slot.expert is None and known >= set(parts):
+            # A and B are never transposed, as a weight of GPT-2's is
+            slots[name.removesuffix(".weight")] = slot._replace(parts=parts, transpose=False)
+    return slots
+
+
+def check_ranks(model: Transformer, name: str = "default") -> None:
+    """UserError where an adapter cannot be saved: what is one matrix in the family's files (GPT-2's
+    c_attn) needs one rank."""
+    ranks = {part: len(adapter.A) for part, adapter in adapters(model, name).items()}
+    for key, slot in map_layers(model, family_of(model.config)).items():
+        if len({ranks[part] for part in slot.parts if part in ranks}) > 1:
+            raise UserError(f"{key} is one matrix on disk: give the targets that it is made of one "
+                            "rank")
 
 
 def shortest(name: str, others: set[str]) -> str:
@@ -84,13 +108,15 @@ def save_adapter(path: str | Path, model: Any, name: str = "default", base: str 
 
     Both files are complete elsewhere before either takes its name. Of a mixture PEFT (0.21) opens
     adapters of attention alone: it takes a name such as mlp.up_proj for all of its experts."""
-    model, path, mine = unwrap(model), Path(path), adapters(model, name)
-    if not mine:
+    model = unwrap(model)
+    path = Path(path)
+    parts = adapters(model, name)
+    if not parts:
         raise UserError(f"there is no adapter {reprlib.repr(name)} to save: add_lora() makes one")
     family, tensors, ranks, alphas = family_of(model.config), {}, {}, {}
-    known, one = places(model, family), next(iter(mine.values()))
+    known, one = map_layers(model, family), next(iter(parts.values()))
     for key, slot in known.items():
-        own = [mine.get(part) for part in slot.parts]
+        own = [parts.get(part) for part in slot.parts]
         if any(own):
             *three, alphas[key] = join(slot, own, model)
             tensors.update({f"{PREFIX}{key}.{word}": t for word, t in zip(KINDS, three)
@@ -108,7 +134,7 @@ def save_adapter(path: str | Path, model: Any, name: str = "default", base: str 
         "alpha_pattern": {k: a for k, a in alphas.items() if a != alpha}}
     specs = [(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()]
     if not fingerprint and base and is_checkpoint(Path(base)):
-        fingerprint = fingerprint_model(Path(base))
+        fingerprint = run_folder.fingerprint(Path(base))
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path) as aside:
@@ -237,18 +263,18 @@ def untie(model: Transformer) -> None:
     model.config.tie_word_embeddings = False
 
 
-def find_places(model: Transformer, modules: Iterable[str], file: Path) -> dict[str, Slot]:
-    """places() in the words of the family that has all of `modules`: the one that save_model()
-    would choose, or another that the model fits, as ChatGLM's."""
+def find_layers(model: Transformer, modules: Iterable[str], file: Path) -> dict[str, Slot]:
+    """Return map_layers() of the family that has all of `modules`: the one that save_model() would
+    choose, or another that the model fits, as ChatGLM's."""
     output = model.config.tie_word_embeddings and "lm_head" in modules
     modules = [m for m in modules if m != "lm_head" or not output]
     own = family_of(model.config)
     for family in [own, *(f for f in FAMILIES.values() if padding(model.config, f) is not None)]:
-        known = places(model, family)
+        known = map_layers(model, family)
         if set(modules) <= known.keys():
             shape = tuple(model.output_weight.shape)
             return {**known, **({"lm_head": Slot(("lm_head",), (shape,))} if output else {})}
-    known = places(model, own)
+    known = map_layers(model, own)
     odd = next(m for m in modules if m not in known)
     raise UserError(f"{file}: {reprlib.repr(odd)} is none of the linears of this model's blocks, "
                     f"as {next(iter(known))}: the adapter belongs to another model")
@@ -286,12 +312,12 @@ def load_adapter(path: str | Path, model: Any, name: str = "default",
     settings = read_adapter_config(path / CONFIG)
     modules, frozen = sort_tensors(read_header(file), file)
     tied = "lm_head" in modules and model.config.tie_word_embeddings
-    known = find_places(model, modules, file)
+    known = find_layers(model, modules, file)
     check_tensors(modules, known, settings, file)
     check_frozen(frozen, model)
     if tied:
         untie(model)
-    mine, made = linears(model), {}
+    made = {}
     for key, stored in modules.items():
         tensors, slot = {kind: read(s) for kind, s in stored.items()}, known[key]
         A, Bs, n = tensors["A"], slot.from_disk(tensors["B"]), len(slot.parts)
@@ -303,7 +329,7 @@ def load_adapter(path: str | Path, model: Any, name: str = "default",
             alpha = round(alpha / (math.sqrt(n) if settings["use_rslora"] else n), 9)
         for part, A, B, length in zip(slot.parts, As, Bs, lengths):
             if own is None or A.any() or B.any():       # zeros: a part that has no adapter
-                made[part] = Adapter(LoraLinear.convert(mine[part], int8).base, A, B, length, alpha,
+                made[part] = Adapter(convert(model, part, int8).base, A, B, length, alpha,
                                      settings["lora_dropout"], settings["use_rslora"])
     return attach(model, made, name)
 
@@ -344,7 +370,7 @@ def find_base(folders: Sequence[Path], given: str = "", flag: str = "--base",
     recorded = read_adapter_config(first / CONFIG)["base"]
     if given:
         directory = resolve(given, which)
-        if notes and fingerprint_model(directory) != notes[first]["fingerprint"]:
+        if notes and run_folder.fingerprint(directory) != notes[first]["fingerprint"]:
             raise UserError(f"{directory} is not the model that {first} was trained on, to which "
                             f"it belongs: that was {notes[first]['folder']} with other weights or "
                             f"another config.json; name it with {flag}=DIR")

@@ -92,14 +92,14 @@ def next_token(logits: Tensor, s: Sampling, generators: list[torch.Generator],
         return logits.argmax(-1)
     noise = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g)
                          for g in generators])
-    # subtle: a draw of 0 would let a dropped token win, as 0 / 0
+    # a draw of 0 would let a dropped token win, as 0 / 0
     return (logits.softmax(-1) / noise.clamp_min_(1e-20)).argmax(-1)
 
 # -------------------------------------------------------------------------- the two phases
 
 
 def prefill(model: Any, contexts: list[list[int]], room: int) -> tuple[Tensor, Any]:
-    """Run whole contexts of any lengths: (logits after each, (B, V)), and their cache.
+    """Run whole contexts of any lengths; return (logits after each, (B, V)), and their cache.
 
     The batch is padded on the right, where no real token looks, and the cache keeps no padding.
     """
@@ -117,18 +117,18 @@ def prefill(model: Any, contexts: list[list[int]], room: int) -> tuple[Tensor, A
 
 
 def decode(model: Any, tokens: Tensor, cache: Any) -> Tensor:
-    """One more token in each row, (B,) -> logits after it, (B, V) float32."""
+    """Run one more token in each row, (B,); return the logits after it, (B, V) float32."""
     return model(tokens.unsqueeze(1), cache=cache)[:, -1].float()
 
 
 @dataclass
 class Memory:
-    """A row's cache from one call of generate() to the next: a chat encodes only what is new."""
+    """The cache of a text from one generate() to the next: a chat encodes new tokens only."""
     ids: list[int] = field(default_factory=list)    # whose keys the cache holds
     cache: Any = None
 
     def recall(self, model: Any, context: list[int], room: int) -> tuple[Tensor, Any]:
-        """prefill() of one context that may begin as the last one did."""
+        """Return what prefill() does of one context, which may begin as the last one did."""
         same = 0
         for a, b in zip(self.ids, context[:-1]):            # the last token's logits are wanted
             if a != b:
@@ -137,7 +137,7 @@ class Memory:
         if self.cache is not None and same and room <= self.cache.length:
             try:
                 self.cache.trim([same])
-            except UserError:                               # a window has moved on since
+            except UserError:               # a window has moved on since, or a state is recurrent
                 return prefill(model, [context], room)
             rest = torch.tensor([context[same:]], device=model.output_weight.device)
             logits = model(rest, cache=self.cache, head=lambda h, w: model.to_logits(h[:, -1], w))
@@ -146,117 +146,109 @@ class Memory:
         return prefill(model, [context], min(model.config.block_size, max(1024, 2 * room)))
 
 
-class Lookup:
-    """Guesses the next tokens of a text from its own repetitions (prompt look-up, Saxena 2023).
+def check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
+    """UserError for prompts without a token, or with one that the model does not know."""
+    if not prompts or not all(prompts):
+        raise UserError("a prompt has no token to start from: give it some text")
+    largest = max(map(max, prompts))
+    if largest >= vocab_size or min(map(min, prompts)) < 0:
+        raise UserError(f"the prompt has token id {largest}, the model's vocabulary only "
+                        f"{vocab_size} entries: its tokenizer belongs to another model")
 
-    Names, quotations and code come back word by word; a draft costs no second model.
-    """
-    LENGTHS = (3, 2)                # the tokens before a guess that have to be the same
 
-    def __init__(self):
-        self.after: dict[tuple[int, ...], int] = {}     # n tokens -> where they last ended
-        self.seen = 0
+@dataclass
+class Rows:
+    """The rows of a batch while they are generated: their ids, and how each draws."""
+    ids: dict[int, list[int]]               # row -> its context, which grows
+    generators: dict[int, torch.Generator]
+    occurred: Tensor | None                 # (rows, V), for the repetition penalty
+    sampling: Sampling
 
-    def guess(self, ids: list[int], count: int) -> list[int]:
-        """Up to `count` tokens that followed the last tokens of ids when they stood there before.
-        ids grows from call to call."""
-        for end in range(self.seen + 1, len(ids)):      # what ends here goes on, so it can help
-            for n in self.LENGTHS:
-                if end >= n:
-                    self.after[tuple(ids[end - n:end])] = end
-        self.seen = len(ids) - 1
-        for n in self.LENGTHS:
-            start = self.after.get(tuple(ids[-n:]))
-            if start is not None:
-                return ids[start:start + count]
-        return []
+    @classmethod
+    def begin(cls, prompts: list[list[int]], sampling: Sampling, seed: int, vocab_size: int,
+              limit: int, device: torch.device) -> Rows:
+        """Return the rows of `prompts`, cropped to the newest `limit` tokens, as nanoGPT does."""
+        ids = {r: list(prompt[-limit:]) for r, prompt in enumerate(prompts)}
+        generators = {r: torch.Generator(device).manual_seed(seed + r) for r in ids}
+        occurred = None
+        if sampling.repetition_penalty != 1:
+            occurred = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
+            for r, prompt in enumerate(prompts):
+                occurred[r, [i for i in prompt if i < vocab_size]] = True
+        return cls(ids, generators, occurred, sampling)
+
+    def choose(self, logits: Tensor, batch: list[int]) -> Tensor:
+        """Return the next token of each row of `batch`, (rows,), from logits (rows, V); UserError
+        where these are not finite."""
+        total = logits.sum()                # finite only if all that it adds up is
+        tokens = next_token(logits, self.sampling, [self.generators[r] for r in batch],
+                            None if self.occurred is None else self.occurred[batch])
+        if self.occurred is not None:
+            self.occurred[batch, tokens] = True
+        if not math.isfinite(total):
+            raise UserError(NOT_FINITE)
+        return tokens
+
+    def crop(self, rows: list[int], limit: int) -> None:
+        """Go on from the last half of each context that is full."""
+        for r in rows:
+            if len(self.ids[r]) > limit:
+                self.ids[r] = self.ids[r][-max(1, limit // 2):]
 
 
 @torch.inference_mode()         # faster than no_grad, a token is a thousand small operations
 def generate(model: Any, prompts: list[list[int]], max_new_tokens: int,
              sampling: Sampling = Sampling(), seed: int = 1337, vocab_size: int = 0,
              ends: Callable[[int, int], bool] = lambda row, token: False,
-             speculate: int = 0, memory: Memory | None = None) -> Iterator[list[int | None]]:
-    """Continue every prompt; yields, a step at a time, one token a row, None where a row is over.
+             memory: Memory | None = None) -> Iterator[list[int | None]]:
+    """Continue every prompt; yield one token per row and step, None where a row has ended.
 
-    A row is over after the token for which ends(row, token) is true (yielded still) or after
-    max_new_tokens. Row r draws from seed + r. vocab_size (0: the model's) is that of the
-    tokenizer: a model's matrix may be padded with rows that mean nothing. speculate: a single row
-    runs up to so many guessed tokens along with its newest one, and keeps those that it would
-    have chosen: several a step, in float32 the same ones. memory: of a single row, for the next
-    call. Logits that are nan or infinite are a UserError, with the tokens before them yielded.
+    A row ends after max_new_tokens, or with the token for which ends(row, token) is true, which is
+    asked once the step was yielded: whoever reads the steps may have decided so. Row r draws from
+    seed + r. vocab_size (0: the model's) is that of the tokenizer: a model's matrix may be padded
+    with rows that mean nothing. memory: of a single row, for the next call. Logits that are nan or
+    infinite are a UserError, after the tokens before them.
     """
     config = model.config
-    if not prompts or not all(prompts):
-        raise UserError("a prompt has no token to start from: give it some text")
-    top = max(map(max, prompts))
-    if top >= config.vocab_size or min(map(min, prompts)) < 0:
-        raise UserError(f"the prompt has token id {top}, the model's vocabulary only "
-                        f"{config.vocab_size} entries: its tokenizer belongs to another model")
-    if len(prompts) > 1 and (speculate or memory):
-        raise UserError("--speculate is for one sample: rows would go on at different speeds")
+    check_prompts(prompts, config.vocab_size)
+    if memory is not None and len(prompts) > 1:
+        raise UserError("a memory is of one text: give one prompt")
     vocab_size = min(vocab_size or config.vocab_size, config.vocab_size)
-    device, limit = model.output_weight.device, config.block_size
-    # the newest tokens that fit, as nanoGPT crops
-    contexts = {r: list(prompt[-limit:]) for r, prompt in enumerate(prompts)}
-    generators = {r: torch.Generator(device).manual_seed(seed + r) for r in contexts}
-    seen = None
-    if sampling.repetition_penalty != 1:
-        seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-        for r, prompt in enumerate(prompts):
-            seen[r, [i for i in prompt if i < vocab_size]] = True
-    live, cache, made = list(contexts), None, 0     # rows that go on; `batch`: rows of the cache
-    lookup, tokens = Lookup(), torch.zeros(0)
+    limit = config.block_size
+    rows = Rows.begin(prompts, sampling, seed, vocab_size, limit, model.output_weight.device)
+    going = list(rows.ids)                      # rows that have not ended
+    batch: list[int] = []                       # rows of the cache
+    cache = None
+    tokens = torch.zeros(0)
     was_training = model.training
     model.eval()
     try:
-        while made < max_new_tokens and live:
-            guesses: list[int] = []
+        for made in range(max_new_tokens):
             if cache is None or cache.end == cache.length:
-                for r in live:                  # a row that is full goes on from its last half
-                    if len(contexts[r]) > limit:
-                        contexts[r] = contexts[r][-max(1, limit // 2):]
-                        lookup = Lookup()
-                batch = list(live)              # and rows that are over are left behind
-                longest = max(len(contexts[r]) for r in batch)
-                room = min(limit, longest + max_new_tokens - made)
-                start = prefill if memory is None else memory.recall
-                logits, cache = start(model, [contexts[r] for r in batch] if memory is None
-                                      else contexts[batch[0]], room)
-            elif speculate:
-                # subtle: what a full window has dropped cannot come back, hence Store.SPARE
-                most = min(speculate, max_new_tokens - made - 1, cache.length - cache.end - 1)
-                guesses = lookup.guess(contexts[batch[0]], most) if most > 0 else []
-                ids = torch.tensor([contexts[batch[0]][-1:] + guesses], device=device)
-                logits = model(ids, cache=cache)[0].float()             # (1 + guesses, V)
+                rows.crop(going, limit)
+                batch = list(going)             # rows that have ended are left behind
+                contexts = [rows.ids[r] for r in batch]
+                room = min(limit, max(map(len, contexts)) + max_new_tokens - made)
+                if memory is None:
+                    logits, cache = prefill(model, contexts, room)
+                else:
+                    logits, cache = memory.recall(model, contexts[0], room)
             else:
                 logits = decode(model, tokens, cache)
-            for n in range(1 + len(guesses)):
-                rows = (logits[n:n + 1] if guesses else logits)[:, :vocab_size]
-                total = rows.sum()              # finite only if all that it adds up is
-                tokens = next_token(rows, sampling, [generators[r] for r in batch],
-                                    None if seen is None else seen[batch])
-                if seen is not None:
-                    seen[batch, tokens] = True
-                if not math.isfinite(total):
-                    raise UserError(NOT_FINITE)
-                step: list[int | None] = [None] * len(prompts)
-                for r, token in zip(batch, tokens.tolist()):
-                    if r in live:
-                        step[r] = token
-                        contexts[r].append(token)
-                        if ends(r, token):
-                            live.remove(r)
-                made += 1
-                wrong = guesses and (n == len(guesses) or guesses[n] != step[batch[0]] or not live)
-                if wrong:                       # what was guessed beyond this is forgotten
-                    cache.trim([cache.end - (len(guesses) - n)])
-                yield step
-                if wrong:
-                    break
+            tokens = rows.choose(logits[:, :vocab_size], batch)
+            step: list[int | None] = [None] * len(prompts)
+            for r, token in zip(batch, tokens.tolist()):
+                if r in going:
+                    step[r] = token
+                    rows.ids[r].append(token)
+            yield step
+            going = [r for r in going if not ends(r, step[r])]
+            if not going:
+                break
     finally:
         if memory is not None and cache is not None:
-            memory.ids, memory.cache = contexts[0][:cache.lengths[0]], cache
+            memory.ids = rows.ids[0][:cache.lengths[0]]
+            memory.cache = cache
         model.train(was_training)
 
 
@@ -266,7 +258,8 @@ def sample_text(model: Any, tokenizer: Any, ids: list[int], sampling: Sampling, 
 
     A model that has become nan gives a sentence instead: a sample is no reason to end a run.
     """
-    stops, ids = set(tokenizer.stop_ids), list(ids)
+    stops = set(tokenizer.stop_ids)
+    ids = list(ids)
     try:
         for step in generate(model, [ids], max_new_tokens, sampling, seed, tokenizer.vocab_size,
                              lambda _, token: token in stops):
@@ -291,42 +284,48 @@ class Text:
         self.over = False
 
     def put(self, token: int) -> str:
-        """What may be printed now that `token` is there; sets `over` at a stop."""
+        """Return what may be printed now that `token` is there; set `over` at a stop."""
         if token in self.ends:
-            rest, self.over = self.flush(), True
+            rest = self.flush()
+            self.over = True
             return rest
         return self._release(self.decoder.put(token))
 
     def flush(self) -> str:
-        """What was held back, when the sample is as long as it may be."""
+        """Return what was held back, when the sample is as long as it may be."""
         if self.over:
             return ""
         rest = self._release(self.decoder.flush())      # it may complete a stop string, and clear
-        rest, self.held = rest + self.held, ""          # what is held
+        rest += self.held                               # what is held
+        self.held = ""
         return rest
 
     def _release(self, piece: str) -> str:
         self.held += piece
-        found = [i for s in self.stops if (i := self.held.find(s)) >= 0]
-        if found:
-            out, self.held, self.over = self.held[:min(found)], "", True
+        starts = [i for s in self.stops if (i := self.held.find(s)) >= 0]
+        if starts:
+            out = self.held[:min(starts)]
+            self.held = ""
+            self.over = True
             return out
         # keep back the longest end of the text that is the beginning of a stop string
         keep = max((k for s in self.stops for k in range(1, len(s)) if self.held.endswith(s[:k])),
                    default=0)
         cut = len(self.held) - keep
-        out, self.held = self.held[:cut], self.held[cut:]
+        out = self.held[:cut]
+        self.held = self.held[cut:]
         return out
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Prompt -> ids, after the token that begins a text (Llama's <s>) if there is one; the
+    """Return a prompt's ids, after the token that begins a text (Llama's <s>) if there is one; the
     end-of-text token may be written out in it, as in nanoGPT.
 
     Without a prompt a sample starts where documents do: after that first token, after
     end-of-text, or, in a vocabulary of characters, after a newline.
     """
-    eot, first = tokenizer.eot, list(tokenizer.prefix)
+    eot = tokenizer.eot
+    first = list(tokenizer.prefix)
     if text == "" and (first or eot is not None):
         return first or [eot]
     allowed = {name for name, i in tokenizer.special.items() if i == eot}

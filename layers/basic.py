@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 import kernels
-from backends import chunked_loss, cpu, foreach      # noqa: F401  before a compiler traces
+from backends import chunked_loss, foreach      # noqa: F401  before a compiler traces
 from config import refuse_to_run
 
 
@@ -56,15 +56,12 @@ def glu_through(layer: Linear, gate: Tensor, up: Tensor, activation: str) -> Ten
 
 
 def linear_together(x: Tensor, *layers: Linear) -> Tensor:
-    """Several layers of one input, side by side (..., their sum). In training one matmul over the
-    joined weights, small beside activations; for one token quantize.py joins once and for all."""
+    """Return the outputs of several layers of one input, side by side (..., their sum). In training
+    one matmul over the joined weights, small beside activations; for one token pack() joins them
+    once and for all."""
     if not torch.is_grad_enabled() or any(type(layer) is not Linear for layer in layers):
         return torch.cat([layer(x) for layer in layers], -1)    # a layer with adapters, say
-    if kernels.best(x) == "cpu" and x.dtype == torch.bfloat16 and layers[0].bias is None:
-        return cpu.LinearCPU.apply(x, None, *(layer.weight for layer in layers))
-    weight = torch.cat([layer.weight.to(x.dtype) for layer in layers])
-    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
-    return kernels.linear(x, weight, bias)
+    return kernels.linear_joined(x, [la.weight for la in layers], [la.bias for la in layers])
 
 
 if __name__ == "__main__":

@@ -7,10 +7,9 @@
 (counted whole, as PaLM's appendix B does, though a causal kernel skips half). A backward has up to
 two matmuls of the same size: one for the gradient of the input, if anything before it trains, and
 one for that of the weight, if it trains itself. So LoRA costs about two thirds of full training,
-and below the first weight that trains there is no backward. tests/training/test_statistics.py
-holds this
-against torch.utils.flop_counter. What a step does once, whatever its tokens, is left out: the norms
-of DoRA, the merged matrix of adapters on lm_head.
+and below the first weight that trains there is no backward. What a step does once, whatever its
+tokens, is left out: the norms of DoRA, the merged matrix of adapters on lm_head.
+tests/training/test_statistics.py holds this against torch.utils.flop_counter.
 """
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from torch.nn import Module
 
 
 def trains(*modules: Module | None) -> bool:
-    """Whether any parameter of these modules has a gradient."""
+    """Return whether any parameter of these modules has a gradient."""
     return any(p.requires_grad for module in modules if module for p in module.parameters())
 
 
@@ -49,13 +48,6 @@ class Flops:
                 self.add(2 * p.numel(), reads_live + p.requires_grad)
         return live or trains(*layers)
 
-    def attend(self, live: bool, attention: Module, c: Any, keys: int) -> bool:
-        """Add a layer's attention over `keys` keys."""
-        live = self.multiply(live, attention.q_proj, attention.k_proj, attention.v_proj)
-        live = live or c.qk_norm and trains(attention.q_norm, attention.k_norm)
-        self.add(4 * keys * c.n_head * c.head_dim, 2 * live)
-        return self.multiply(live, attention.o_proj)
-
     def feed(self, live: bool, mlp: Module) -> bool:
         """Add a gated or plain MLP."""
         first: Iterable[Module] = [m for n, m in mlp.named_children() if n != "down_proj"]
@@ -75,13 +67,16 @@ class Flops:
 
 
 def count_flops(model: Module, T: int, training: bool = True, targets: float = 1.0) -> float:
-    """FLOPs that a token of a context of T costs; targets: share of tokens that meet the head."""
-    c, flops, inner = model.config, Flops(), model.model
+    """Return the FLOPs that a token of a context of T costs; targets: the share of tokens that meet
+    the output matrix."""
+    c = model.config
+    flops = Flops()
+    inner = model.model
     live = trains(inner.embed_tokens, getattr(inner, "embed_positions", None))
     for i, block in enumerate(inner.layers.children()):
         norms = {name: trains(m) for name, m in block.named_children() if name.endswith("norm")}
         before = live or norms.get("input_layernorm", False)
-        y = flops.attend(before, block.self_attn, c, min(T, c.window(i) or T))
+        y = block.mixer.add_flops(flops, before, T)
         live = live or y or norms.get("post_self_attn_layernorm", False)
         if c.norm_placement != "parallel":
             before = live or norms.get("post_attention_layernorm", False)

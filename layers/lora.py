@@ -3,8 +3,8 @@
     from layers.lora import add_lora, merge
     add_lora(model, rank=8, alpha=16, targets="q_proj,v_proj,lm_head:4")
 
-Nothing to run, and the same on every device. A linear layer y = W x + b becomes, in its place,
-y = W x + b + s B A x with W frozen; what to expect is at the head of lora.py.
+A linear layer y = W x + b becomes, in its place, y = W x + b + s B A x with W frozen; the docstring
+of lora.py has the variants.
 """
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 import kernels
-from inference import quantize
 from config import UserError, refuse_to_run
-from families.base import Family
-from model import Linear, Transformer
-from formats.huggingface import Slot, disk_form, family_of, layout
+from layers.basic import Linear
+from layers.packed import Int8
 from layers.unwrap import unwrap
 
 # ------------------------------------------------------------------------------ the layers
@@ -84,21 +82,27 @@ def unpack(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
 class LoraLinear(Linear):
     """A Linear with adapters by name, of which the `active` ones count; W itself is frozen.
 
-    convert() makes one of a Linear in its place. The parameter "weight" is the base, under the
-    name that it always had; the attribute `weight` is what the layer amounts to with its active
-    adapters. So whoever reads a layer's weight, quantize.pack() say, gets the merged one.
+    convert() puts one in the place of a Linear. The parameter "weight" is the base, under the name
+    that it had before; the attribute `weight` is the merged weight, base and active adapters. So
+    whoever reads a layer's weight, quantize.pack() say, gets the merged one.
     """
-    @classmethod
-    def convert(cls, layer: Linear, int8: bool = False) -> LoraLinear:
-        if type(layer) is Linear:
-            layer.__class__ = cls
-            layer.adapters, layer.active, layer.int8_scale, layer.kind = Module(), (), None, None
-        if int8 and layer.int8_scale is None:
-            packed = quantize.Int8(layer.base.detach(), None)
-            layer._parameters["weight"] = Parameter(packed.weight, requires_grad=False)
-            del layer.int8_scale
-            layer.register_buffer("int8_scale", packed.scale)       # moves with the model
-        return layer
+    def __init__(self, layer: Linear):
+        Module.__init__(self)
+        self._parameters["weight"] = layer.weight
+        self.bias = layer.bias
+        self.adapters = Module()
+        self.active: tuple[str, ...] = ()
+        self.int8_scale: Tensor | None = None
+        self.kind: torch.dtype | None = None        # what `weight` is to the outside; None: W's
+        self.train(layer.training)
+
+    def round_base(self) -> None:
+        """Hold W in int8, a scale per row, from here on."""
+        if self.int8_scale is None:
+            packed = Int8(self.base.detach(), None)
+            self._parameters["weight"] = Parameter(packed.weight, requires_grad=False)
+            del self.int8_scale
+            self.register_buffer("int8_scale", packed.scale)        # moves with the model
 
     @property
     def base(self) -> Tensor:
@@ -134,8 +138,25 @@ class LoraLinear(Linear):
 
 # ---------------------------------------------------------------------------- on a model
 
+def replace_layer(model: Any, name: str, layer: Module) -> None:
+    """Put `layer` in the place of the module `name` of a model."""
+    owner, _, last = name.rpartition(".")
+    setattr(model.get_submodule(owner), last, layer)
+
+
+def convert(model: Any, name: str, int8: bool = False) -> LoraLinear:
+    """Return the linear layer `name` of a model as one that takes adapters, in its place."""
+    layer = model.get_submodule(name)
+    if not isinstance(layer, LoraLinear):
+        layer = LoraLinear(layer)
+        replace_layer(model, name, layer)
+    if int8:
+        layer.round_base()
+    return layer
+
+
 def layers(model: Any) -> dict[str, LoraLinear]:
-    """Name -> layer, of the layers of a model that have adapters."""
+    """Return name -> layer, of the layers of a model that have adapters."""
     return {n: m for n, m in unwrap(model).named_modules() if isinstance(m, LoraLinear)}
 
 def linears(model: Any) -> dict[str, Linear]:
@@ -144,16 +165,6 @@ def linears(model: Any) -> dict[str, Linear]:
     return {n: m for n, m in unwrap(model).named_modules() if isinstance(m, Linear)
             and (n.startswith("model.layers.") or n == "lm_head")}
 
-
-def places(model: Transformer, family: Family) -> dict[str, Slot]:
-    """Name of each linear in the family's words -> our layers of which it is made."""
-    known, found = linears(model).keys(), {}
-    for name, slot in layout(disk_form(model.config, family), family).items():
-        parts = tuple(p.removesuffix(".weight") for p in slot.parts)
-        if name.endswith(".weight") and slot.expert is None and known >= set(parts):
-            # A and B are never transposed, as a weight of GPT-2's is
-            found[name.removesuffix(".weight")] = slot._replace(parts=parts, transpose=False)
-    return found
 
 def names(model: Any) -> list[str]:
     """The adapters of a model, in the order in which they came."""
@@ -184,10 +195,10 @@ def select(model: Any, targets: str | Sequence[str]) -> dict[str, Linear]:
     return {n: m for n, m in known.items()
             if (matches(n, *targets) if targets else n != "lm_head")}
 
-def check_model(model: Any, name: str) -> Transformer:
-    """The bare model, if it can take an adapter of that name."""
+def check_model(model: Any, name: str) -> Any:
+    """Return the bare model, if it can take an adapter of that name."""
     model = unwrap(model)
-    if not isinstance(model, Transformer) or isinstance(model, quantize.Packed):
+    if getattr(model, "output", model) is not None:     # a Transformer's, set by pack()
         raise UserError("adapters are for a Transformer that is not packed: load it again without "
                         "--quantize")
     # the name becomes an attribute and a part of parameter names
@@ -197,7 +208,7 @@ def check_model(model: Any, name: str) -> Transformer:
         raise UserError(f"the model has an adapter {name!r} already: choose another name")
     return model
 
-def attach(model: Transformer, made: dict[str, Adapter], name: str) -> dict[str, LoraLinear]:
+def attach(model: Any, made: dict[str, Adapter], name: str) -> dict[str, LoraLinear]:
     """Put adapters on the layers that they are named after, freeze the rest, and activate them."""
     model.requires_grad_(False)
     found = {part: layer for part, layer in layers(model).items() if part in made}
@@ -213,7 +224,7 @@ def add_lora(model: Any, rank: int = 8, alpha: float = 16.0, dropout: float = 0.
     yet; returns the adapted layers by name (describe() says them in a line).
 
     targets: names by commas, "" for all linears of attention and MLP; "lm_head:4" has rank 4 at the
-    others' scale. int8: their frozen weights are rounded as quantize.Int8 does. Other adapters
+    others' scale. int8: their frozen weights are rounded as layers/packed.Int8 does. Other adapters
     stay, frozen and off. UserError for a target that does not exist or a setting that cannot be.
     """
     model = check_model(model, name)
@@ -221,8 +232,8 @@ def add_lora(model: Any, rank: int = 8, alpha: float = 16.0, dropout: float = 0.
         raise UserError(f"rank {rank}, alpha {alpha}, dropout {dropout} cannot be LoRA's: rank "
                         "is at least 1, alpha above 0, dropout from 0 up to 1")
     made, ranks = {}, parse(targets)
-    for part, layer in select(model, targets).items():
-        base = LoraLinear.convert(layer, int8).base.detach()
+    for part in select(model, targets):
+        base = convert(model, part, int8).base.detach()
         N, K = base.shape
         r = next((r for t, r in ranks.items() if r and matches(part, t)), rank)
         # uniform in +-1 / sqrt(K), as nn.Linear starts, and PEFT's A; B = 0: no change at first
@@ -230,11 +241,6 @@ def add_lora(model: Any, rank: int = 8, alpha: float = 16.0, dropout: float = 0.
         length = kernels.widen(base).norm(dim=1) if dora else None
         own = alpha * (r / rank) ** (0.5 if rslora else 1)          # the scale is that of all
         made[part] = Adapter(base, A, A.new_zeros(N, r), length, own, dropout, rslora)
-    # where files have one matrix for several layers (GPT-2's c_attn), so has their adapter
-    for key, slot in places(model, family_of(model.config)).items():
-        if len({len(made[part].A) for part in slot.parts if part in made}) > 1:
-            raise UserError(f"{key} is one matrix on disk: give the targets that it is made of one "
-                            "rank")
     return attach(model, made, name)
 
 def adapters(model: Any, name: str = "default") -> dict[str, Adapter]:
@@ -292,15 +298,16 @@ def halve(model: Any) -> None:
             layer._parameters["weight"] = Parameter(half, requires_grad=False)
             layer.kind = torch.float32                  # what its weight is to the outside
 
-def merge(model: Any) -> Transformer:
-    """Make the model, in place, the plain Transformer that it amounts to with its active adapters:
-    no adapters, all weights to be trained or saved. An int8 base comes back in float32."""
+def merge(model: Any) -> Any:
+    """Make the model, in place, a plain Transformer with the merged weights: no adapters, all
+    weights to be trained or saved. An int8 base comes back in float32."""
     model = unwrap(model)
-    for layer in layers(model).values():
-        weight = layer.weight.detach()
-        del layer.adapters, layer.active, layer.int8_scale, layer.kind
-        layer.__class__ = Linear
-        layer.weight = Parameter(weight)
+    for name, layer in layers(model).items():
+        with torch.device("meta"):
+            plain = Linear(1, 1)
+        plain.weight = Parameter(layer.weight.detach())
+        plain.bias = layer.bias
+        replace_layer(model, name, plain.train(layer.training))
     for name, p in model.named_parameters():        # which moves without gradients, in balance()
         p.requires_grad_(not name.endswith("e_score_correction_bias"))
     return model

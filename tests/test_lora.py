@@ -16,9 +16,10 @@ import sft
 from training.settings import Lora
 import kernels
 import lora
-from formats.peft import save_adapter, load_adapter, read_adapter_config, CONFIG, WEIGHTS
+from formats.peft import check_ranks, save_adapter, load_adapter, read_adapter_config, CONFIG, WEIGHTS
 from layers import lora as lora_layers
 from inference import quantize
+from layers.packed import Int8
 from checkpoint import load_model, save_model
 from config import UserError
 from conftest import ROOT
@@ -260,9 +261,10 @@ def test_a_name_is_taken_once_and_a_packed_model_takes_none():
 def test_int8_base_is_rounded_as_for_serving_and_gradients_pass_it(dora):
     model, ids = build(qkv_bias=True), ids_of()
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
-    packed = quantize.Int8(layer.weight.detach(), None)
+    packed = Int8(layer.weight.detach(), None)
     rounded = packed.weight.float() * packed.scale.float().unsqueeze(1)
-    lora_layers.add_lora(model, rank=2, int8=True, dora=dora)
+    layer = lora_layers.add_lora(model, rank=2, int8=True, dora=dora)[
+        "model.layers.0.self_attn.q_proj"]
     stir(model)
     assert layer._parameters["weight"].dtype == torch.int8 and torch.equal(layer.base, rounded)
     # the oracle: a plain layer with the rounded weights, and the same adapter
@@ -270,7 +272,8 @@ def test_int8_base_is_rounded_as_for_serving_and_gradients_pass_it(dora):
     with torch.no_grad():
         plain.weight.copy_(rounded)
         plain.bias.copy_(layer.bias)
-    lora_layers.LoraLinear.convert(plain).adapters.add_module("default", layer.adapters.default)
+    plain = lora_layers.LoraLinear(plain)
+    plain.adapters.add_module("default", layer.adapters.default)
     plain.active = ("default",)
     results = []
     for one in (layer, plain):
@@ -476,9 +479,13 @@ def test_a_base_in_halves_is_saved_in_full(tmp_path):
 
 def test_what_is_one_matrix_on_disk_has_one_rank():
     """GPT-2's q, k and v are c_attn in its files, and so is their adapter: told before training."""
+    model = build("gpt2")
+    lora_layers.add_lora(model, targets="q_proj:2,v_proj")
     with pytest.raises(UserError, match="c_attn is one matrix on disk"):
-        lora_layers.add_lora(build("gpt2"), targets="q_proj:2,v_proj")
-    lora_layers.add_lora(build("gpt2"), targets="q_proj:2,v_proj:2,o_proj:3")
+        check_ranks(model)
+    model = build("gpt2")
+    lora_layers.add_lora(model, targets="q_proj:2,v_proj:2,o_proj:3")
+    check_ranks(model)
 
 
 def same_files(folder):

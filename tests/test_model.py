@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from config import UserError
-from model import ModelConfig, Transformer, rope_frequencies
+from layers.rope import rope_frequencies
+from model import ModelConfig, Transformer
 from families import PRESETS
 from families import SCRATCH
 
@@ -415,10 +416,10 @@ def test_a_cache_that_is_full_says_so_and_stays_as_it_was():
 
 def test_the_cache_holds_the_compute_type():
     model = make(FLAGS["llama"])
-    assert model.new_cache(1, 4).stores[0].kv[0][0].dtype == torch.float32
+    assert model.new_cache(1, 4).distinct[0].kv[0][0].dtype == torch.float32
     model.compute_dtype = torch.bfloat16
     cache = model.new_cache(1, 4)
-    (k, v), = [cache.stores[0].kv[1]]
+    (k, v), = [cache.distinct[0].kv[1]]
     assert k.dtype == v.dtype == torch.bfloat16 and k.shape == (1, 4, 4, 8)
     with torch.no_grad():
         assert model(some_ids(1, 3), cache=cache).dtype == torch.bfloat16

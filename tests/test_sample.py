@@ -431,45 +431,9 @@ def test_a_missing_model_is_status_2_and_a_reader_that_leaves_is_no_error(saved,
     os.close(write)
     assert gone.returncode == 0 and "Traceback" not in gone.stderr
 
-# ------------------------------------------------- guesses from the text, and what a chat remembers
+# ----------------------------------------------------------------------- what a chat remembers
 
 WINDOWS = dict(KINDS["llama"], sliding_window=4, block_size=200)
-
-
-@pytest.mark.parametrize("settings", [GREEDY, Sampling(0.7, 5),
-                                      Sampling(0, repetition_penalty=1.1)],
-                         ids=["greedy", "sampled", "penalty"])
-@pytest.mark.parametrize("count", [1, 3, 63])
-@pytest.mark.parametrize("kind", ["gpt2", "windows"])
-def test_guessing_changes_the_speed_and_not_the_text(kind, count, settings, monkeypatch):
-    """Through a full context and full windows, for every way of choosing a token."""
-    model = build("llama", **WINDOWS) if kind == "windows" else build(kind)
-    start = prompt(5) * 3                               # repeats itself, so that guesses are made
-    plain = run_all(model, [start], 120, settings, seed=3)
-    tried, kept, real = [], [], generation.Lookup.guess
-
-    def watched(self, ids, most):
-        kept.append(len(ids))
-        tried.append(len(found := real(self, ids, most)))
-        return found
-    monkeypatch.setattr(generation.Lookup, "guess", watched)
-    assert run_all(model, [start], 120, settings, seed=3, speculate=count) == plain
-    assert max(tried) == min(count, max(tried)) > 0
-    if settings is GREEDY:                              # a greedy text runs into a loop
-        assert len(tried) < 119
-
-
-def test_the_lookup_is_a_search_through_the_text():
-    """The newest place where the last three tokens, or two, stood before; against a plain loop."""
-    ids, lookup = prompt(400), generation.Lookup()
-    ids = [i % 4 for i in ids]
-    for end in range(1, len(ids)):
-        text = ids[:end]
-        expected = []
-        for n in (2, 3):                                # three wins
-            places = [i for i in range(n, end) if end >= n and text[i - n:i] == text[end - n:]]
-            expected = text[places[-1]:places[-1] + 5] if places else expected
-        assert lookup.guess(text, 5) == expected, text
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "windows"])
@@ -495,10 +459,9 @@ def test_a_conversation_is_encoded_once_and_says_the_same(kind, monkeypatch):
     assert run_all(model, [long], 30, GREEDY, memory=memory) == run_all(model, [long], 30, GREEDY)
 
 
-def test_guesses_and_memory_are_for_one_row():
-    for option in (dict(speculate=2), dict(memory=sample.Memory())):
-        with pytest.raises(UserError, match="one sample"):
-            run_all(build(), [prompt(3), prompt(3)], 5, GREEDY, **option)
+def test_a_memory_is_of_one_row():
+    with pytest.raises(UserError, match="a memory is of one text"):
+        run_all(build(), [prompt(3), prompt(3)], 5, GREEDY, memory=sample.Memory())
 
 # ------------------------------------------------------------------------------------- to talk
 
@@ -543,7 +506,7 @@ def test_lines_of_a_pipe_are_turns_that_know_those_before(talker, capsys, stdin)
     stdin("hello\n/new\nthe fox\n")
     assert run_main(capsys, talker, **base) == alone[0] + alone[1]
     stdin("hello\nthe fox\n")
-    assert run_main(capsys, talker, quantize="int8", speculate=4, **base).count("\n") >= 2
+    assert run_main(capsys, talker, quantize="int8", **base).count("\n") >= 2
 
 
 def test_a_long_conversation_forgets_its_oldest_exchanges():
@@ -609,8 +572,8 @@ def test_mistakes_in_a_chat_are_one_sentence(saved, talker):
             (saved, {}, "--template=chatml"), (talker, dict(template="klingon"), "--template="),
             (talker, dict(num_samples=2), "one conversation"),
             (talker, dict(lines=True), "one conversation"),
-            (talker, dict(quantize="int3"), "int8 or int4"),
-            (talker, dict(template="llama3"), "lacks"), (talker, dict(speculate=64), "0 to 63")):
+            (talker, dict(quantize="int3"), "choose from int8, int4"),
+            (talker, dict(template="llama3"), "lacks")):
         with pytest.raises(UserError, match=message):
             sample.main(sample.Config(model=str(model), chat=True, prompt="a", device="cpu",
                                       **settings))

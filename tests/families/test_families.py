@@ -290,7 +290,7 @@ def test_the_gradients_of_a_step_are_transformers(name, oracle, tmp_path):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_cache_gives_the_logits_of_the_whole_text(name, oracle, monkeypatch):
     """A prompt of one token, then every step; a prompt in pieces; past the window and its store."""
-    monkeypatch.setattr(kv_cache.Store, "SPARE", 2)
+    monkeypatch.setattr(kv_cache.KeyValues, "SPARE", 2)
     model, ids = load_model(oracle(name).path, "cpu"), some_ids(2, 34)
     full = model.logits(ids)
     assert error(full[:, :30], oracle(name).model(ids[:, :30]).logits.detach()) <= 1e-5
@@ -302,13 +302,13 @@ def test_the_cache_gives_the_logits_of_the_whole_text(name, oracle, monkeypatch)
                 start += n
         assert error(torch.cat(out, 1), full) <= 1e-5, pieces
     if name in WINDOWS:             # or the test would not reach what it is for
-        assert any(len(next(iter(s.kv.values()))[0][0, 0]) < 34 for s in held.stores)
+        assert any(len(next(iter(s.kv.values()))[0][0, 0]) < 34 for s in held.distinct)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_rows_of_a_ragged_batch_are_each_alone(name, oracle, monkeypatch):
     """Prompts of 1, 11 and 4 tokens padded on the right, then 20 steps: past the window, too."""
-    monkeypatch.setattr(kv_cache.Store, "SPARE", 2)
+    monkeypatch.setattr(kv_cache.KeyValues, "SPARE", 2)
     model, lengths, steps = load_model(oracle(name).path, "cpu"), [1, 11, 4], [1] * 16 + [3, 1]
     texts = [some_ids(1, n + sum(steps), seed=n) for n in lengths]
     alone = [model.logits(text)[0] for text in texts]

@@ -13,7 +13,8 @@ import transformers as T
 import checkpoint
 from checkpoint import load_model, save_model
 from config import UserError
-from model import ModelConfig, Transformer, rope_frequencies
+from layers.rope import rope_frequencies
+from model import ModelConfig, Transformer
 
 V = 48
 SHAPE = dict(n_layer=1, n_head=2, n_embd=16, vocab_size=V, block_size=64, init_std=0.4)
