@@ -203,7 +203,9 @@ def replace_directory(path: Path, fill: Callable[[Path], None]) -> Path:
     The new one is built under another name on the same disk, synced, and renamed. Two renames are
     not one: killed between them, the old directory is found under its name aside (see resolve).
     """
-    new, old, lock = path.with_name(f".{path.name}.new"), name_aside(path), None
+    new = path.with_name(f".{path.name}.new")
+    old = name_aside(path)
+    lock = None
     try:
         new.mkdir(parents=True, exist_ok=True)
         lock = atomic.try_lock(new)                     # it ends with the process
@@ -399,7 +401,8 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
     Everything is checked before anything is read; then one tensor at a time moves from the file
     to its place. UserError names the file and the tensor that is wrong.
     """
-    opened, target = open_checkpoint(path, which), type_of(dtype)
+    opened = open_checkpoint(path, which)
+    target = type_of(dtype)
     # where a file mixes types (norms in float32, say) the embedding's is the model's
     main = next(s.dtype for slot, s in opened.found if slot.parts == ("model.embed_tokens.weight",))
     with torch.device("meta"):
@@ -432,8 +435,10 @@ def convert(source: str, target: str, dtype: str = "auto", form: str = "hf",
     dtype auto keeps the type of every tensor. form: hf, or the files as their authors published
     them: a name in LAYOUTS (params.json beside one .pth file, all tensors in memory at once; ...).
     """
-    opened, wanted = open_checkpoint(source, which), type_of(dtype)
-    config, family = opened.config, None
+    opened = open_checkpoint(source, which)
+    wanted = type_of(dtype)
+    config = opened.config
+    family = None
     if form != "hf" and form not in LAYOUTS:
         raise UserError(f"unknown --layout={form}; choose from hf, {', '.join(LAYOUTS)}")
     if not 0 < shard_gb < math.inf:
@@ -455,7 +460,8 @@ def convert(source: str, target: str, dtype: str = "auto", form: str = "hf",
         slot, s, k = places[part, expert]
         return slot.from_disk(read(s))[k]
 
-    tokenizer, copied = None, tokenizer_files.list_files(opened.directory)
+    tokenizer = None
+    copied = tokenizer_files.list_files(opened.directory)
     try:
         if copied or any(tokenizer_files.find(opened.directory)):
             tokenizer = load_tokenizer(opened.directory)
@@ -524,7 +530,9 @@ def main(cfg: Config) -> None:
 def show(path: str, which: str) -> None:
     """Print what is in a checkpoint, all of it checked."""
     opened = open_checkpoint(path, which)
-    directory, config, stored = opened.directory, opened.config, [s for _, s in opened.found]
+    directory = opened.directory
+    config = opened.config
+    stored = [s for _, s in opened.found]
     kinds = sorted({s.dtype for s in stored})
     with torch.device("meta"):
         parameters = Transformer(config).parameter_count()

@@ -153,7 +153,8 @@ def start_student(cfg: Config) -> tuple[ModelConfig, Any]:
         raise UserError(f"there is no teacher at {' or '.join(TEACHERS)}: make one with `python "
                         "sft.py config/sft_skills.py`, or name another with --teacher=DIR")
     find_teacher(cfg)
-    shape, known = checkpoint.read_config(cfg.teacher), checkpoint.load_tokenizer(cfg.teacher)
+    shape = checkpoint.read_config(cfg.teacher)
+    known = checkpoint.load_tokenizer(cfg.teacher)
     if cfg.block_size > shape.block_size:
         raise UserError(f"block_size {cfg.block_size} is more than the {shape.block_size} tokens "
                         f"that the teacher {cfg.teacher} was made for: use at most that")
@@ -348,7 +349,8 @@ def converse(cfg: Config, teacher: Any, tokenizer: Any, records: list[dict], num
              ) -> list[dict]:
     """The records with every assistant's turn said by the teacher, who sees its own earlier ones;
     one that does not end, says nothing or has no room is left out. number: of the first."""
-    stops, how = set(tokenizer.stop_ids), Sampling(temperature=cfg.generate_temperature)
+    stops = set(tokenizer.stop_ids)
+    how = Sampling(temperature=cfg.generate_temperature)
     said: dict[int, list[dict]] = {k: [] for k in range(len(records))}      # those that go on
     for turn in range(max(len(r["messages"]) for r in records)):
         asked = {}                                  # record -> ids after which it is to answer

@@ -139,7 +139,9 @@ def preference_loss(cfg: Config, policy: Tensor, reference: Tensor, sizes: Tenso
     (N, 2) their tokens. z: KTO's estimate of the KL divergence. Rewards are beta times the log
     ratio, as trl reports them; without a reference, beta times the mean log-probability.
     """
-    b, e, alone = cfg.beta, cfg.label_smoothing, cfg.loss in ALONE
+    b = cfg.beta
+    e = cfg.label_smoothing
+    alone = cfg.loss in ALONE
     average = cfg.loss in ("ipo", *ALONE) if cfg.average is None else cfg.average
     ratio = policy - (0.0 if alone or cfg.reference_free else reference)
     score = ratio / sizes if average else ratio
@@ -225,7 +227,8 @@ def unpaired_loss(cfg: Config) -> Loss:
         total = value.sum() + 0.0 * policy.sum()
         if routed:
             more, extra = router.compute_losses(cfg, routes, batch, count_answers)
-            total, metrics = total + more, {**metrics, **extra}
+            total = total + more
+            metrics = {**metrics, **extra}
         return total, count, metrics
     loss.count_flops = count_flops_of(cfg)
     return loss
@@ -249,10 +252,12 @@ def pair_loss(cfg: Config) -> Loss:
         if cfg.loss == "kto":
             metrics["kl"] = z * there.sum()
         # all of policy, so that a batch without a pair has a gradient as well, of zeros
-        total, count = value.sum() + 0.0 * policy.sum(), there.sum()
+        total = value.sum() + 0.0 * policy.sum()
+        count = there.sum()
         if routed:
             more, extra = router.compute_losses(cfg, routes, batch, count_pairs)
-            total, metrics = total + more, {**metrics, **extra}
+            total = total + more
+            metrics = {**metrics, **extra}
         return total, count, metrics
 
     loss.count_flops = count_flops_of(cfg)
@@ -306,10 +311,12 @@ class FixedPairs(chats.Fixed):
 def strangers_of(pairs: Pairs) -> chats.Packed:
     """Each prompt with the answer of the same side to the pair before, one by one; of answers
     without a partner with the one before (trl's get_kl_completion_ids turns them likewise)."""
-    out, known = chats.Rendered(), pairs.conversations
+    out = chats.Rendered()
+    known = pairs.conversations
     for i, (ids, mask) in enumerate(known):
         other, its = known[i - pairs.unit]
-        start, begin = int(mask.argmax()), int(its.argmax())
+        start = int(mask.argmax())
+        begin = int(its.argmax())
         out.append(tuple(np.concatenate((a[:start], b[begin:]))[:pairs.block_size + 1]
                          for a, b in ((ids, other), (mask, its))))
     packed = chats.Packed(out, pairs.batch_size, pairs.block_size, pad=pairs.pad)
@@ -373,7 +380,9 @@ def of_conversations(model: Transformer, packed: chats.Packed, batch_size: int, 
     for the progress on stderr.
     """
     found = torch.zeros(len(packed.conversations), dtype=torch.float64)
-    batches, began, told = packed.fixed(batch_size, len(packed)), time.perf_counter(), 0.0
+    batches = packed.fixed(batch_size, len(packed))
+    began = time.perf_counter()
+    told = 0.0
     was = model.training
     model.eval()
     for i in range(machine.rank, len(batches), machine.world):

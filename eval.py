@@ -68,7 +68,8 @@ class Config:
 def read_split(cfg: Config, kind: str) -> tuple[Path, list[dict[str, Any]]]:
     """Return the file of cfg.split, and its records: "sft" conversations or "labels"."""
     path = Path(cfg.dataset)
-    notes, columns = chats.Notes(cfg.ignore_keys), (cfg.text_key, cfg.label_key)
+    notes = chats.Notes(cfg.ignore_keys)
+    columns = (cfg.text_key, cfg.label_key)
     if path.is_file() and "split" in getattr(cfg, "given", ()):
         parts = dict(zip(("train", "val"), chats.splits(
             cfg.dataset, kind, None, notes, columns)))
@@ -114,7 +115,8 @@ def answers(model: Any, tokenizer: Any, records: list[dict[str, Any]], template:
             think: bool | None = None) -> list[str]:
     """What the model says, greedily, after each conversation without its last answer."""
     template = template or tokenizer.template
-    chat, stops = bool(template or tokenizer.jinja), set(tokenizer.stop_ids)
+    chat = bool(template or tokenizer.jinja)
+    stops = set(tokenizer.stop_ids)
     thinking = {} if think is None else {"enable_thinking": think}
     for options in ({}, *(chats.render_options(r) for r in records if chat)):
         refuse_unread(tokenizer, template, **{**options, **thinking})
@@ -124,7 +126,8 @@ def answers(model: Any, tokenizer: Any, records: list[dict[str, Any]], template:
                for r in records]
     said: list[list[int]] = [[] for _ in records]
     # prompts of one length beside each other: a batch waits for its longest answer anyway
-    order, began = sorted(range(len(records)), key=lambda i: len(prompts[i])), time.perf_counter()
+    order = sorted(range(len(records)), key=lambda i: len(prompts[i]))
+    began = time.perf_counter()
 
     for first in range(0, len(order), batch_size):
         part = order[first:first + batch_size]
@@ -152,7 +155,8 @@ def answers(model: Any, tokenizer: Any, records: list[dict[str, Any]], template:
 def table(records: list[dict[str, Any]], good: list[bool]) -> str:
     """A row of "task right of total" for each task, and the accuracy of all."""
     tasks = [r.get("task", "") for r in records]
-    total, hits = Counter(tasks), Counter(t for t, ok in zip(tasks, good) if ok)
+    total = Counter(tasks)
+    hits = Counter(t for t, ok in zip(tasks, good) if ok)
     rows = [f"{task or 'all':<14}{hits[task]:6d} of {n:5d}   {hits[task] / n:6.1%}"
             for task, n in total.items()] if len(total) > 1 else []
     return "\n".join([*rows, f"accuracy {sum(good) / len(good):.4f} ({sum(good)} of {len(good)})"])
@@ -166,7 +170,8 @@ def label_texts(cfg: Config, model: Any, tokenizer: Any, labels: dict[str, int])
         raise UserError("this is a classifier: name its labelled texts, as in --dataset=sms_spam "
                         "or --dataset=FILE.csv")
     path, records = read_split(cfg, "labels")
-    names, records = list(labels), records[:cfg.limit or None]
+    names = list(labels)
+    records = records[:cfg.limit or None]
     if not records:
         raise UserError(f"{path} has no labelled text")
     for record in records:
@@ -174,11 +179,13 @@ def label_texts(cfg: Config, model: Any, tokenizer: Any, labels: dict[str, int])
             raise UserError(f"{path} has the label {record['label']!r}, the classifier only "
                             f"{', '.join(names[:9])}: choose the data of its task")
     length = get_text_length(tokenizer, model.config)
-    texts, confusion = [r["text"] for r in records], torch.zeros(len(names), len(names))
+    texts = [r["text"] for r in records]
+    confusion = torch.zeros(len(names), len(names))
     found = predict_labels(model, tokenizer, texts, length, cfg.batch_size)
     shown = 0
     for record, p in zip(records, found):
-        truth, answer = names.index(record["label"]), int(p.argmax())
+        truth = names.index(record["label"])
+        answer = int(p.argmax())
         confusion[truth, answer] += 1
         if truth != answer and shown < cfg.wrong:
             shown += 1

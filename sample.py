@@ -126,7 +126,8 @@ def read_prompt(cfg: Config) -> str:
             raise UserError(f"cannot read the prompt from {path}: {e.strerror}") from e
     elif text == "-" or not named and piped() and "prompt" not in getattr(cfg, "given", ()):
         print("reading the prompt from stdin (--prompt=… gives one)", file=sys.stderr)
-        path, data = "stdin", sys.stdin.buffer.read()
+        path = "stdin"
+        data = sys.stdin.buffer.read()
     else:
         return text
     return files.decode(data, path)
@@ -186,7 +187,8 @@ class Served:
         if adapters:
             activate(model, *adapters)
             merge(model)
-        weight, count = model.output_weight, model.parameter_count()
+        weight = model.output_weight
+        count = model.parameter_count()
         if weight.device.type == "cpu" and count < SMALL:
             # a step is microseconds of work: threads would wait for each other
             torch.set_num_threads(1)
@@ -195,7 +197,8 @@ class Served:
         # bytes that a token reads; the reference is there to be read: it takes weights as they are
         self.bytes = count * weight.itemsize if cfg.backend == "reference" and not cfg.quantize \
             else pack(model, cfg.quantize)
-        c, dtype = model.config, model.compute_dtype or weight.dtype
+        c = model.config
+        dtype = model.compute_dtype or weight.dtype
         self.token = 2 * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize  # of its keys
 
 
@@ -225,7 +228,8 @@ def say(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]], s
         if memory is None or not sys.stdin.isatty():
             raise
         steps.close()
-        memory.ids, memory.cache = [], None             # it may have been cut within a step
+        memory.ids = []                                 # it may have been cut within a step
+        memory.cache = None
     for r, row in enumerate(rows):
         put(r, row.flush())
     return said, meter
@@ -244,7 +248,8 @@ def turns(cfg: Config) -> Iterator[str | list[str]]:
     """Yield what the user says: --prompt alone, the lines of a pipe, or of a terminal with editing.
     The content of a file is always a message: code may begin with //."""
     if typed := cfg.prompt or cfg.start or cfg.file:
-        text, file = read_prompt(cfg), cfg.file or typed == "-" or typed.startswith("FILE:")
+        text = read_prompt(cfg)
+        file = cfg.file or typed == "-" or typed.startswith("FILE:")
         yield text if file else read_turn(text)
         return
     if not sys.stdin.isatty():
@@ -285,7 +290,9 @@ def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any
     name = cfg.template or tokenizer.template
     stops = find_stop_ids(tokenizer, name)
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
-    messages, memory, served = list(opening), Memory(), Served(cfg, directory, adapters)
+    messages = list(opening)
+    memory = Memory()
+    served = Served(cfg, directory, adapters)
     refuse_unread(tokenizer, name, enable_thinking=cfg.think)
     thinking = {} if cfg.think is None else {"enable_thinking": cfg.think}
 
@@ -307,10 +314,12 @@ def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any
                 print("\n".join(f"{c:10}{text}" for c, text in COMMANDS.items() if text),
                       "//...     a message that begins with one slash", sep="\n", file=sys.stderr)
             elif word == "/new":
-                messages, memory = list(opening), Memory()
+                messages = list(opening)
+                memory = Memory()
             elif word == "/adapter":
                 # what is remembered are keys of other weights; there is no room for two models
-                served, memory = None, Memory()
+                served = None
+                memory = Memory()
                 served = Served(cfg, directory, {n: adapters[n] for n in names})
             else:
                 return
@@ -371,7 +380,8 @@ def main(cfg: Config) -> None:
     texts = [t for t in texts for _ in range(cfg.num_samples)]
     prompts = [encode(tokenizer, t) for t in texts]
     served = Served(cfg, directory, adapters)
-    stream, before = cfg.stream and len(texts) == 1, texts if cfg.echo else [""] * len(texts)
+    stream = cfg.stream and len(texts) == 1
+    before = texts if cfg.echo else [""] * len(texts)
     print(before[0] if stream else "", end="", flush=True)
     said, meter = say(cfg, served, tokenizer, prompts, set(tokenizer.stop_ids), stream, cfg.seed)
     print("" if stream else f"\n{SEPARATOR}\n".join(map("".join, zip(before, said))), flush=True)

@@ -423,7 +423,8 @@ def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> tuple[ModelConfi
     tokenizer: of the data. A checkpoint's own is kept, which may know more tokens and a chat
     template; UserError unless all ids of the data are the same tokens there.
     """
-    name, cfg.init_from = cfg.init_from, start.find_pretrained(cfg.init_from, cfg.hub_dir)
+    name = cfg.init_from
+    cfg.init_from = start.find_pretrained(cfg.init_from, cfg.hub_dir)
     if cfg.init_from == "scratch":
         return start.from_settings(cfg, vocab_size), tokenizer
     resume = cfg.init_from == "resume"

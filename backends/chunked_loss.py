@@ -43,7 +43,9 @@ class ChunkedLoss(Function):
     def walk(x, weight, rule, upstream, frozen=False):
         """(loss (N,), dx, dweight); gradients are scaled by upstream (N,); None asks for none.
         frozen: the weight gets none, which is a third of the work (LoRA)."""
-        w, wide, dw = weight.to(x.dtype), widen(x[:0]).dtype, None
+        w = weight.to(x.dtype)
+        wide = widen(x[:0]).dtype
+        dw = None
         loss = torch.zeros(x.shape[0], dtype=wide, device=x.device)
         dx = None if upstream is None else torch.empty_like(x)
         rows = max(1, ChunkedLoss.LOGITS * (8 if x.is_cuda else 1) // weight.shape[0])
@@ -63,9 +65,12 @@ class ChunkedLoss(Function):
     @staticmethod
     def forward(ctx, x, weight, rule, reduction):
         summed = reduction == "sum"
-        learn, frozen = summed and any(ctx.needs_input_grad[:2]), not ctx.needs_input_grad[1]
+        learn = summed and any(ctx.needs_input_grad[:2])
+        frozen = not ctx.needs_input_grad[1]
         loss, dx, dw = ChunkedLoss.walk(x, weight, rule, ChunkedLoss.ONE if learn else None, frozen)
-        ctx.rule, ctx.summed, ctx.frozen = rule, summed, frozen
+        ctx.rule = rule
+        ctx.summed = summed
+        ctx.frozen = frozen
         if any(ctx.needs_input_grad[:2]):
             ctx.save_for_backward(*((dx, dw) if summed else (x, weight)))
         return loss.sum() if summed else loss
@@ -117,7 +122,8 @@ def diverge(log_p: Tensor, log_q: Tensor, divergence: str, beta: float) -> tuple
         return loss, log_q.exp_().sub_(p)
     q = log_q.exp()
     if divergence == "reverse":                                 # h = log(q / p) + 1
-        h, loss = log_q.sub_(log_p), None
+        h = log_q.sub_(log_p)
+        loss = None
     else:                                                       # h = (1 - b) log(q / m)
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
         loss = beta * torch.linalg.vecdot(log_p.exp(), log_p - log_m)

@@ -205,12 +205,17 @@ class RopeCPU(Function):
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):
         ctx.save_for_backward(cos, sin)
-        ctx.interleaved, half = interleaved, cos.shape[-1]
-        cos, sin = cos.unsqueeze(-2).to(x.dtype), sin.unsqueeze(-2).to(x.dtype)
+        ctx.interleaved = interleaved
+        half = cos.shape[-1]
+        cos = cos.unsqueeze(-2).to(x.dtype)
+        sin = sin.unsqueeze(-2).to(x.dtype)
         first, second = ((slice(0, 2 * half, 2), slice(1, 2 * half, 2)) if interleaved
                          else (slice(0, half), slice(half, 2 * half)))
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        a, b, ya, yb = x[..., first], x[..., second], y[..., first], y[..., second]
+        a = x[..., first]
+        b = x[..., second]
+        ya = y[..., first]
+        yb = y[..., second]
         torch.mul(a, cos, out=ya).addcmul_(b, sin, value=-1)
         torch.mul(b, cos, out=yb).addcmul_(a, sin)
         y[..., 2 * half:] = x[..., 2 * half:]
@@ -241,7 +246,8 @@ class AttentionCPU(Function):
     computed; `GROUP` heads share a call to keep the scores near 2 MB. Like FlashAttention
     (Dao 2022) nothing of size (T, T) is kept: the backward recomputes each block's softmax.
     """
-    ROWS, GROUP = 128, 48
+    ROWS = 128
+    GROUP = 48
 
     @staticmethod
     def blocks(q, window, doc):
@@ -273,7 +279,8 @@ class AttentionCPU(Function):
     @staticmethod
     def weights(q, k, scale, softcap, hidden):
         """One block's softmax (G, rows, keys) and, for the backward, tanh of the capped scores."""
-        scores, tanh = torch.bmm(q, k.transpose(1, 2)).mul_(scale), None
+        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
+        tanh = None
         if softcap:
             tanh = scores.div_(softcap).tanh_()
             scores = tanh * softcap
@@ -284,7 +291,8 @@ class AttentionCPU(Function):
     def forward(ctx, q, k, v, scale, window, softcap, doc, dropout_p):
         ctx.save_for_backward(q, k, v)              # GQA: only the heads that there are are kept
         k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
-        out, masks = torch.empty_like(q), []
+        out = torch.empty_like(q)
+        masks = []
         for h, rows, keys, hidden in AttentionCPU.blocks(q, window, doc):
             p, _ = AttentionCPU.weights(q[h, rows], k[h, keys], scale, softcap, hidden)
             if dropout_p:
@@ -299,14 +307,17 @@ class AttentionCPU(Function):
         q, *kept = ctx.saved_tensors
         scale, window, softcap, doc, dropout_p, masks = ctx.rest
         k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in kept)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dq = torch.empty_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
         for n, (h, rows, keys, hidden) in enumerate(AttentionCPU.blocks(q, window, doc)):
             p, tanh = AttentionCPU.weights(q[h, rows], k[h, keys], scale, softcap, hidden)
             dp = torch.bmm(grad[h, rows], v[h, keys].transpose(1, 2))
             dropped = p
             if dropout_p:
                 keep = masks[n].to(p.dtype).div_(1 - kernels.quantised(dropout_p))
-                dropped, dp = p * keep, dp.mul_(keep)
+                dropped = p * keep
+                dp = dp.mul_(keep)
             dv[h, keys] += torch.bmm(dropped.transpose(1, 2), grad[h, rows])
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype).mul_(scale)  # p (dp - sum p dp)
             if softcap:
@@ -320,7 +331,8 @@ class AttentionCPU(Function):
 @kernels.attention.cpu
 def attention_cpu(q, k, v, *, scale=None, window=0, softcap=0.0, doc=None, positions=None,
                   dropout_p=0.0):
-    (B, H, T, D), S = q.shape, k.shape[2]
+    (B, H, T, D) = q.shape
+    S = k.shape[2]
     plain = not window and not softcap and doc is None and not dropout_p
     # SDPA is as good for a few tokens over a cache, for short prompts, and in float32, whose
     # products cost so much that the rest matters less
@@ -388,7 +400,8 @@ def linear_cross_entropy_cpu(x, weight, targets, *, reduction="sum", **options):
     whole = bool(live.all())
 
     def rule(logits, part, learn):
-        where, log_p = right[part].clamp(min=0).unsqueeze(-1), torch.log_softmax(logits, -1)
+        where = right[part].clamp(min=0).unsqueeze(-1)
+        log_p = torch.log_softmax(logits, -1)
         loss = torch.where(live[part], -log_p.gather(-1, where).squeeze(-1), 0.0)
         if not learn:
             return loss, None

@@ -100,12 +100,15 @@ class RMSNorm(Function):
     """x / sqrt(mean(x^2) + eps) (offset + w); saves x and one float32 a row."""
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
-        x, w = x.contiguous(), weight.float().contiguous()
+        x = x.contiguous()
+        w = weight.float().contiguous()
         rows, cols = shape(x)
-        y, rstd = torch.empty_like(x), torch.empty(rows, dtype=torch.float32, device=x.device)
+        y = torch.empty_like(x)
+        rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
         launch("rms_norm_forward", x, rows, x, w, y, rstd, cols, float(eps), float(offset))
         ctx.save_for_backward(x, w, rstd)
-        ctx.offset, ctx.dtype = offset, weight.dtype
+        ctx.offset = offset
+        ctx.dtype = weight.dtype
         return y
 
     @staticmethod
@@ -113,7 +116,8 @@ class RMSNorm(Function):
         x, w, rstd = ctx.saved_tensors
         rows, cols = shape(x)
         blocks = min(rows, ROWS)
-        dx, partial = torch.empty_like(x), w.new_empty(blocks, cols)
+        dx = torch.empty_like(x)
+        partial = w.new_empty(blocks, cols)
         launch("rms_norm_backward", x, blocks, grad.contiguous(), x, w, rstd, dx, partial, rows,
                cols, float(ctx.offset))
         return dx, partial.sum(0).to(ctx.dtype), None, None

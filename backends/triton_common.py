@@ -137,7 +137,8 @@ def rounding(x: Tensor) -> str:
 
 def one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in the type of the first; under autocast, in autocast's, as a matmul would be."""
-    dtype, device = tensors[0].dtype, tensors[0].device.type
+    dtype = tensors[0].dtype
+    device = tensors[0].device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) for x in tensors)

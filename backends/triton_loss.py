@@ -37,7 +37,9 @@ ROW = dict(R=1, BLOCK=4096, num_warps=8)        # a program of a loss walks one 
 # ------------------------------------------------------------------- logits, a chunk at a time
 
 
-FEW_ROWS, MOST_ROWS, MOST_LOGITS = 1024, 2048, 2 ** 28
+FEW_ROWS = 1024
+MOST_ROWS = 2048
+MOST_LOGITS = 2 ** 28
 
 
 def chunk_rows(N: int, C: int, V: int) -> int:
@@ -84,7 +86,9 @@ def walk(x: Tensor, weight: Tensor, rule: Callable, learn_x: bool, learn_w: bool
 
     rule(z, part) sees the logits z of the rows `part`, and leaves their gradient in z.
     """
-    (N, C), V, w = x.shape, len(weight), weight.to(x.dtype)
+    (N, C) = x.shape
+    V = len(weight)
+    w = weight.to(x.dtype)
     rows = chunk_rows(N, C, V) if N else 1
     buffer = logits_buffer(rows, V, x)
     dx = torch.empty(N, C, dtype=x.dtype, device=x.device) if learn_x else None
@@ -233,7 +237,8 @@ class LinearCrossEntropy(Function):
     def forward(ctx, x, weight, targets, options, summed, learn):
         learn_x, learn_w = (learn and need for need in ctx.needs_input_grad[:2])
         loss = torch.empty(len(x), dtype=torch.float32, device=x.device)
-        lse, one = torch.empty_like(loss), torch.ones(1, device=x.device).expand(len(x) or 1)
+        lse = torch.empty_like(loss)
+        one = torch.ones(1, device=x.device).expand(len(x) or 1)
         now = summed and learn
         rule = LinearCrossEntropy.rows(options, targets, loss, lse, one if now else None, False)
         dx, dw = walk(x, weight, rule, now and learn_x, now and learn_w)
@@ -246,7 +251,8 @@ class LinearCrossEntropy(Function):
         options, summed, learn_x, learn_w, x_dtype, w_dtype = ctx.rest
         if summed:
             dx, dw = ctx.saved_tensors
-            dx, dw = scaled(dx, grad, x_dtype), scaled(dw, grad, w_dtype)
+            dx = scaled(dx, grad, x_dtype)
+            dw = scaled(dw, grad, w_dtype)
         else:
             x, weight, targets, lse = ctx.saved_tensors
             rule = LinearCrossEntropy.rows(options, targets, lse, lse, grad, True)
@@ -260,7 +266,8 @@ def linear_cross_entropy_triton(x, weight, targets, *, ignore_index=-100, softca
     check(x, weight, targets)
     expect(targets.shape == x.shape[:-1] and weight.shape[1:] == x.shape[-1:],
            "linear_cross_entropy", "x (..., C), weight (V, C) and targets (...)")
-    x, options = one_type(x)[0], (ignore_index, softcap, z_loss, label_smoothing)
+    x = one_type(x)[0]
+    options = (ignore_index, softcap, z_loss, label_smoothing)
     loss = LinearCrossEntropy.apply(rows_of(x), weight, targets.reshape(-1).contiguous(), options,
                                     reduction == "sum", learns(x, weight))
     return loss if reduction == "sum" else loss.view(targets.shape)
@@ -279,7 +286,10 @@ def row_divergence(student, teacher, live, loss, N, V, stride, teacher_stride, l
     teacher += row * teacher_stride
     lowest = tl.full((R, 1), float("-inf"), tl.float32)
     nothing = tl.zeros((R, 1), tl.float32)
-    top_q, sum_q, top_p, sum_p = lowest, nothing, lowest, nothing
+    top_q = lowest
+    sum_q = nothing
+    top_p = lowest
+    sum_p = nothing
     for start in range(0, V, BLOCK):
         mask = counts & (start + lane < V)
         z = tl.load(student + start + lane, mask, float("-inf")).to(tl.float32) / temperature
@@ -290,7 +300,8 @@ def row_divergence(student, teacher, live, loss, N, V, stride, teacher_stride, l
     norm_p = tl.where(counts, top_p + tl.log(sum_p), 0.0)
     value = nothing
     for start in range(0, V, BLOCK):
-        col, mask = start + lane, counts & (start + lane < V)
+        col = start + lane
+        mask = counts & (start + lane < V)
         log_q = tl.load(student + col, mask, 0.0).to(tl.float32) / temperature - norm_q
         log_p = tl.load(teacher + col, mask, 0.0).to(tl.float32) / temperature - norm_p
         p = tl.exp(log_p)
@@ -307,7 +318,9 @@ class LinearKL(Function):
     @staticmethod
     def forward(ctx, x, weight, known, output, live, temperature, learn):
         learn_x, learn_w = (learn and need for need in ctx.needs_input_grad[:2])
-        (N, C), V, w = x.shape, len(weight), output.to(known.dtype)
+        (N, C) = x.shape
+        V = len(weight)
+        w = output.to(known.dtype)
         loss = torch.empty(N, dtype=torch.float32, device=x.device)
         buffer = logits_buffer(chunk_rows(N, C, V) if N else 1, V, known)
         def rule(z, part):
@@ -346,8 +359,10 @@ def linear_kl_triton(x, weight, teacher_x, teacher_weight, *, temperature=1.0, l
         kl = linear_kl_triton(x, weight, teacher_x, teacher_weight, live=live,
                               temperature=temperature)
         return alpha * ce + (1 - alpha) * kl, ce.detach(), kl.detach()
-    (x,), (known,) = one_type(x), one_type(teacher_x.detach())
-    x, known = rows_of(x), rows_of(known)
+    (x,) = one_type(x)
+    (known,) = one_type(teacher_x.detach())
+    x = rows_of(x)
+    known = rows_of(known)
     # all rows count: one number with a stride of 0
     live = x.new_ones(1).float().expand(len(x)) if live is None else live.reshape(-1).float()
     return LinearKL.apply(x, weight, known, teacher_weight[:V].detach(), live, temperature,

@@ -52,11 +52,17 @@ def blocks(rows: int, wide: bool, accumulators: int = 1) -> dict[str, int]:
     multiplied without tensor cores, in registers, and its tiles are small.
     """
     if wide:
-        BM, BN, BK = 32 if rows > 16 else 16, 64 // accumulators, 16
-        warps, stages = 8, 2
+        BM = 32 if rows > 16 else 16
+        BN = 64 // accumulators
+        BK = 16
+        warps = 8
+        stages = 2
     else:
         BM = 128 if rows > 128 else 64 if rows > 16 else 16
-        BN, BK, warps, stages = 128 // accumulators, 64, 8 if BM == 128 else 4, 3
+        BN = 128 // accumulators
+        BK = 64
+        warps = 8 if BM == 128 else 4
+        stages = 3
     return dict(BM=BM, BN=BN, BK=BK, GROUP=GROUP, num_warps=warps, num_stages=stages)
 
 
@@ -73,7 +79,8 @@ def swizzle(pid, m_tiles, n_tiles, GROUP: tl.constexpr):
     Programs that run at the same time then share rows of one factor and columns of the other, and
     find them in the L2 cache.
     """
-    band, inside = pid // (GROUP * n_tiles), pid % (GROUP * n_tiles)
+    band = pid // (GROUP * n_tiles)
+    inside = pid % (GROUP * n_tiles)
     height = tl.minimum(m_tiles - band * GROUP, GROUP)
     return band * GROUP + inside % height, inside // height
 
@@ -84,7 +91,8 @@ def product(total, a, a_live, a_k, b, b_live, b_k, K, BK: tl.constexpr, PRECISIO
     neighbours along K are a_k and b_k elements apart."""
     k = tl.arange(0, BK)
     # the pointers walk, since an offset from the start may pass 2^31
-    a, b = a + k[None, :] * a_k, b + k[:, None] * b_k
+    a = a + k[None, :] * a_k
+    b = b + k[:, None] * b_k
     for start in range(0, K, BK):
         inside = start + k < K
         left = tl.load(a, a_live & inside[None, :], 0.0)
@@ -104,15 +112,23 @@ def matmul_tile(a, b, bias, y, M, N, K, a_stride, b_stride, BIAS: tl.constexpr,
                 BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr):
     # a program owns one tile of y and walks K: each element of y is written once.
     # a (M, K) lies row by row or, A_T, column by column, and so does b (K, N)
-    N, a_stride, b_stride = sixteens(N), sixteens(a_stride), sixteens(b_stride)
+    N = sixteens(N)
+    a_stride = sixteens(a_stride)
+    b_stride = sixteens(b_stride)
     if A_T:
-        M, a_m, a_k = sixteens(M), 1, a_stride
+        M = sixteens(M)
+        a_m = 1
+        a_k = a_stride
     else:
-        K, a_m, a_k = sixteens(K), a_stride, 1
+        K = sixteens(K)
+        a_m = a_stride
+        a_k = 1
     if B_T:
-        b_k, b_n = 1, b_stride
+        b_k = 1
+        b_n = b_stride
     else:
-        b_k, b_n = b_stride, 1
+        b_k = b_stride
+        b_n = 1
     m, n = swizzle(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     row = (m.to(tl.int64) * BM + tl.arange(0, BM))[:, None]
     col = (n.to(tl.int64) * BN + tl.arange(0, BN))[None, :]
@@ -127,8 +143,10 @@ def matmul_tile(a, b, bias, y, M, N, K, a_stride, b_stride, BIAS: tl.constexpr,
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype, bias: Tensor | None = None,
            a_t: bool = False, b_t: bool = False) -> Tensor:
     """a (M, K) times b (K, N), plus bias (N,), in that type; a_t: a is given as (K, M)."""
-    (M, K), N = a.shape[::-1] if a_t else a.shape, b.shape[0 if b_t else 1]
-    y, launch = torch.empty(M, N, dtype=dtype, device=a.device), blocks(M, a.dtype == torch.float32)
+    (M, K) = a.shape[::-1] if a_t else a.shape
+    N = b.shape[0 if b_t else 1]
+    y = torch.empty(M, N, dtype=dtype, device=a.device)
+    launch = blocks(M, a.dtype == torch.float32)
     if y.numel():
         matmul_tile[triton.cdiv(M, launch["BM"]) * triton.cdiv(N, launch["BN"]),](
             a, b, bias, y, M, N, K, a.stride(0), b.stride(0), BIAS=bias is not None, A_T=a_t,
@@ -146,7 +164,8 @@ class Linear(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (x, weight), dy = ctx.saved_tensors, even_rows(dy)
+        (x, weight) = ctx.saved_tensors
+        dy = even_rows(dy)
         # one kernel for the three: nothing is transposed in memory
         return (matmul(dy, even_rows(weight.to(x.dtype)), x.dtype),
                 matmul(dy, x, weight.dtype, a_t=True),
@@ -159,7 +178,8 @@ def linear_triton(x, weight, bias=None):
     expect(weight.ndim == 2 and weight.shape[1] == x.shape[-1] and
            (bias is None or bias.shape == weight.shape[:1]), "linear",
            "x (..., K), weight (N, K) and bias (N,)")
-    x, bias = one_type(x)[0], None if bias is None else even(bias).contiguous()
+    x = one_type(x)[0]
+    bias = None if bias is None else even(bias).contiguous()
     y = Linear.apply(even_rows(even(x)), even(weight, 2), bias)
     return y[:, :len(weight)].view(*x.shape[:-1], len(weight))
 

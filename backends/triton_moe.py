@@ -30,7 +30,8 @@ def expert_tiles(edges, table, E, tiles, BM: tl.constexpr, EXPERTS: tl.constexpr
     edges (E + 1,) int64: the rows of expert e are edges[e] .. edges[e + 1]. An expert has as many
     tiles of BM rows as it needs. The grid is an upper bound: tiles too many get expert -1.
     """
-    pid, e = tl.program_id(0), tl.arange(0, EXPERTS)
+    pid = tl.program_id(0)
+    e = tl.arange(0, EXPERTS)
     first = tl.load(edges + e, e < E, 0)
     count = (tl.load(edges + e + 1, e < E, 0) - first + BM - 1) // BM
     ends = tl.cumsum(count, 0)
@@ -51,26 +52,32 @@ def moe_hidden(x, token, gate, up, g, u, h, table, edges, tiles, I, C, stride, K
                KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                GROUP: tl.constexpr, PRECISION: tl.constexpr):
     # h (R, I) = act(g) u, g = x gate_e^T, u = x up_e^T: rows of x come straight from where they lie
-    I, C, stride = sixteens(I), sixteens(C), sixteens(stride)
+    I = sixteens(I)
+    C = sixteens(C)
+    stride = sixteens(stride)
     m, n = swizzle(tl.program_id(0), tiles, tl.cdiv(I, BN), GROUP)
     expert = tl.load(table + m)
     if expert < 0:
         return
     r, live = my_rows(table, edges, expert, m, tiles, BM)
     here = tl.load(token + r, live, 0)[:, None]
-    live, col, k = live[:, None], (n * BN + tl.arange(0, BN))[None, :], tl.arange(0, BK)
+    live = live[:, None]
+    col = (n * BN + tl.arange(0, BN))[None, :]
+    k = tl.arange(0, BK)
     x += here * stride + k[None, :]
     corner = (expert * I + col) * C + k[:, None]          # int64, as the table is
     gate += corner
     up += corner
-    one, two = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+    one = tl.zeros((BM, BN), tl.float32)
+    two = tl.zeros((BM, BN), tl.float32)
     for start in range(0, C, BK):                         # one read of x serves both
         inside = start + k < C
         mask = (col < I) & inside[:, None]
         rows = tl.load(x + start, live & inside[None, :], 0.0)
         one = tl.dot(rows, tl.load(gate + start, mask, 0.0), one, input_precision=PRECISION)
         two = tl.dot(rows, tl.load(up + start, mask, 0.0), two, input_precision=PRECISION)
-    at, mask = r[:, None] * I + col, live & (col < I)
+    at = r[:, None] * I + col
+    mask = live & (col < I)
     if KEEP:                                              # for the backward
         tl.store(g + at, one.to(g.dtype.element_ty), mask)
         tl.store(u + at, two.to(u.dtype.element_ty), mask)
@@ -84,18 +91,23 @@ def moe_rows(a, a2, w, w2, y, order, share, table, edges, tiles, N, K,
              GROUP: tl.constexpr, PRECISION: tl.constexpr):
     # y[order[r]] (N,) = share a[r] W_e^T, the forward's last product, W (E, N, K); PAIR, for dx:
     # a[r] W_e + a2[r] W2_e, both (E, K, N). The sum over a token's choices is the caller's
-    N, K = sixteens(N), sixteens(K)
+    N = sixteens(N)
+    K = sixteens(K)
     if PAIR:
-        w_k, w_n = N, 1
+        w_k = N
+        w_n = 1
     else:
-        w_k, w_n = 1, K
+        w_k = 1
+        w_n = K
     m, n = swizzle(tl.program_id(0), tiles, tl.cdiv(N, BN), GROUP)
     expert = tl.load(table + m)
     if expert < 0:
         return
     r, live = my_rows(table, edges, expert, m, tiles, BM)
     home = tl.load(order + r, live, 0)[:, None]
-    r, live, col = r[:, None], live[:, None], (n * BN + tl.arange(0, BN))[None, :]
+    r = r[:, None]
+    live = live[:, None]
+    col = (n * BN + tl.arange(0, BN))[None, :]
     corner = expert * N * K + col.to(tl.int64) * w_n
     total = tl.zeros((BM, BN), tl.float32)
     total = product(total, a + r * K, live, 1, w + corner, col < N, w_k, K, BK, PRECISION)
@@ -112,7 +124,9 @@ def moe_hidden_backward(dy, token, down, g, u, dg, du, h, order, share, dshare, 
                         BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr):
     # with t = dy down_e: dshare = sum h t (this tile's part), du = share t act(g),
     # dg = share t u act'(g); h is made again and left times its share, for the gradient of down
-    I, C, stride = sixteens(I), sixteens(C), sixteens(stride)
+    I = sixteens(I)
+    C = sixteens(C)
+    stride = sixteens(stride)
     m, n = swizzle(tl.program_id(0), tiles, tl.cdiv(I, BN), GROUP)
     expert = tl.load(table + m)
     if expert < 0:
@@ -120,11 +134,14 @@ def moe_hidden_backward(dy, token, down, g, u, dg, du, h, order, share, dshare, 
     r, live = my_rows(table, edges, expert, m, tiles, BM)
     here = tl.load(token + r, live, 0)[:, None]
     home = tl.load(order + r, live, 0)[:, None]
-    r, live, col = r[:, None], live[:, None], (n * BN + tl.arange(0, BN))[None, :]
+    r = r[:, None]
+    live = live[:, None]
+    col = (n * BN + tl.arange(0, BN))[None, :]
     t = tl.zeros((BM, BN), tl.float32)
     t = product(t, dy + here * stride, live, 1, down + expert * C * I + col, col < I, I, C, BK,
                 PRECISION)
-    at, mask = r * I + col, live & (col < I)
+    at = r * I + col
+    mask = live & (col < I)
     weight = tl.load(share + home, live, 0.0).to(tl.float32)
     value, slope = value_and_slope(tl.load(g + at, mask, 0.0).to(tl.float32), KIND)
     linear = tl.load(u + at, mask, 0.0).to(tl.float32)
@@ -142,12 +159,17 @@ def moe_weights(a, b, token, dw, edges, M, N, a_stride, b_stride, LEFT: tl.const
                 PRECISION: tl.constexpr):
     # dW_e (M, N) = sum over the rows r of expert e of a[r]^T b[token[r]]; LEFT: a[token[r]]^T b[r].
     # An expert without rows gets the zeros that the sum begins with
-    M, N, a_stride, b_stride = sixteens(M), sixteens(N), sixteens(a_stride), sixteens(b_stride)
+    M = sixteens(M)
+    N = sixteens(N)
+    a_stride = sixteens(a_stride)
+    b_stride = sixteens(b_stride)
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     expert = (tl.program_id(0) // tiles).to(tl.int64)
     m, n = swizzle(tl.program_id(0) % tiles, tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
-    row, col = (m * BM + tl.arange(0, BM))[:, None], (n * BN + tl.arange(0, BN))[None, :]
-    first, last = tl.load(edges + expert), tl.load(edges + expert + 1)
+    row = (m * BM + tl.arange(0, BM))[:, None]
+    col = (n * BN + tl.arange(0, BN))[None, :]
+    first = tl.load(edges + expert)
+    last = tl.load(edges + expert + 1)
     total = tl.zeros((BM, BN), tl.float32)
     for start in range(0, (last - first).to(tl.int32), BK):
         r = first + start + tl.arange(0, BK)
@@ -180,8 +202,12 @@ class MoE(Function):
 
     @staticmethod
     def forward(ctx, x, chosen, share, gate, up, down, kind, learn):
-        (N, C), k, (E, I, _) = x.shape, chosen.shape[1], gate.shape
-        R, wide, share = N * k, x.dtype == torch.float32, share.contiguous()
+        (N, C) = x.shape
+        k = chosen.shape[1]
+        (E, I, _) = gate.shape
+        R = N * k
+        wide = x.dtype == torch.float32
+        share = share.contiguous()
         launch = blocks(R // E, wide)
         pair = dict(blocks(R // E, wide, 2), BM=launch["BM"])
         plan = order, token, edges, table, tiles = MoE.plan(chosen, E, launch["BM"])
@@ -202,8 +228,13 @@ class MoE(Function):
     @staticmethod
     def backward(ctx, dy):
         x, share, gate, up, down, g, u, order, token, edges, table = ctx.saved_tensors
-        (tiles, k, kind), (N, C), (E, I, _), dy = ctx.rest, x.shape, gate.shape, even_rows(dy)
-        R, wide, precision = N * k, x.dtype == torch.float32, rounding(x)
+        (tiles, k, kind) = ctx.rest
+        (N, C) = x.shape
+        (E, I, _) = gate.shape
+        dy = even_rows(dy)
+        R = N * k
+        wide = x.dtype == torch.float32
+        precision = rounding(x)
         launch = blocks(R // E, wide)
         pair = dict(blocks(R // E, wide, 2), BM=launch["BM"])
         gates, ups, downs = (w.to(x.dtype).contiguous() for w in (gate, up, down))
@@ -218,7 +249,8 @@ class MoE(Function):
             dg, du, gates, ups, dx, order, share, table, edges, tiles, C, I, PAIR=True,
             PRECISION=precision, **launch)
         launch = dict(blocks(I, wide), PRECISION=precision)
-        BM, BN = launch["BM"], launch["BN"]
+        BM = launch["BM"]
+        BN = launch["BN"]
         dweights = []
         for a, b, w in ((dg, x, gate), (du, x, up), (dy, h, down)):
             M, columns = w.shape[1:]
@@ -242,7 +274,10 @@ def moe_triton(x, chosen, share, gate, up, down, activation="silu"):
     # the number of an expert that does not exist makes its token NaN: loud, and no wild read
     share = share.masked_fill((chosen < 0) | (chosen >= E), float("nan"))
     # features of zeros change nothing: act(0) 0 is 0 for every activation
-    x, gate, up, down = even(one_type(x)[0]), even(gate, 2), even(up, 2), even(down, 2)
+    x = even(one_type(x)[0])
+    gate = even(gate, 2)
+    up = even(up, 2)
+    down = even(down, 2)
     y = MoE.apply(even_rows(x), chosen.clamp(0, E - 1), share, gate, up, down, KINDS[activation],
                   learns(x, share, gate, up, down))
     return y[:, :C]

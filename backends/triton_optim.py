@@ -26,7 +26,8 @@ from config import refuse_to_run
 # ------------------------------------------------------------------- one launch, many tensors
 
 
-TENSORS, CHUNK = 256, 4096               # tensors a launch, elements a program
+TENSORS = 256                            # tensors a launch, elements a program
+CHUNK = 4096
 
 
 @triton.jit
@@ -35,7 +36,8 @@ def my_part(table, count, TENSORS: tl.constexpr, CHUNK: tl.constexpr, ALIGNED: t
 
     table (2 + k, count) int64: programs up to and with each tensor, its size, then k addresses.
     """
-    pid, at = tl.program_id(0), tl.arange(0, TENSORS)
+    pid = tl.program_id(0)
+    at = tl.arange(0, TENSORS)
     ends = tl.load(table + at, at < count, 2147483647)
     which = tl.sum((ends <= pid).to(tl.int32), 0)         # tensors that end before this program
     begin = tl.load(table + which - 1, which > 0, 0)
@@ -223,7 +225,8 @@ def clip_grad_norm_triton(grads, max_norm, scale=1.0):
     if sharded(grads):
         return kernels.clip_grad_norm.implementations["torch"](grads, max_norm, scale)
     copies, = dense(grads)
-    parts, sums = list(launches(copies)), [torch.zeros(1, device=grads[0].device)]
+    parts = list(launches(copies))
+    sums = [torch.zeros(1, device=grads[0].device)]
     for programs, table, count, like, constants in parts:
         sums.append(torch.empty(programs, dtype=torch.float32, device=table.device))
         sum_squares[(programs,)](table, count, *like, sums[-1], **constants)

@@ -52,7 +52,8 @@ def embedding_backward(dy, order, ids, dweight, N, V, C, stride, RUN: tl.constex
                        BLOCK: tl.constexpr):
     # tokens come sorted by id. A program walks RUN of them and adds the sum of each run of one id
     # to dweight: a frequent token costs one atomic in RUN, not one an occurrence
-    first, col = tl.program_id(0) * RUN, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) * RUN
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for i in range(first, tl.minimum(first + RUN, N)):
         token = tl.load(ids + i).to(tl.int64)
@@ -69,9 +70,12 @@ class Embedding(Function):
     """y = W[ids]: reads only the rows asked for. dW[v] = the sum of dy over the places of v."""
     @staticmethod
     def forward(ctx, ids, weight):
-        (V, C), N, weight = weight.shape, ids.numel(), weight.contiguous()
+        (V, C) = weight.shape
+        N = ids.numel()
+        weight = weight.contiguous()
         R, block, warps = tile(C, LOOP_SIZES)
-        blocks, y = triton.cdiv(C, block), weight.new_empty(*ids.shape, C)
+        blocks = triton.cdiv(C, block)
+        y = weight.new_empty(*ids.shape, C)
         ids = ids.reshape(-1).contiguous()
         embedding_forward[(triton.cdiv(N, R) * blocks,)](
             ids, weight, y, N, V, C, blocks, R=R, BLOCK=block, num_warps=warps)
@@ -81,8 +85,10 @@ class Embedding(Function):
 
     @staticmethod
     def backward(ctx, dy):
-        (ids,), (V, C) = ctx.saved_tensors, ctx.shape
-        dy, (ids, order) = rows_of(dy), ids.sort(stable=True)
+        (ids,) = ctx.saved_tensors
+        (V, C) = ctx.shape
+        dy = rows_of(dy)
+        (ids, order) = ids.sort(stable=True)
         dweight = torch.zeros(V, C, dtype=torch.float32, device=dy.device)
         grid = triton.cdiv(len(ids), RUN), triton.cdiv(C, FLAT)
         embedding_backward[grid](dy, order, ids, dweight, len(ids), V, C, dy.stride(0),
@@ -104,8 +110,11 @@ def rope_turn(x, cos, sin, y, N, T, H, half, D, xb, xt, xh, cb, ct, sb, st, sign
               PAIRS: tl.constexpr, R: tl.constexpr, BLOCK: tl.constexpr):
     # a row is one head of one token; the heads of a token find its cos and sin in the cache
     row = tl.program_id(0) * R + tl.arange(0, R)
-    token, col = row // H, tl.arange(0, BLOCK)[None, :]
-    b, t, h = (token // T).to(tl.int64), (token % T).to(tl.int64), (row % H).to(tl.int64)
+    token = row // H
+    col = tl.arange(0, BLOCK)[None, :]
+    b = (token // T).to(tl.int64)
+    t = (token % T).to(tl.int64)
+    h = (row % H).to(tl.int64)
     live = (row < N)[:, None]
     mask = live & (col < half)
     c = tl.load(cos + (b * cb + t * ct)[:, None] + col, mask, 0.0).to(tl.float32)
@@ -132,7 +141,8 @@ class Rope(Function):
     """
     @staticmethod
     def turn(x, cos, sin, interleaved, sign):
-        (B, T, H, D), half = x.shape, cos.shape[-1]
+        (B, T, H, D) = x.shape
+        half = cos.shape[-1]
         x = x if x.stride(3) == 1 else x.contiguous()
         y = torch.empty(B, T, H, D, dtype=x.dtype, device=x.device)
         # one table for all rows of the batch is a stride of 0
@@ -156,7 +166,8 @@ class Rope(Function):
 
 @kernels.rope.triton
 def rope_triton(x, cos, sin, interleaved=False):
-    cos, sin = cos.float(), sin.float()
+    cos = cos.float()
+    sin = sin.float()
     check(x, cos, sin)
     expect(x.ndim == 4 and cos.shape == sin.shape and cos.shape[-2] == x.shape[1] and
            2 * cos.shape[-1] <= x.shape[3] and (cos.ndim == 2 or len(cos) in (1, len(x))),
@@ -207,13 +218,16 @@ class Glu(Function):
 
     @staticmethod
     def forward(ctx, gate, up, kind):
-        gated, up = up is not None, gate if up is None else up
+        gated = up is not None
+        up = gate if up is None else up
         ctx.save_for_backward(gate, up)
-        ctx.kind, ctx.gated = kind, gated
+        ctx.kind = kind
+        ctx.gated = gated
         y = torch.empty(gate.shape, device=gate.device,
                         dtype=torch.promote_types(gate.dtype, up.dtype))
         gate, up = Glu.matrices(gate, up)
-        (N, C), blocks = gate.shape, triton.cdiv(gate.shape[1], FLAT)
+        (N, C) = gate.shape
+        blocks = triton.cdiv(gate.shape[1], FLAT)
         glu_forward[(N * blocks,)](gate, up, y, N, C, blocks, gate.stride(0), up.stride(0),
                                    KIND=kind, GATED=gated, BLOCK=FLAT, num_warps=4)
         return y
@@ -224,7 +238,8 @@ class Glu(Function):
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         dup = torch.empty(up.shape, dtype=up.dtype, device=up.device) if ctx.gated else dgate
         dy, gate, up = Glu.matrices(dy, gate, up)
-        (N, C), blocks = gate.shape, triton.cdiv(gate.shape[1], FLAT)
+        (N, C) = gate.shape
+        blocks = triton.cdiv(gate.shape[1], FLAT)
         glu_backward[(N * blocks,)](
             dy, gate, up, dgate, dup, N, C, blocks, dy.stride(0), gate.stride(0), up.stride(0),
             KIND=ctx.kind, GATED=ctx.gated, BLOCK=FLAT, num_warps=4)
@@ -257,7 +272,8 @@ def glu_triton(gate, up, activation="silu"):
 @triton.jit
 def dropout_all(x, y, seed, n, p, scale, BLOCK: tl.constexpr):
     # Philox gives four draws for the price of one: each serves a block of its own
-    pid, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    pid = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
     draws = tl.randint4x(tl.load(seed), pid * BLOCK + lane)
     for i in tl.static_range(4):
         col = (4 * pid + i) * BLOCK + lane
@@ -309,11 +325,13 @@ def softmax_forward(x, y, N, C, stride, R: tl.constexpr, BLOCK: tl.constexpr):
     top = tl.full((R, 1), float("-inf"), tl.float32)
     total = tl.zeros((R, 1), tl.float32)
     for start in range(0, C, BLOCK):
-        col, mask = start + lane, (row < N) & (start + lane < C)
+        col = start + lane
+        mask = (row < N) & (start + lane < C)
         z = tl.load(x + row * stride + col, mask, float("-inf")).to(tl.float32)
         top, total = online(top, total, z)
     for start in range(0, C, BLOCK):                      # a row of one block is still in the cache
-        col, mask = start + lane, (row < N) & (start + lane < C)
+        col = start + lane
+        mask = (row < N) & (start + lane < C)
         z = tl.load(x + row * stride + col, mask, float("-inf")).to(tl.float32)
         tl.store(y + row * C + col, (tl.exp(z - top) / total).to(y.dtype.element_ty), mask)
 
@@ -323,11 +341,13 @@ def softmax_backward(dy, y, dx, N, C, stride, R: tl.constexpr, BLOCK: tl.constex
     row, lane, _ = window(N, BLOCK, 1, R, BLOCK)
     inner = tl.zeros((R, 1), tl.float32)                  # sum y dy
     for start in range(0, C, BLOCK):
-        col, mask = start + lane, (row < N) & (start + lane < C)
+        col = start + lane
+        mask = (row < N) & (start + lane < C)
         p = tl.load(y + row * C + col, mask, 0.0).to(tl.float32)
         inner += tl.sum(p * tl.load(dy + row * stride + col, mask, 0.0).to(tl.float32), 1)[:, None]
     for start in range(0, C, BLOCK):
-        col, mask = start + lane, (row < N) & (start + lane < C)
+        col = start + lane
+        mask = (row < N) & (start + lane < C)
         p = tl.load(y + row * C + col, mask, 0.0).to(tl.float32)
         grad = tl.load(dy + row * stride + col, mask, 0.0).to(tl.float32)
         tl.store(dx + row * C + col, (p * (grad - inner)).to(dx.dtype.element_ty), mask)
@@ -339,7 +359,8 @@ class Softmax(Function):
     def forward(ctx, x):
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         x = rows_of(x)
-        (N, C), (R, block, warps) = x.shape, tile(x.shape[1], LOOP_SIZES)
+        (N, C) = x.shape
+        (R, block, warps) = tile(x.shape[1], LOOP_SIZES)
         softmax_forward[(triton.cdiv(N, R),)](x, y, N, C, x.stride(0), R=R, BLOCK=block,
                                               num_warps=warps)
         ctx.save_for_backward(y)
@@ -348,8 +369,10 @@ class Softmax(Function):
     @staticmethod
     def backward(ctx, dy):
         y, = ctx.saved_tensors
-        dx, dy = torch.empty_like(y), rows_of(dy)
-        (N, C), (R, block, warps) = dy.shape, tile(dy.shape[1], LOOP_SIZES)
+        dx = torch.empty_like(y)
+        dy = rows_of(dy)
+        (N, C) = dy.shape
+        (R, block, warps) = tile(dy.shape[1], LOOP_SIZES)
         softmax_backward[(triton.cdiv(N, R),)](dy, y, dx, N, C, dy.stride(0), R=R, BLOCK=block,
                                                num_warps=warps)
         return dx

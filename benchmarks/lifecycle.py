@@ -124,7 +124,8 @@ def command(line: str, threads: int = 0) -> tuple[float, str]:
     """Run `python LINE`: (seconds, what it wrote to stdout). Its progress goes to our stderr, and
     at its end if another one has the screen. threads: of the CPU; 0: as many as PyTorch takes."""
     print(f"\n$ python {line}", file=sys.stderr, flush=True)
-    shown, began = SCREEN.acquire(blocking=False), time.perf_counter()
+    shown = SCREEN.acquire(blocking=False)
+    began = time.perf_counter()
     try:
         status, out, err = CHILDREN.run(
             [sys.executable, *line.split()], cwd=ROOT, stderr=None if shown else subprocess.PIPE,
@@ -209,7 +210,9 @@ def run_stages(cfg: Config) -> None:
         raise UserError("--seeds must be at least 1, --limit and --jobs at least 0")
     from checkpoint import pick_device              # with torch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    began, rows, waiting = time.perf_counter(), [], []
+    began = time.perf_counter()
+    rows = []
+    waiting = []
     for name in list(STAGES)[list(STAGES).index(cfg.first):]:
         title, line = STAGES[name]
         if not title:
@@ -226,7 +229,8 @@ def run_stages(cfg: Config) -> None:
             with noting(name):
                 rows.append(model_of(cfg, title, line))
     jobs = min(len(waiting), cfg.jobs or (cores if pick_device(cfg.device).type == "cpu" else 1))
-    share, failed = max(cores // jobs, 1) if jobs > 1 else 0, threading.Event()
+    share = max(cores // jobs, 1) if jobs > 1 else 0
+    failed = threading.Event()
 
     def teach(model: tuple[str, str, str]) -> str:
         if failed.is_set():                         # what went wrong is to be the last word

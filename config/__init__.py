@@ -33,7 +33,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Sequence
 
-TRUE, FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+TRUE = ("1", "true", "yes", "on")
+FALSE = ("0", "false", "no", "off")
 
 
 LONGEST = 700                           # characters of a sentence; a hostile name may have millions
@@ -93,7 +94,8 @@ def refuse_idle(cfg: Any, shape: Any = None, in_force: dict[str, Any] | None = N
             if not names or not rule.when(cfg, shape):
                 continue
             for name in names:
-                value, counts = getattr(cfg, name), {**defaults, **(in_force or {})}[name]
+                value = getattr(cfg, name)
+                counts = {**defaults, **(in_force or {})}[name]
                 if value != counts:
                     here = f" ({name} is {counts!r} there)" if name in (in_force or {}) else ""
                     raise UserError(f"--{name}={value} has no effect {rule.why}{here}: leave it "
@@ -268,7 +270,10 @@ def read_config_file(path: str, cls: type) -> dict[str, Any]:
 def field_comments(cls: type) -> tuple[dict[str, str], dict[str, str]]:
     """(field -> its trailing comment, field -> the `# --- heading` above it), read from source;
     those of the classes that it inherits from as well."""
-    comments, headings, last, heading = {}, {}, None, None
+    comments = {}
+    headings = {}
+    last = None
+    heading = None
     for base in cls.__bases__:
         if dataclasses.is_dataclass(base):
             comments, headings = (a | b for a, b in zip((comments, headings), field_comments(base)))
@@ -282,15 +287,18 @@ def field_comments(cls: type) -> tuple[dict[str, str], dict[str, str]]:
         if tok.type == tokenize.COMMENT:
             text = tok.string.lstrip("# ").rstrip()
             if first in names:
-                comments[first], last = text, first
+                comments[first] = text
+                last = first
             elif text.startswith("---"):
-                heading, last = text.strip("- "), None
+                heading = text.strip("- ")
+                last = None
             elif last:                      # a comment line below a field carries its text on
                 comments[last] += " " + text
         elif tok.type == tokenize.NAME and first in names:
             last = first if first in comments else None
             if heading:
-                headings[first], heading = heading, None
+                headings[first] = heading
+                heading = None
     return comments, headings
 
 

@@ -89,7 +89,8 @@ def find(dataset: str, kind: str = "sft") -> tuple[Path, Path | None]:
     folder = loader.find(dataset)
     named = folder.parent == loader.ROOT / "data"
     # meta.json is written last: a folder of ours without it is half of a dataset
-    ends, first = (".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz"), PREFIX.get(kind, "")
+    ends = (".jsonl", ".json", ".csv", ".tsv", ".jsonl.gz")
+    first = PREFIX.get(kind, "")
     # a folder with preferences may hold nothing else, and then calls them train and val
     first = first if any((folder / f"{first}train{end}").is_file() for end in ends) else ""
     found = [next((f for end in ends if (f := folder / f"{first}{split}{end}").is_file()), None)
@@ -206,7 +207,8 @@ def render_pairs(tokenizer: Any, records: Iterable[dict[str, Any]], template: st
     """
     out = Rendered()
     for number, record in enumerate(records):
-        a, b = record["chosen"], record["rejected"]
+        a = record["chosen"]
+        b = record["rejected"]
         common = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
         options = render_options(record)
         try:
@@ -216,7 +218,8 @@ def render_pairs(tokenizer: Any, records: Iterable[dict[str, Any]], template: st
         except UserError as e:
             raise UserError(f"pair {number + 1}: {e}") from None
         out.untold.update(reasons[0] + reasons[1])
-        sizes, half = [len(ids) for ids in sides[0]], max_length // 2
+        sizes = [len(ids) for ids in sides[0]]
+        half = max_length // 2
         room = [min(size, max(half, max_length - other))
                 for size, other in zip(sizes, reversed(sizes))]
         cut = [(ids[:n], mask[:n]) for ids, mask, n in zip(*sides, room)]
@@ -285,8 +288,12 @@ class Packed:
         if batch_size < 1 or block_size < 1:
             raise UserError(f"batch_size is {batch_size} and block_size {block_size}; both must be "
                             "at least 1")
-        self.conversations, self.batch_size, self.block_size = rendered, batch_size, block_size
-        self.seed, self.pad, self.unit = seed, pad, unit
+        self.conversations = rendered
+        self.batch_size = batch_size
+        self.block_size = block_size
+        self.seed = seed
+        self.pad = pad
+        self.unit = unit
         # the order of a file is often by subject or length: rows take from all of it
         order = shuffled(len(rendered) // unit, seed, 0).tolist()
         members = [range(i * unit, (i + 1) * unit) for i in order]
@@ -322,7 +329,8 @@ class Packed:
     def gather(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Rows by number -> {"ids", "targets" (B, T) int64, "doc" (B, T) int32}, and the columns
         (B, D) by document, D the most that a row has; 0 where there is none."""
-        B, T = len(rows), self.block_size
+        B = len(rows)
+        T = self.block_size
         ids = np.full((B, T + 1), self.pad, dtype=np.int64)
         live = np.zeros((B, T + 1), dtype=bool)
         doc = np.zeros((B, T + 1), dtype=np.int32)
@@ -331,7 +339,8 @@ class Packed:
             for k, i in enumerate(self.rows[row]):
                 tokens, mask = self.conversations[i]
                 end = at + len(tokens)
-                ids[b, at:end], doc[b, at:end] = tokens, k
+                ids[b, at:end] = tokens
+                doc[b, at:end] = k
                 # what precedes a first token is another conversation's last one
                 live[b, at + 1:end] = mask[1:]
                 at = end
@@ -373,7 +382,8 @@ class Fixed(Sequence):
     """Given rows as a sequence of batches, gathered when they are asked for."""
 
     def __init__(self, packed: Packed, rows: list[list[int]]):
-        self.packed, self.rows = packed, rows
+        self.packed = packed
+        self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -382,7 +392,9 @@ class Fixed(Sequence):
         return self.packed.gather(self.rows[i])
 
 # --- to look at --------------------------------------------------------------------------------
-TRAINED, CONTEXT, PLAIN = "\x1b[30;102m", "\x1b[2m", "\x1b[0m"
+TRAINED = "\x1b[30;102m"
+CONTEXT = "\x1b[2m"
+PLAIN = "\x1b[0m"
 
 
 def show(tokenizer: Any, batch: dict[str, torch.Tensor], color: bool | None = None) -> str:
@@ -398,7 +410,8 @@ def show(tokenizer: Any, batch: dict[str, torch.Tensor], color: bool | None = No
                                                   ("ids", "targets", "doc")))):
         # token t is predicted at t - 1; the last one is no input, and there only as a target
         live = [False] + [t >= 0 for t in targets]
-        ids, doc = ids + [max(targets[-1], 0)], doc + [doc[-1]]
+        ids = ids + [max(targets[-1], 0)]
+        doc = doc + [doc[-1]]
         size = len(ids) if live[-1] else len(ids) - 1
         for number in dict.fromkeys(doc):
             span = [t for t in range(size) if doc[t] == number]

@@ -47,13 +47,16 @@ class Corpus:
     """
 
     def __init__(self, files: list[tuple[Path, str]], cfg: Any):
-        self.files, self.cfg = files, cfg
+        self.files = files
+        self.cfg = cfg
         self.books = cfg.source == ["gutenberg"]
         # A stray byte in somebody's standard library must not stop the very first command.
         self.reader = loader.Reader(cfg.skip_bad or cfg.source == ["stdlib"])
         self.size = sum(os.path.getsize(path) for path, _ in files)
         self.chars = self.documents = 0
-        self.low, self.high, self.cut = 0.0, 1.0, None
+        self.low = 0.0
+        self.high = 1.0
+        self.cut = None
 
     def texts(self, path: Path) -> Iterator[Iterable[str]]:
         """The documents of a file, each as its blocks of text."""
@@ -82,11 +85,13 @@ class Corpus:
 
     def pieces(self, what: str, limit: float = math.inf) -> Iterator[tuple[str, bool, str]]:
         """All pieces in order, or those of the first `limit` characters; `what` names the pass."""
-        show, seen = Progress(what, self.size), 0
+        show = Progress(what, self.size)
+        seen = 0
         self.reader.consumed = self.reader.bad = 0
         for path, fixed in self.files:
             for document in self.texts(path):
-                split, opens = fixed, True
+                split = fixed
+                opens = True
                 for text in filter(None, document):
                     split = split or self.side(text)
                     # One long text: all before the cut trains, the rest validates.
@@ -97,7 +102,8 @@ class Corpus:
                         yield split, opens, text[:here]
                     if here < len(text):
                         yield "val", opens or 0 <= self.cut - seen, text[here:]
-                    opens, seen = False, seen + len(text)
+                    opens = False
+                    seen = seen + len(text)
                     show(self.reader.consumed)
                     if seen >= limit:
                         return
@@ -114,7 +120,8 @@ class Corpus:
 
     def scan(self) -> None:
         """The first pass counts, and finds what is broken before hours went into the rest."""
-        low, high = 1.0, 0.0            # side() does not matter yet
+        low = 1.0                       # side() does not matter yet
+        high = 0.0
         for _, opens, text in self.pieces("reading"):
             self.chars += len(text)
             self.documents += opens
@@ -126,7 +133,8 @@ class Corpus:
             raise UserError(f"there is no text in {' '.join(self.cfg.source)}")
         if self.reader.bad:
             note(f"{self.reader.bad:,} broken places were dropped")
-        self.low, self.high = low, high
+        self.low = low
+        self.high = high
         if low == high:                 # one document, or copies of one
             self.cut = int(self.chars * (1 - self.cfg.val_fraction))
             if not 0 < self.cut < self.chars:
@@ -138,7 +146,8 @@ class Corpus:
         adapt: the vocabulary is at most vocab_size, and smaller for a text that would give many of
         so many entries too few examples to learn from, or has too few words to fill it.
         """
-        what, size = "training the tokenizer", self.cfg.vocab_size
+        what = "training the tokenizer"
+        size = self.cfg.vocab_size
         if self.cfg.tokenizer == "char":        # as nanoGPT: of all text, or val has unknown ones
             return tokenizer.train_chars(text for _, _, text in self.pieces(what))
         if adapt:
@@ -168,7 +177,8 @@ def start_worker(folder: Path) -> None:
 
 def encode(bundle: list[tuple[str, bool, str]]) -> list[tuple[str, np.ndarray, int, int]]:
     """Pieces -> (split, ids, documents, bytes); the end-of-text id opens a document."""
-    out, eot = [], TOKENIZER.eot
+    out = []
+    eot = TOKENIZER.eot
     for split, opens, text in bundle:
         # a text that spells <|endoftext|> gets the letters, never the special token
         ids = np.asarray(TOKENIZER.encode_fast(text, disallowed_special=()), dtype=np.uint32)
@@ -185,7 +195,9 @@ def encode_corpus(corpus: Corpus, folder: Path, writers: dict[str, Any], workers
     """
     small = corpus.size < 4 * loader.BLOCK      # done before processes have started
     kind, workers = (ThreadPoolExecutor, 1) if small else (ProcessPoolExecutor, workers)
-    waiting, bundle, weight = deque(), [], 0
+    waiting = deque()
+    bundle = []
+    weight = 0
 
     def take() -> None:
         for split, ids, documents, size in waiting.popleft().result():
@@ -197,7 +209,8 @@ def encode_corpus(corpus: Corpus, folder: Path, writers: dict[str, Any], workers
             weight += len(piece[2])
             if weight >= loader.BLOCK // 2:     # small documents travel together
                 waiting.append(pool.submit(encode, bundle))
-                bundle, weight = [], 0
+                bundle = []
+                weight = 0
             if len(waiting) > 2 * workers:  # a reader far ahead of its encoders fills memory
                 take()
         waiting.append(pool.submit(encode, bundle))

@@ -44,7 +44,8 @@ class Progress:
         self.next = self.start + (0 if self.live else 5)        # when to print (again)
 
     def __call__(self, done: int, last: bool = False) -> None:
-        now, done = time.monotonic(), max(done, 1) / 1e6
+        now = time.monotonic()
+        done = max(done, 1) / 1e6
         if now < self.next and not last:
             return
         self.next, seconds = now + (0.2 if self.live else 10), max(now - self.start, 1e-3)
@@ -165,7 +166,8 @@ def fetch(url: str, part: Path, trusted: bool = False) -> str:
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as r:
         if r.status_code == 429 or r.status_code >= 500:
             return f"the server answers {r.status_code} {r.reason}"
-        size, validator = r.headers.get("Content-Length", ""), validator_of(r.headers)
+        size = r.headers.get("Content-Length", "")
+        validator = validator_of(r.headers)
         total = int(size) if re.fullmatch("[0-9]{1,18}", size) else 0
         if r.status_code in (206, 416):     # a part, or "you have more than there is"
             span = re.fullmatch("bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})",

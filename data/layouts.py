@@ -47,7 +47,8 @@ def take_extras(keys: Keys, *conversations: Messages) -> dict[str, Any]:
                 raise UserError("the system turn has other tools than the record: leave one out")
             found = found or inside
     out = {"tools": found} if found else {}
-    documents, more = keys.take("documents"), keys.take("chat_template_kwargs")
+    documents = keys.take("documents")
+    more = keys.take("chat_template_kwargs")
     if not is_empty(documents):
         if not isinstance(documents, list):
             raise UserError(f"documents is a {type(documents).__name__}, not a list")
@@ -260,7 +261,8 @@ def preference(record: dict[str, Any], notes: Notes | None = None) -> dict[str, 
     elif keys.first((*QUESTION, "input")):
         text = not isinstance(keys.values.get(keys.first(QUESTION)), list)
         before = read_question(keys)
-    system, out = take_system(keys), {}
+    system = take_system(keys)
+    out = {}
     for name, answers in both.items():
         whole = join_prompt(before, text, answers, name) if before or answers[0]["role"] == (
             "assistant") else answers

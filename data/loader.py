@@ -90,8 +90,10 @@ class Reader:
 
     def blocks(self, path: Path) -> Iterator[str]:
         """A file's text in blocks of about BLOCK characters; its encoding is text/files.py's."""
-        packed, before = Path(path).suffix.lower() == ".gz", self.consumed
-        decode, held = files.Decoder(path, self.fault), ""
+        packed = Path(path).suffix.lower() == ".gz"
+        before = self.consumed
+        decode = files.Decoder(path, self.fault)
+        held = ""
         with open(path, "rb") as raw, (gzip.open(raw) if packed else raw) as f:
             while True:
                 try:
@@ -137,12 +139,20 @@ class Reader:
             return value
 
         decoder = json.JSONDecoder(object_pairs_hook=pairs if conversations else None)
-        gap, begins = re.compile(r"[ \t\r\n,]*"), re.compile(r"\[[ \t\r\n]*(\{|\Z)")
-        blocks, buffer, at, line, depth, ended = self.blocks(path), "", 0, 1, 0, False
+        gap = re.compile(r"[ \t\r\n,]*")
+        begins = re.compile(r"\[[ \t\r\n]*(\{|\Z)")
+        blocks = self.blocks(path)
+        buffer = ""
+        at = 0
+        line = 1
+        depth = 0
+        ended = False
         empty = False               # whether the last bracket opened an array without a value yet
         while True:
             start = gap.match(buffer, at).end()
-            line, at, talk = line + buffer.count("\n", at, start), start, False
+            line = line + buffer.count("\n", at, start)
+            at = start
+            talk = False
             bracket = buffer[start:start + 1]
             opens = begins.match(buffer, start) if conversations else None
             if bracket == "[" and not opens:                        # around records
@@ -162,7 +172,8 @@ class Reader:
                 if opens:           # an array of records, or a conversation: its first object says
                     first, _ = decoder.raw_decode(buffer, opens.start(1))
                     if not (talk := is_message(first)):
-                        depth, at = depth + 1, start + 1
+                        depth = depth + 1
+                        at = start + 1
                         continue
                 twice.clear()
                 value, at = decoder.raw_decode(buffer, start)
@@ -177,13 +188,17 @@ class Reader:
                 problem = getattr(e, "msg", "nested too deeply")
             if not ended and len(buffer) - start < LONGEST:
                 # at least double what is there, so that parsing again stays linear
-                more, want = [buffer[start:]], len(buffer) - start + 1
+                more = [buffer[start:]]
+                want = len(buffer) - start + 1
                 while want > 0 and not ended:
                     more.append(next(blocks, ""))
-                    want, ended = want - len(more[-1]), not more[-1]
-                buffer, at = "".join(more), 0
+                    want = want - len(more[-1])
+                    ended = not more[-1]
+                buffer = "".join(more)
+                at = 0
             elif opens and not talk:
-                depth, at = depth + 1, start + 1
+                depth = depth + 1
+                at = start + 1
             elif start < len(buffer):
                 self.fault(f"{path}, line {line}: not JSON, {problem}")
                 at = buffer.find("\n", start)               # go on with the next line
@@ -219,7 +234,8 @@ class Reader:
         Quotes are text, as IANA's text/tab-separated-values has it, but for a field that a CSV
         writer has clearly quoted.
         """
-        names, bare = [], Counter()         # bare: first columns of a file without a header
+        names = []                          # bare: first columns of a file without a header
+        bare = Counter()
         for number, line in enumerate(self.lines(path), 1):
             line = line.rstrip("\r\n")
             if not line:
@@ -230,7 +246,8 @@ class Reader:
                 if len(fields) != len(columns) or known:
                     names = column_names(fields, path)
                     continue
-                names, first = list(columns), (number, *fields)
+                names = list(columns)
+                first = (number, *fields)
                 bare[fields[0]] = 0
             if bare:                        # a tab in the last column is text
                 fields = line.split("\t", len(names) - 1)
@@ -387,7 +404,8 @@ class Tokens:
     """The shards of one split as one long sequence: len(tokens), tokens.read(start, n)."""
 
     def __init__(self, dataset: Dataset, split: str):
-        self.dataset, self.split = dataset, split
+        self.dataset = dataset
+        self.split = split
         self.shards = [self.open(name, count) for name, count in dataset.shards[split]]
         # ends[i] is the position just behind shard i: where a read has to change shards
         self.ends = np.cumsum([len(s) for s in self.shards], dtype=np.int64)
@@ -421,12 +439,14 @@ class Tokens:
         if start < 0 or n < 0 or start + n > len(self):
             raise IndexError(f"tokens {start}..{start + n} of {len(self)}")
         out = np.empty(n, dtype=np.int64)
-        done, i = 0, int(np.searchsorted(self.ends, start, side="right"))
+        done = 0
+        i = int(np.searchsorted(self.ends, start, side="right"))
         while done < n:
             begin = start + done - (int(self.ends[i]) - len(self.shards[i]))
             part = self.shards[i][begin:begin + n - done]
             out[done:done + len(part)] = part
-            done, i = done + len(part), i + 1
+            done = done + len(part)
+            i = i + 1
         # An id past the embedding's last row is a crash deep inside a kernel; caught here, it is
         # a sentence. One max() a row costs nothing beside the model.
         if n and out.max() >= self.dataset.vocab_size:
@@ -489,7 +509,9 @@ class Batches:
                  eot: int | None = None, documents: bool = False):
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; it must be at least 1")
-        self.tokens, self.batch_size, self.block_size = tokens, batch_size, block_size
+        self.tokens = tokens
+        self.batch_size = batch_size
+        self.block_size = block_size
         self.seed, self.eot = seed % 2**64, mask_eot(tokens, eot, documents)
         # One window of the grid is given up to leave room for offsets 0 .. block_size - 1: the
         # count is then the same in every epoch. A split of a single window has nothing to give.
@@ -514,7 +536,8 @@ class Batches:
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         """The batch of a step: {"ids": (B, T) int64, "targets": (B, T) int64[, "doc": int32]}."""
         starts = np.empty(self.batch_size, dtype=np.int64)
-        done, sample = 0, step * self.batch_size
+        done = 0
+        sample = step * self.batch_size
         while done < self.batch_size:       # once, or once more for every epoch that ends here
             number, place = divmod(sample + done, self.windows)
             part = self.epoch(number)[place:place + self.batch_size - done]
@@ -531,8 +554,11 @@ class FixedBatches:
 
     def __init__(self, tokens: Tokens, starts: np.ndarray, batch_size: int, block_size: int,
                  eot: int | None):
-        self.tokens, self.starts, self.eot = tokens, starts, eot
-        self.batch_size, self.block_size = batch_size, block_size
+        self.tokens = tokens
+        self.starts = starts
+        self.eot = eot
+        self.batch_size = batch_size
+        self.block_size = block_size
 
     def __len__(self) -> int:
         return -(-len(self.starts) // self.batch_size)

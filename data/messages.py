@@ -89,7 +89,8 @@ class Keys:
     """
 
     def __init__(self, values: dict[str, Any], what: str, notes: Notes):
-        self.what, self.notes = what, notes
+        self.what = what
+        self.notes = notes
         self.values = {k: v for k, v in values.items() if v is not None}
         for name in notes.ignore & self.values.keys():
             del self.values[name]
@@ -177,7 +178,8 @@ def read_tool_call(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{what} is a {type(value).__name__}, not an object with a function")
     outer = Keys(value, f"{what}: ", Notes())
-    inner, out = outer, {"type": "function"}
+    inner = outer
+    out = {"type": "function"}
     if "function" in outer:
         inner = outer.take("function")
         if not isinstance(inner, dict):
@@ -187,10 +189,12 @@ def read_tool_call(value: Any, what: str) -> dict[str, Any]:
             raise UserError(f"{what} calls something else than a function")
     elif inner.values.get("type") == "function":
         inner.take("type")
-    identity, _ = outer.take("id"), outer.take("index")
+    identity = outer.take("id")
+    _ = outer.take("index")
     if identity:
         out["id"] = text_of(identity, f"the id of {what}")
-    name, arguments = inner.take("name"), inner.take("arguments", {})
+    name = inner.take("name")
+    arguments = inner.take("arguments", {})
     arguments = from_json(arguments, f"arguments of {what}")
     arguments = {} if arguments is None else arguments
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
@@ -251,7 +255,8 @@ def read_turn(value: Any, what: str, notes: Notes) -> Message:
         raise UserError(f"{what} has a content and another value: leave one out")
     calls: list = []
     if given == "function_call":        # LLaMA-Factory's: the call is the content
-        calls, content = read_tool_calls(content, f"the function_call of {what}"), ""
+        calls = read_tool_calls(content, f"the function_call of {what}")
+        content = ""
         if not calls:
             raise UserError(f"{what} is a function_call without a call")
     elif role == "tool" and isinstance(content, dict):

@@ -83,7 +83,8 @@ class Bounded:
     """A stream that ends with an error behind `limit` bytes: a small archive may unpack to any."""
 
     def __init__(self, stream: BinaryIO, limit: int):
-        self.stream, self.left = stream, limit
+        self.stream = stream
+        self.left = limit
 
     def read(self, n: int = -1) -> bytes:
         data = self.stream.read(min(n, self.left + 1) if n >= 0 else self.left + 1)
@@ -217,7 +218,8 @@ def by_label(rows: Iterable[tuple[str, dict]], seed: int) -> Iterator[tuple[str,
         chosen += group[:size]
     # a random order in which copies of a text are neighbours
     ordered = sorted(chosen, key=lambda row: (draw_uniform(seed, row[0]), row[0]))
-    splits, start = list(zip(SPLITS, SHARES)), 0
+    splits = list(zip(SPLITS, SHARES))
+    start = 0
     for i, (split, share) in enumerate(splits):
         end = start + len(ordered) * share // sum(SHARES) if i < len(splits) - 1 else len(ordered)
         while 0 < end < len(ordered) and ordered[end][0] == ordered[end - 1][0]:
@@ -282,7 +284,8 @@ def get(cfg: Any, public: Public, found: str) -> Path:
 
 def main(cfg: Any) -> None:
     name = cfg.source[0]
-    public, out = SETS[name], Path(cfg.out or ROOT / "data" / name).expanduser()
+    public = SETS[name]
+    out = Path(cfg.out or ROOT / "data" / name).expanduser()
     share = public.val_fraction if cfg.val_fraction is None else cfg.val_fraction
     # what is read, by its hash: the same whether it was fetched or copied
     source = public.url.partition("#sha256=")[2] or public.url
@@ -290,12 +293,14 @@ def main(cfg: Any) -> None:
         source = hash_file(Path(cfg.file))
     settings = {"version": VERSION, "seed": cfg.seed, "skip_bad": cfg.skip_bad,
                 "val_fraction": share, "input": source}
-    labels, prefix = public.kind == "labels", chats.PREFIX.get(public.kind, "")
+    labels = public.kind == "labels"
+    prefix = chats.PREFIX.get(public.kind, "")
     with build_directory(out, lambda: not cfg.force and is_complete(out, settings)) as folder:
         if folder is None:
             note(f"{out} is up to date, nothing to do (--force=1 builds it again)")
             return print_report(out, public.script)
-        path, reader = get(cfg, public, source), loader.Reader(cfg.skip_bad)
+        path = get(cfg, public, source)
+        reader = loader.Reader(cfg.skip_bad)
         show = Progress(f"reading {path.name}", path.stat().st_size)
 
         def shown(found: Found) -> Found:

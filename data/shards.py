@@ -40,11 +40,14 @@ class Shards:
     """Writes the ids of one split to .npy files of at most shard_tokens each."""
 
     def __init__(self, folder: Path, split: str, vocab_size: int, shard_tokens: int):
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.folder = folder
+        self.split = split
+        self.shard_tokens = shard_tokens
         self.vocab_size = vocab_size
         self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.about = {"tokens": 0, "documents": 0, "bytes": 0, "shards": []}    # for meta.json
-        self.file, self.count = None, 0
+        self.file = None
+        self.count = 0
 
     def header(self, count: int) -> bytes:
         """The 128 bytes that open an .npy file of one row (NumPy's format, version 1.0)."""
@@ -61,7 +64,8 @@ class Shards:
         while len(ids):
             if self.file is None:
                 name = f"{self.split}_{len(self.about['shards']):05d}.npy"
-                self.file, self.count = open(self.folder / name, "wb"), 0
+                self.file = open(self.folder / name, "wb")
+                self.count = 0
                 self.file.write(self.header(0))         # the true count is known at the end
             part = ids[:self.shard_tokens - self.count]
             self.file.write(part.astype(self.dtype).tobytes())
@@ -74,7 +78,8 @@ class Shards:
         self.file.seek(0)
         self.file.write(self.header(self.count))
         self.file.close()
-        path, self.file = Path(self.file.name), None
+        path = Path(self.file.name)
+        self.file = None
         self.about["shards"].append({"file": path.name, "tokens": self.count,
                                      "sha256": hash_file(path)})
 

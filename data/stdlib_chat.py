@@ -56,7 +56,8 @@ def definitions(tree: ast.Module, module: str) -> Iterator[tuple[str, str, str]]
             (n, f"{module}.{c.name}") for c in tree.body if isinstance(c, ast.ClassDef)
             and not c.name.startswith("_") for n in c.body]:
         if isinstance(node, (*functions, ast.ClassDef)) and not node.name.startswith("_"):
-            text, call = first_paragraph(ast.get_docstring(node)), ""
+            text = first_paragraph(ast.get_docstring(node))
+            call = ""
             if isinstance(node, functions):
                 call = f"{node.name}({ast.unparse(node.args)})"      # no return type: short
             yield f"{prefix}.{node.name}", text, call if len(call) <= LONGEST else ""

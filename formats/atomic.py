@@ -44,7 +44,9 @@ class Lock:
     """A lock that is held; release() gives it back, and so does the end of the process."""
 
     def __init__(self, handle: int, path: Path, file: Path | None):
-        self.handle, self.path, self.file = handle, path, file
+        self.handle = handle
+        self.path = path
+        self.file = file
 
     def guards(self, path: Path) -> bool:
         """Whether `path` is still what was locked: it may have been renamed or removed since."""
@@ -79,7 +81,8 @@ def lock_handle(handle: int) -> bool:
 
 def try_lock(path: Path) -> Lock | None:
     """Lock an existing folder, or a file that is made if need be; None where another has it."""
-    file, handle = None, -1
+    file = None
+    handle = -1
     if fcntl:
         flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
         try:
@@ -92,7 +95,8 @@ def try_lock(path: Path) -> Lock | None:
                 os.close(handle)
             handle = -1
     if handle < 0:
-        file, handle = path.with_name(f".{path.name}.lock"), -1
+        file = path.with_name(f".{path.name}.lock")
+        handle = -1
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
             taken = not lock_handle(handle)

@@ -88,7 +88,8 @@ def to_family(config: ModelConfig, family: Family) -> dict[str, Any]:
     if family.fixed.get("position") == "rope" and family.rope != "own":
         scaling = effective(config)["rope_scaling"]
         # transformers 5 reads rope_parameters; 4 and most other programs read the other two
-        hf["rope_theta"], hf["rope_scaling"] = config.rope_theta, scaling
+        hf["rope_theta"] = config.rope_theta
+        hf["rope_scaling"] = scaling
         rope = {"rope_theta": config.rope_theta, "rope_type": "default", **(scaling or {})}
         share = config.partial_rotary_factor
         if family.rope == "partial" and (share != 1 or "partial_rotary_factor" in family.defaults):
@@ -333,7 +334,8 @@ def checked(values: dict[str, Any], where: str,
 
 def differences(config: ModelConfig, family: Family) -> set[str]:
     """The settings of `config` that change when it is written as the family and read back."""
-    back, wanted = effective(from_family(to_family(config, family), family)), effective(config)
+    back = effective(from_family(to_family(config, family), family))
+    wanted = effective(config)
     return {name for name in wanted if back[name] != wanted[name]}
 
 
@@ -430,7 +432,8 @@ def family_named(hf: dict[str, Any], where: str = "config.json") -> Family:
 
 def model_config_from_hf(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
     """ModelConfig of a config.json, ours or transformers', given as a dictionary."""
-    kind, own = hf.get("model_type"), hf.get("handmade")
+    kind = hf.get("model_type")
+    own = hf.get("handmade")
     if own is not None:
         if not isinstance(own, dict):
             raise UserError(f"{where}: its section \"handmade\" is not an object: delete it")
@@ -498,7 +501,8 @@ def layout(config: ModelConfig, family: Family) -> dict[str, Slot]:
 
     for stem, modules in family.keys.items():
         for i in range(config.n_layer if "{i}" in stem else 1):
-            ours, theirs = [m.format(i=i) for m in modules], stem.replace("{i}", str(i))
+            ours = [m.format(i=i) for m in modules]
+            theirs = stem.replace("{i}", str(i))
             if ours[0] in shapes and "{e}" in stem:
                 stacked(theirs, ours[0])
             elif ours[0] in shapes:                     # a tensor with a name of its own

@@ -36,7 +36,8 @@ from layers.unwrap import unwrap
 from model import Linear, Transformer
 
 PREFIX = "base_model.model."        # PEFT's wrappers, which stand in front of every name
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 BASE = "base.json"      # the fingerprint of the base, beside PEFT's files, which PEFT leaves alone
 FOLDER = "adapter"      # in a checkpoint: beside the merged weights transformers would add it twice
 KINDS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude"}
@@ -81,7 +82,8 @@ def join(slot: Slot, parts: list[Adapter | None], model: Transformer) -> tuple:
     """
     first = next(a for a in parts if a is not None)
     same = all(a is not None and torch.equal(a.A, first.A) for a in parts)
-    rank, n = len(first.A), 1 if same else len(parts)
+    rank = len(first.A)
+    n = 1 if same else len(parts)
     A = first.A if same else torch.cat([
         torch.zeros_like(first.A) if a is None else a.A for a in parts])
     Bs = [first.B.new_zeros(shape[0], len(A)) for shape in slot.shapes]
@@ -113,8 +115,12 @@ def save_adapter(path: str | Path, model: Any, name: str = "default", base: str 
     parts = adapters(model, name)
     if not parts:
         raise UserError(f"there is no adapter {reprlib.repr(name)} to save: add_lora() makes one")
-    family, tensors, ranks, alphas = family_of(model.config), {}, {}, {}
-    known, one = map_layers(model, family), next(iter(parts.values()))
+    family = family_of(model.config)
+    tensors = {}
+    ranks = {}
+    alphas = {}
+    known = map_layers(model, family)
+    one = next(iter(parts.values()))
     for key, slot in known.items():
         own = [parts.get(part) for part in slot.parts]
         if any(own):
@@ -123,7 +129,8 @@ def save_adapter(path: str | Path, model: Any, name: str = "default", base: str 
                             if t is not None})
             ranks[key] = len(three[0])
     # those that are one with others on disk are exceptions by name
-    rank, alpha = len(one.A), one.alpha
+    rank = len(one.A)
+    alpha = one.alpha
     settings = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base or None,
         "r": rank, "lora_alpha": alpha, "lora_dropout": one.dropout, "use_rslora": one.rslora,
@@ -169,7 +176,8 @@ PLAIN = {"peft_type": ("LORA",), "bias": ("none",), **dict.fromkeys((
 
 def read_adapter_config(file: Path) -> dict[str, Any]:
     """PEFT's settings, each one that is used checked; UserError for what is not supported."""
-    said, settings = read_json(file), {}
+    said = read_json(file)
+    settings = {}
     for key, allowed in PLAIN.items():          # False, null, [] and {} all mean no
         value = said.get(key)
         if value not in allowed and (value or key == "peft_type"):
@@ -184,7 +192,9 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
         return lambda v: isinstance(v, dict) and all(
             re.fullmatch(r"\^?[\w.-]+", key) and good(value) for key, value in v.items())
 
-    rank, alpha, flag = number(1, 2 ** 20, int), number(1e-9, 1e9, int, float), number(0, 2, bool)
+    rank = number(1, 2 ** 20, int)
+    alpha = number(1e-9, 1e9, int, float)
+    flag = number(0, 2, bool)
     # what PEFT takes where nothing is said, and what it may be
     table = {"r": (8, rank), "lora_alpha": (8, alpha), "use_rslora": (False, flag),
              "use_dora": (False, flag), "lora_dropout": (0.0, number(0, 1, int, float)),
@@ -284,12 +294,14 @@ def check_tensors(modules: dict, known: dict[str, Slot], settings: dict, file: P
     """UserError where tensors, settings and model do not agree."""
     named = {n for n in known if matches(n, *settings["targets"])}
     for name in sorted(named | modules.keys()):
-        found, (outputs, inputs) = modules.get(name, {}), known[name].shape
+        found = modules.get(name, {})
+        (outputs, inputs) = known[name].shape
         rank = pattern(settings["rank_pattern"], name, settings["r"])
         shapes = {"A": (rank, inputs), "B": (outputs, rank)}
         shapes.update({"magnitude": (outputs,)} if settings["use_dora"] else {})
         for word, kind in KINDS.items():
-            s, shape = found.get(kind), shapes.get(kind)
+            s = found.get(kind)
+            shape = shapes.get(kind)
             if s is None and shape:
                 raise UserError(f"{file} lacks tensor '{PREFIX}{name}.{word}', which {CONFIG} asks "
                                 "for: copy or save it again")
@@ -304,7 +316,8 @@ def load_adapter(path: str | Path, model: Any, name: str = "default",
                  int8: bool = False) -> dict[str, LoraLinear]:
     """Put the adapter in the folder `path`, ours or PEFT's, on a model as `name` and make it the
     active one; returns its layers. Everything is checked before the model is touched."""
-    model, path = check_model(model, name), Path(path)
+    model = check_model(model, name)
+    path = Path(path)
     for file in (path / CONFIG, path / WEIGHTS):
         if not file.is_file():
             raise UserError(f"no adapter at {path}, which has no {file.name}: give the folder that "
@@ -319,13 +332,18 @@ def load_adapter(path: str | Path, model: Any, name: str = "default",
         untie(model)
     made = {}
     for key, stored in modules.items():
-        tensors, slot = {kind: read(s) for kind, s in stored.items()}, known[key]
-        A, Bs, n = tensors["A"], slot.from_disk(tensors["B"]), len(slot.parts)
+        tensors = {kind: read(s) for kind, s in stored.items()}
+        slot = known[key]
+        A = tensors["A"]
+        Bs = slot.from_disk(tensors["B"])
+        n = len(slot.parts)
         lengths = slot.from_disk(tensors["magnitude"]) if "magnitude" in tensors else [None] * n
-        alpha, As = pattern(settings["alpha_pattern"], key, settings["lora_alpha"]), [A] * n
+        alpha = pattern(settings["alpha_pattern"], key, settings["lora_alpha"])
+        As = [A] * n
         own = blocks(Bs) if n > 1 and len(A) == n * settings["r"] else None
         if own:         # what join() put one above the other: the same scale at the part's rank
-            As, Bs = A.chunk(n), own
+            As = A.chunk(n)
+            Bs = own
             alpha = round(alpha / (math.sqrt(n) if settings["use_rslora"] else n), 9)
         for part, A, B, length in zip(slot.parts, As, Bs, lengths):
             if own is None or A.any() or B.any():       # zeros: a part that has no adapter

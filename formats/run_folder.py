@@ -76,7 +76,8 @@ def move_aside(out: str | os.PathLike, to: Path) -> None:
 
 def follow_move(path: str, out: str | os.PathLike, to: Path) -> str:
     """Return where `path` is once move_aside(out, to) is done."""
-    real, parent = Path(os.path.realpath(path)), Path(os.path.realpath(out))
+    real = Path(os.path.realpath(path))
+    parent = Path(os.path.realpath(out))
     if not path or not real.is_relative_to(parent):
         return path
     inside = real.relative_to(parent)

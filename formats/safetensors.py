@@ -131,7 +131,8 @@ def write_safetensors(path: Path, specs: Iterable[tuple[str, torch.dtype, tuple[
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in specs:
-        start, end = end, end + math.prod(shape) * dtype.itemsize
+        start = end
+        end = end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape),
                         "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -187,7 +188,9 @@ def read_header(path: Path) -> dict[str, Stored]:
         name = shorten(key)
         need(isinstance(entry, dict) and entry.keys() >= {"dtype", "shape", "data_offsets"},
              f"tensor {name} lacks dtype, shape or data_offsets")
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype = entry["dtype"]
+        shape = entry["shape"]
+        offsets = entry["data_offsets"]
         # type() and not isinstance(): True is an int to Python, and no size. The product of many
         # large numbers would take minutes, so their number and their size are looked at first
         need(isinstance(shape, list) and len(shape) <= DIMENSIONS
@@ -245,7 +248,8 @@ def weight_index(directory: Path) -> dict[str, Stored]:
     """
     if (directory / "params.json").is_file() and not (directory / "config.json").is_file():
         return meta_index(directory)
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
     if single.is_file():
         if index.exists():
             note(f"{directory} holds both {single.name} and {index.name}: the first is read, as in "

@@ -43,7 +43,8 @@ class Sampling:
         ranges = {"temperature": (0, math.inf), "top_k": (0, math.inf), "top_p": (0, 1),
                   "min_p": (0, 1), "repetition_penalty": (0, math.inf)}
         for name, (low, high) in ranges.items():
-            value, open_end = getattr(self, name), name in ("top_p", "repetition_penalty")
+            value = getattr(self, name)
+            open_end = name in ("top_p", "repetition_penalty")
             # `not (…)` and not the reverse: nan compares false with everything
             if not (low < value <= high if open_end else low <= value <= high):
                 raise UserError(f"--{name}={value} is outside {'(' if open_end else '['}"
@@ -278,7 +279,8 @@ class Text:
     """
 
     def __init__(self, tokenizer: Any, stops: list[str], ends: set[int], after: list[int] = []):
-        self.decoder, self.ends = tokenizer.stream(after), ends
+        self.decoder = tokenizer.stream(after)
+        self.ends = ends
         self.stops = [s for s in stops if s]
         self.held = ""              # the end of the text, where a stop string may have begun
         self.over = False

@@ -64,7 +64,8 @@ def predict_labels(model: Any, tokenizer: Any, texts: list[str], length: int, ba
 
 def format_report(labels: list[str], confusion: Tensor) -> str:
     """Return accuracy, and a row of counts for each true label, with a column for each answer."""
-    right, total = confusion.trace().item(), int(confusion.sum())
+    right = confusion.trace().item()
+    total = int(confusion.sum())
     wide = max(8, *(len(label) + 2 for label in labels))
     lines = [f"accuracy {right / max(1, total):.4f} ({int(right)} of {total})",
              "truth \\ answer".ljust(wide + 7) + "".join(label.rjust(wide) for label in labels)]

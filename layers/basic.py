@@ -38,7 +38,9 @@ class Norm(Module):
 
     def __init__(self, c: Any, width: int, kind: str = "", bias: bool = False):
         super().__init__()
-        self.kind, self.eps, self.offset = kind or c.norm, c.norm_eps, c.norm_offset
+        self.kind = kind or c.norm
+        self.eps = c.norm_eps
+        self.offset = c.norm_offset
         self.weight = Parameter(torch.full((width,), 1.0 - self.offset))
         self.bias = Parameter(torch.zeros(width)) if bias else None
 

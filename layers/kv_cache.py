@@ -69,7 +69,8 @@ class KeyValues:
         """Store k, v (B, Hkv, T, D); return (all keys, all values, up to the longest row's end, and
         the places of the queries among them, or None where all rows agree)."""
         if k.requires_grad:                     # what is remembered is data: nothing learns from it
-            k, v = k.detach(), v.detach()
+            k = k.detach()
+            v = v.detach()
         if self.over:
             return self.put_over(layer, 0, k), self.put_over(layer, 1, v), self.places
         new_k, new_v, keys, values = self.views[layer]

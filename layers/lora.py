@@ -37,7 +37,9 @@ class Adapter(Module):
         kind = dict(device=base.device, dtype=torch.promote_types(base.dtype, torch.float32))
         self.A, self.B, self.magnitude = (None if t is None else Parameter(t.to(**kind, copy=True))
                                           for t in (A, B, magnitude))
-        self.alpha, self.dropout, self.rslora = alpha, dropout, rslora
+        self.alpha = alpha
+        self.dropout = dropout
+        self.rslora = rslora
 
     @property
     def scale(self) -> float:
@@ -121,8 +123,12 @@ class LoraLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N)."""
-        shape, x = x.shape[:-1], x.reshape(-1, x.shape[-1])
-        W, s, bias, used = self._parameters["weight"], self.int8_scale, self.bias, self.chosen()
+        shape = x.shape[:-1]
+        x = x.reshape(-1, x.shape[-1])
+        W = self._parameters["weight"]
+        s = self.int8_scale
+        bias = self.bias
+        used = self.chosen()
         y = kernels.linear(x, W, bias) if s is None else FromInt8.apply(x, W, s, bias)
         if any(a.magnitude is not None for a in used):     # DoRA stretches W x, and not the bias
             plain = y if bias is None else y - bias.to(x.dtype)
@@ -187,7 +193,8 @@ def parse(targets: str | Sequence[str]) -> dict[str, int]:
 
 def select(model: Any, targets: str | Sequence[str]) -> dict[str, Linear]:
     """The layers that targets name, for "" all of the blocks; UserError if one names none."""
-    known, targets = linears(model), parse(targets)
+    known = linears(model)
+    targets = parse(targets)
     if wrong := [t for t in targets if not any(matches(n, t) for n in known)]:
         raise UserError(f"--targets={reprlib.repr(','.join(wrong))} names no linear layer of this "
                         "model: choose from "
@@ -231,7 +238,8 @@ def add_lora(model: Any, rank: int = 8, alpha: float = 16.0, dropout: float = 0.
     if rank < 1 or not 0 < alpha < math.inf or not 0 <= dropout < 1:
         raise UserError(f"rank {rank}, alpha {alpha}, dropout {dropout} cannot be LoRA's: rank "
                         "is at least 1, alpha above 0, dropout from 0 up to 1")
-    made, ranks = {}, parse(targets)
+    made = {}
+    ranks = parse(targets)
     for part in select(model, targets):
         base = convert(model, part, int8).base.detach()
         N, K = base.shape

@@ -71,7 +71,8 @@ class MoE(Module):
             # with k = 1 a share is 1 whatever the router says, and it learns nothing
             share = share / (share.sum(-1, keepdim=True) + 1e-20)
         share = share * c.routed_scaling_factor
-        e, k = self.experts, c.num_experts_per_tok
+        e = self.experts
+        k = c.num_experts_per_tok
         y = kernels.moe(x.reshape(-1, x.shape[-1]), chosen.reshape(-1, k), share.reshape(-1, k),
                         e.gate_proj, e.up_proj, e.down_proj, c.activation).view_as(x)
         if c.n_shared_experts:

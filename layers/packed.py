@@ -28,7 +28,9 @@ class Plain:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
-        self.weight, self.bias, self.bytes = weight, bias, weight.nbytes
+        self.weight = weight
+        self.bias = bias
+        self.bytes = weight.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)

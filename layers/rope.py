@@ -28,7 +28,8 @@ def rope_frequencies(config: Any, local: bool = False) -> tuple[Tensor, float]:
     theta = config.rope_theta
     s = config.rope_scaling or {}
     if local and config.rope_local_theta:
-        theta, s = config.rope_local_theta, {}
+        theta = config.rope_local_theta
+        s = {}
     f = 1.0 / theta ** (torch.arange(0, R, 2, dtype=torch.float32) / R)
     kind = s.get("rope_type", s.get("type", "default"))
     needed = {"linear": ("factor",), "yarn": ("factor", "original_max_position_embeddings"),
@@ -41,7 +42,8 @@ def rope_frequencies(config: Any, local: bool = False) -> tuple[Tensor, float]:
         return f / s["factor"], 1.0
     original = s.get("original_max_position_embeddings")
     if kind == "llama3":
-        low, high = s["low_freq_factor"], s["high_freq_factor"]
+        low = s["low_freq_factor"]
+        high = s["high_freq_factor"]
         blend = (original * f / (2 * math.pi) - low) / (high - low)
         blend = blend.clamp(0, 1)                    # 0: slow, stretched whole; 1: fast, kept
         return (1 - blend) * f / s["factor"] + blend * f, 1.0
@@ -49,10 +51,13 @@ def rope_frequencies(config: Any, local: bool = False) -> tuple[Tensor, float]:
         def dimension(turns: float) -> float:        # the pair that turns that often
             return R * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-        low, high = dimension(s.get("beta_fast") or 32), dimension(s.get("beta_slow") or 1)
+        low = dimension(s.get("beta_fast") or 32)
+        high = dimension(s.get("beta_slow") or 1)
         if s.get("truncate", True):
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, R - 1)
+            low = math.floor(low)
+            high = math.ceil(high)
+        low = max(low, 0)
+        high = min(high, R - 1)
         ramp = (torch.arange(R // 2) - low) / (high - low or 0.001)
         ramp = ramp.clamp(0, 1)                      # 0: fast, kept; 1: slow, stretched
 

@@ -39,7 +39,8 @@ WORDS = ("list name file line value class index table code data path test type b
 KEYS = "main user root base last next self left open read port node".split()    # of a table
 ENTRIES = "true none float dict list max min sum set str int bool".split()
 ORDINALS = "first second third fourth fifth sixth seventh".split()
-CONSONANTS, VOWELS = "bdfgklmnprst", "aeiou"
+CONSONANTS = "bdfgklmnprst"
+VOWELS = "aeiou"
 # Every way to ask, by task. The words in braces are what the task is about.
 LEADS = ("{}", "{}", "Please answer: {}", "A question: {}", "{} Answer briefly.")
 ASK = {
@@ -158,7 +159,8 @@ def ask(rng: random.Random, wordings: tuple[str, ...], **about: Any) -> str:
 def two(rng: random.Random, level: int) -> tuple[int, int]:
     """Two numbers, the second of one digit at level 1; below level 3 no column goes beyond 9."""
     while True:
-        a, b = rng.randrange(10, 100), rng.randrange(*((10, 100) if level > 1 else (1, 10)))
+        a = rng.randrange(10, 100)
+        b = rng.randrange(*((10, 100) if level > 1 else (1, 10)))
         if level > 2 or a % 10 + b % 10 < 10 and a // 10 + b // 10 < 10:
             return a, b
 
@@ -181,7 +183,8 @@ def subtract(rng: random.Random, level: int) -> Problem:
 def count(rng: random.Random, level: int) -> Problem:
     # of two or three letters, so that some are there more than once
     letters = rng.sample(CONSONANTS + VOWELS, rng.randint(2, 3))
-    word, x = "".join(rng.choices(letters, k=rng.randint(3, 6))), rng.choice(letters)
+    word = "".join(rng.choices(letters, k=rng.randint(3, 6)))
+    x = rng.choice(letters)
     # one letter among others takes a small model long to learn: at level 1 all of them count
     n = len(word) if level == 1 else word.count(x)
     asked = ask(rng, LENGTH if level == 1 else ASK["count"], x=x, word=apart(word))
@@ -291,23 +294,30 @@ def lookup(rng: random.Random, level: int) -> Problem:
 
 def impossible(rng: random.Random, level: int) -> Problem:
     """A question without an answer, as like as possible to those that have one."""
-    kind, n = rng.choice(("table", "letter", "divide", "strange")), rng.randrange(10, 100)
+    kind = rng.choice(("table", "letter", "divide", "strange"))
+    n = rng.randrange(10, 100)
     if kind == "table":                 # a name that is not in it
         has, key = table_of(rng, level)
-        name, table = rng.choice([n for n in KEYS if n not in has]), ", ".join(has.values())
-        asked, wrong = ask(rng, ASK["lookup"], table=table, name=name), tuple(has.values())
+        name = rng.choice([n for n in KEYS if n not in has])
+        table = ", ".join(has.values())
+        asked = ask(rng, ASK["lookup"], table=table, name=name)
+        wrong = tuple(has.values())
     elif kind == "letter":              # beyond the end
         word = word_of(rng, level)
-        at, key = rng.randrange(len(word), len(ORDINALS)), both_ways(word)
+        at = rng.randrange(len(word), len(ORDINALS))
+        key = both_ways(word)
         asked = ask(rng, ASK["position"], word=apart(word), nth=ORDINALS[at], n=at + 1)
         wrong = (word[-1], word[0], apart(word))
     elif kind == "divide":
-        asked, key = ask(rng, DIVIDE, a=apart(n)), f"divide {n}"
+        asked = ask(rng, DIVIDE, a=apart(n))
+        key = f"divide {n}"
         wrong = (apart(n), "0", "1")
     else:                               # a number against a word
-        word, more = rng.choice(WORDS), rng.choice(("larger", "smaller"))
+        word = rng.choice(WORDS)
+        more = rng.choice(("larger", "smaller"))
         asked = ask(rng, STRANGE, a=apart(n), word=word, more=more)
-        wrong, key = (apart(n), word), f"strange {n} {word}"
+        wrong = (apart(n), word)
+        key = f"strange {n} {word}"
     return Problem("impossible", key, Turn(asked, REFUSAL, wrong))
 
 
@@ -356,7 +366,8 @@ def problems(seed: int, split: str, level: int, stream: str = "") -> Iterator[Pr
 
     `stream` names another order, so that preferences are not the conversations again.
     """
-    rng, seen = random.Random(f"{seed} {split} {level} {stream}"), set()
+    rng = random.Random(f"{seed} {split} {level} {stream}")
+    seen = set()
     while True:
         for task in TASKS:
             bases = [task] if task in MAKERS else list(MAKERS)

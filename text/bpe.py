@@ -50,8 +50,10 @@ CHAR_BYTE = {c: b for b, c in BYTE_CHAR.items()}
 
 # How text is cut; merges never cross a cut. These are the published patterns without possessive
 # quantifiers and `$`, which other regex engines read differently. The chunks are the same.
-_WORD, _SPACE = r"[^\r\n\p{L}\p{N}]?", r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_WORD = r"[^\r\n\p{L}\p{N}]?"
+_SPACE = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -114,9 +116,12 @@ def compiled(pattern: str, top: int) -> re.Pattern[str]:
     Only three tops occur: `re` looks characters up to U+FFFF up in a table, and anything beyond
     range by range, ten times slower, so the full pattern is kept for text that needs it.
     """
-    out, in_class, quantified = [], False, False
+    out = []
+    in_class = False
+    quantified = False
     for token in re.findall(r"\\[pP]\{[^}]*\}|\\.|\[\^?|\(\?|\{[\d,]+\}|.", pattern, re.DOTALL):
-        was_quantified, quantified = quantified, False
+        was_quantified = quantified
+        quantified = False
         if re.match(r"\\[pPsSdDwW]", token):
             spans = [(a, min(b, top)) for a, b in members(token) if a <= top]
             # a class without members has to stay a class: U+FFFF is never a character
@@ -145,7 +150,8 @@ def blocks(text: str, size: int = 1 << 16) -> Iterator[str]:
     Subtle: a newline between two visible characters always ends a chunk, and no chunk looks past
     it, except before "/", which o200k appends to punctuation. (One emoji slows one block, too.)
     """
-    start, safe = 0, re.compile(r"\S\n(?=[^\s/])")
+    start = 0
+    safe = re.compile(r"\S\n(?=[^\s/])")
     while len(text) - start > size and (m := safe.search(text, start + size)):
         yield text[start:m.end()]
         start = m.end()
@@ -254,7 +260,8 @@ def bpe(ranks: dict, piece: Any, sep: Any = None) -> list:
     >>> bpe({b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"abc": 4}, b"abcab")
     [b'abc', b'ab']
     """
-    rank, n = ranks.get, len(piece)
+    rank = ranks.get
+    n = len(piece)
     sep = piece[:0] if sep is None else sep
     if n < SHORT:
         # A word: plain lists and min() are fastest, though each merge looks at every pair.
@@ -275,7 +282,8 @@ def bpe(ranks: dict, piece: Any, sep: Any = None) -> list:
     def pair(i: int, j: int, end: int) -> int | None:
         return rank(piece[i:j] + sep + piece[j:end] if sep else piece[i:end])
 
-    after, before = list(range(1, n + 1)), list(range(-1, n))   # starts of a part's neighbours
+    after = list(range(1, n + 1))                               # starts of a part's neighbours
+    before = list(range(-1, n))
     heap = [(r, i, i + 2) for i in range(n - 1) if (r := pair(i, i + 1, i + 2)) is not None]
     heapq.heapify(heap)                                         # (rank, start, end) of a pair
     while heap:
@@ -284,7 +292,9 @@ def bpe(ranks: dict, piece: Any, sep: Any = None) -> list:
         # stale if an earlier merge took one of the two parts; a part that is gone has after 0
         if not 0 < j < n or after[j] != end:
             continue
-        after[i], after[j], before[end] = end, 0, i
+        after[i] = end
+        after[j] = 0
+        before[end] = i
         if end < n and (r := pair(i, end, after[end])) is not None:
             heapq.heappush(heap, (r, i, after[end]))
         if i and (r := pair(before[i], i, end)) is not None:
@@ -302,8 +312,12 @@ class PieceCache(dict):
     def __init__(self, ranks: dict[bytes, int], ids: dict[bytes, int], lost: bytes = b"",
                  limit: int = 1 << 18, whole: Iterable[bytes] = (), spelled: bool = False):
         super().__init__()
-        self.ranks, self.ids, self.lost, self.limit = ranks, ids, lost, limit
-        self.whole, self.spelled = frozenset(whole), spelled
+        self.ranks = ranks
+        self.ids = ids
+        self.lost = lost
+        self.limit = limit
+        self.whole = frozenset(whole)
+        self.spelled = spelled
 
     def merged(self, chunk: str) -> list[int]:
         """The ids of a chunk that is not here yet."""
@@ -341,18 +355,21 @@ def count_chunks(texts: Iterable[str], pattern: str, workers: int | None = None)
     workers: processes to split with, None for one a core. A little text is split right here.
     """
     def batches(size: int = 1 << 20) -> Iterator[list[str]]:
-        batch, length = [], 0
+        batch = []
+        length = 0
         for text in texts:
             batch.append(text)
             length += len(text)
             if length >= size:
                 yield batch
-                batch, length = [], 0
+                batch = []
+                length = 0
         yield batch
 
     source = batches()
     head = [b for _, b in zip(range(2), source)]
-    little, source = len(head) < 2, chain(head, source)
+    little = len(head) < 2
+    source = chain(head, source)
     del head                                    # the chain lets go of it, batch by batch
     counts: Counter[str] = Counter()
     # Workers are forked, never spawned: a spawned one imports the user's script again, and a
@@ -395,23 +412,27 @@ def learn(counts: Counter[str], size: int, floor: int = 1, progress: bool = Fals
     # The different chunks one after another, -1 between them. A token of n bytes that starts at p
     # is written to tok[p] and tok[p + n - 1]: neighbours start at p + n and end at p - 1.
     order = bytes(BYTE_ORDER.index(b) for b in range(256))
-    tok, weight = [-1], [0]                     # weight: how often the chunk around p occurs
+    tok = [-1]                                  # weight: how often the chunk around p occurs
+    weight = [0]
     for word, count in counts.items():
         piece = mend(word).encode().translate(order)
         tok.extend(piece)
         tok.append(-1)
         weight.extend([count] * (len(piece) + 1))
     made = {bytes([b]): i for i, b in enumerate(BYTE_ORDER)}
-    spelled, length = list(made), [1] * 256     # rank -> bytes, rank -> number of bytes
+    spelled = list(made)                        # rank -> bytes, rank -> number of bytes
+    length = [1] * 256
 
     # where: pair (left << 24 | right) -> positions it had when it was last counted
     where: dict[int, list[int]] = {}
     heap: list[tuple[int, int]] = []            # (-count then, pair); the smallest is on top
-    flat, times = np.array(tok), np.array(weight)
+    flat = np.array(tok)
+    times = np.array(weight)
     at = np.flatnonzero((flat[:-1] >= 0) & (flat[1:] >= 0))
     pairs = flat[at] << 24 | flat[at + 1]
     by_pair = np.argsort(pairs, kind="stable")  # stable: positions stay in order
-    at, pairs = at[by_pair], pairs[by_pair]
+    at = at[by_pair]
+    pairs = pairs[by_pair]
     for group in np.split(np.arange(len(at)), np.flatnonzero(np.diff(pairs)) + 1):
         total = int(times[at[group]].sum())
         if total >= floor:
@@ -420,11 +441,14 @@ def learn(counts: Counter[str], size: int, floor: int = 1, progress: bool = Fals
     del flat, times, at, pairs, by_pair
     heapq.heapify(heap)
 
-    weigh, began = weight.__getitem__, time.time()
+    weigh = weight.__getitem__
+    began = time.time()
     while len(made) < size and heap:
         old, pair = heapq.heappop(heap)
-        left, right = pair >> 24, pair & 0xFFFFFF
-        a, n = length[left], length[left] + length[right]
+        left = pair >> 24
+        right = pair & 0xFFFFFF
+        a = length[left]
+        n = length[left] + length[right]
         if (last_seen := where.pop(pair, None)) is None:
             continue            # counted again since, and dealt with under that count
         live = [p for p in last_seen if tok[p] == left and tok[p + a] == right]

@@ -185,7 +185,8 @@ def refuse_unread(tokenizer: Tokenizer, template: str | None, **given: Any) -> N
 
 def read_words(row: Template, message: dict[str, Any], k: int) -> tuple[str, str]:
     """Return (thoughts, content with its tool calls) of message k of a conversation, checked."""
-    content, thought = message.get("content") or "", ""
+    content = message.get("content") or ""
+    thought = ""
     if not isinstance(content, str):
         raise UserError(f"message {k} has a {type(content).__name__} as content, and the chat "
                         f"template {row.name} writes text alone")
@@ -226,7 +227,8 @@ def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking:
         yield TOOLS[1] + row.after("system", eot), 0, True, 0
     elif row.system is not None and not first:
         yield row.default_system(eot), 0, True, 0
-    folded, last = "", ""
+    folded = ""
+    last = ""
     asked = max((k for k, m in enumerate(messages, 1) if m["role"] == "user"), default=0)
     for k, message in enumerate(messages, 1):
         role = message["role"]
@@ -239,7 +241,8 @@ def parts(row: Template, messages: list[dict], eot: str, prompt: bool, thinking:
         # GLM-4 has no end token: the header that follows tells the model's turn is over
         yield row.header[role], int(bool(row.closing) and last == "assistant"), True, k - 1
         if role == "user":
-            content, folded = folded + content, ""
+            content = folded + content
+            folded = ""
         # only the newest answer keeps its thoughts, old ones would fill the context
         if thought and k > asked:
             content = f"<think>\n{thought}\n</think>\n\n" + content.lstrip("\n")
@@ -338,7 +341,8 @@ def render_examples(tokenizer: Tokenizer, messages: list[dict[str, Any]],
     turns), one more that ends with this answer and trains on it alone, as it was generated.
     """
     whole = render(tokenizer, messages, template, **given)
-    out, reasons = [(whole.ids, whole.mask)], []
+    out = [(whole.ids, whole.mask)]
+    reasons = []
     for k, reason in whole.lost.items():
         if reason == chat_template.UNASKED:     # alone it could not be rendered either
             reasons.append(reason)

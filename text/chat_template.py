@@ -87,7 +87,8 @@ def escape(text: str, controls: Controls, typed: str, said: frozenset[str] | Non
     """
     found = controls.pattern and controls.pattern.search(text)
     while found:
-        name, at = found.group(), found.start() + 1
+        name = found.group()
+        at = found.start() + 1
         if said is None or not (name in said or MARKS.search(name)):
             text = text[:at] + typed + text[at:]
             at += 1
@@ -167,7 +168,9 @@ class Drawing:
     """One conversation and what a template makes of its beginnings."""
 
     def __init__(self, template: Template, messages: list[dict], variables: dict[str, Any]):
-        self.template, self.messages, self.variables = template, messages, variables
+        self.template = template
+        self.messages = messages
+        self.variables = variables
         self.cache: dict[tuple[int, bool], tuple[str, list]] = {}
 
     def draw(self, count: int, prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
@@ -211,7 +214,8 @@ class Answer(NamedTuple):
 def find_answer(drawing: Drawing, k: int, text: str, controls: Controls) -> Answer:
     """Find answer k in the text of the whole conversation, by what it adds to its prompt."""
     try:
-        prompt, own = drawing.draw(k, True)[0], drawing.draw(k + 1)[0]
+        prompt = drawing.draw(k, True)[0]
+        own = drawing.draw(k + 1)[0]
     except UserError:
         if any(m["role"] == "user" for m in drawing.messages[:k]):
             raise
@@ -248,7 +252,8 @@ def find_answer_end(own: str, start: int, controls: Controls) -> int | None:
     """
     found = [m for m in (controls.pattern.finditer(own, start) if controls.pattern else ())
              if not MARKS.search(m.group())]
-    after, ends = len(own), []
+    after = len(own)
+    ends = []
     for m in reversed(found):
         if own[m.end():after].strip():
             break
@@ -266,7 +271,8 @@ def find_next_header(drawing: Drawing, k: int) -> str:
         answer["content"] = split_thoughts(answer["content"])[1]
     turns = [*drawing.messages[:k], answer]
     turn = {"role": "tool" if message.get("tool_calls") else "user", "content": "x"}
-    own, longer = drawing.run(turns, False)[0], drawing.run([*turns, turn], False)[0]
+    own = drawing.run(turns, False)[0]
+    longer = drawing.run([*turns, turn], False)[0]
     return longer[len(own):] if longer.startswith(own) else ""
 
 
@@ -370,7 +376,8 @@ def remove_marks(piece: str, typed: str) -> str:
 
 def probe(template: Template, named: dict[str, str]) -> tuple[str, str]:
     """Return (conversations without words, rendered; what is behind an answer, last or not)."""
-    user, mark = {"role": "user", "content": ""}, "\U000f0000"
+    user = {"role": "user", "content": ""}
+    mark = "\U000f0000"
     turns = [user, {"role": "assistant", "content": ""}]
     marked = [user, {"role": "assistant", "content": mark}]
     out = []
@@ -428,7 +435,8 @@ def render(tokenizer: Any, source: str, messages: list[dict], prompt: bool = Fal
            switches: Mapping[str, Any] | None = None) -> Rendered:
     """Render a conversation by the Jinja template `source`; switches: its further variables."""
     check_messages(messages)
-    template, named = compile_template(source), tokenizer.facts.named
+    template = compile_template(source)
+    named = tokenizer.facts.named
     controls = find_controls(tokenizer, source, lambda: probe(template, named))
     raw = [clean(m) for m in messages]
     given = {"tools": tools, "documents": documents, **(switches or {})}
@@ -464,7 +472,8 @@ def find_turn_ends(tokenizer: Any, source: str) -> list[str]:
 
     [] for a template that does not render a question and an answer: render() says why.
     """
-    cache, key = tokenizer.__dict__.setdefault("_turn_ends", {}), (source, len(tokenizer.added))
+    cache = tokenizer.__dict__.setdefault("_turn_ends", {})
+    key = (source, len(tokenizer.added))
     if key not in cache:
         turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
         try:

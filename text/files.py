@@ -75,9 +75,12 @@ class Decoder:
     """
 
     def __init__(self, path: Any, fault: Callable[[str], None] | None = None):
-        self.path, self.fault = path, fault or self.refuse
-        self.name, self.decode = "", codecs.utf_8_decode
-        self.rest, self.offset = b"", 0     # bytes not yet decoded, and how many came before them
+        self.path = path
+        self.fault = fault or self.refuse
+        self.name = ""
+        self.decode = codecs.utf_8_decode
+        self.rest = b""                     # bytes not yet decoded, and how many came before them
+        self.offset = 0
 
     @staticmethod
     def refuse(sentence: str) -> None:
@@ -103,9 +106,13 @@ class Decoder:
                 return ""
             self.begin(data)
             data = self.rest
-        out, at, size, complete = [], 0, len(data), False
+        out = []
+        at = 0
+        size = len(data)
+        complete = False
         while not complete:
-            part, last = data[at:at + size], at + size >= len(data)
+            part = data[at:at + size]
+            last = at + size >= len(data)
             try:
                 # a character may straddle two blocks: its first bytes wait in `rest`
                 text, used = self.decode(part, "strict", last and not block)
@@ -116,10 +123,12 @@ class Decoder:
                     continue
                 self.fault(f"{self.path} is not {self.name} text: byte "
                            f"{self.offset + at + e.start:,} is invalid; save it as UTF-8")
-                text, used = self.decode(part[:e.start], "strict", True)[0], e.end
+                text = self.decode(part[:e.start], "strict", True)[0]
+                used = e.end
             out.append(text)
             at += used
-        self.rest, self.offset = data[at:], self.offset + at
+        self.rest = data[at:]
+        self.offset = self.offset + at
         return "".join(out)
 
 

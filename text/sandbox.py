@@ -216,7 +216,8 @@ def guard_method(owner: Any, name: str, args: tuple) -> None:
 
 def guard_filter(name: str, args: list, kwargs: dict) -> None:
     """Refuse or bound a filter whose result could be much larger than what it is given."""
-    meter, rest = METER.get(), [*args[1:], *kwargs.values()]
+    meter = METER.get()
+    rest = [*args[1:], *kwargs.values()]
     if name in ("batch", "slice", "center", "indent", "truncate"):
         check_widths(rest, 1000)
     if name in ("round", "tojson"):
@@ -297,7 +298,8 @@ class Generation(jinja2.ext.Extension):
 
     def mark(self, caller: Callable) -> str:
         """Note where the block stands in what is written so far, and return its text."""
-        text, meter = caller(), METER.get()
+        text = caller()
+        meter = METER.get()
         meter.spans.append((meter.written, meter.written + len(text), text))
         return text
 
@@ -306,7 +308,8 @@ class Namespace(jinja2.utils.Namespace):
     """namespace() of a template: no names with an underscore first, and nothing to print."""
 
     def __init__(*args: Any, **kwargs: Any):    # namespace(self=…) is allowed, as in Jinja
-        self, args = args[0], args[1:]
+        self = args[0]
+        args = args[1:]
         attrs = dict(*args, **kwargs)
         for name in attrs:
             check_name(name)
@@ -420,7 +423,8 @@ def meter_filter(name: str, function: Callable) -> Callable:
 
     @jinja2.pass_context
     def call(context: Any, *args: Any, **kwargs: Any) -> Any:
-        meter, given = METER.get(), list(args)
+        meter = METER.get()
+        given = list(args)
         meter.step()
         guard_filter(name, given, kwargs)
         first = {"context": [context], "eval_context": [context.eval_ctx],

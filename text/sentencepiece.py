@@ -63,7 +63,8 @@ class SentencePiece:
     """
 
     def __init__(self, document: dict, ranks: dict[str, int] | None = None):
-        model, self.document = document["model"], document
+        model = document["model"]
+        self.document = document
         # what no published file of these families has is refused, never half supported
         if any(model.get(k) for k in ("dropout", "continuing_subword_prefix",
                                       "end_of_word_suffix")):
@@ -114,7 +115,8 @@ class SentencePiece:
         """What is done to text first: (what, old, new) in order."""
         if normalizer is None:
             return
-        kind, pattern = normalizer["type"], normalizer.get("pattern") or {}
+        kind = normalizer["type"]
+        pattern = normalizer.get("pattern") or {}
         if kind == "Sequence":          # steps may be nested
             for step in normalizer["normalizers"]:
                 yield from self._steps(step)
@@ -166,7 +168,8 @@ class SentencePiece:
             and steps[0]["content"] == " "
         self.strip = 0
         if ok and kinds[-1] == "Strip":
-            self.strip, ok = int(steps[-1]["start"]), steps[-1]["content"] == " "
+            self.strip = int(steps[-1]["start"])
+            ok = steps[-1]["content"] == " "
             ok &= not steps[-1]["stop"] and self.strip >= 0
         if not ok:
             raise ValueError(f"the decoder {' + '.join(kinds)} is not supported")
@@ -196,7 +199,8 @@ class SentencePiece:
         """(pattern, spelling -> added token) for raw text, and the same for normalized text."""
         key = frozenset(controls), letters
         if key not in self.names:
-            raw, normal = {}, {}
+            raw = {}
+            normal = {}
             for name, token in self.added.items():
                 if token["special"] and name not in controls or name in letters:
                     continue                    # control tokens in a text are letters
@@ -280,7 +284,8 @@ class SentencePiece:
 
     def spell(self, parts: list[str]) -> list[int]:
         """The merged parts of a chunk -> ids."""
-        out, unknown = [], False
+        out = []
+        unknown = False
         for part in parts:
             i = self.vocab.get(part)
             raw = part.encode() if i is None else b""
@@ -350,13 +355,16 @@ class Charsmap:
         size = int.from_bytes(blob[:4], "little")
         if len(blob) < 8 or size % 4 or not 4 <= size <= len(blob) - 4:
             raise ValueError("the table of characters is cut short")
-        self.units, self.strings = array("I", blob[4:4 + size]), blob[4 + size:]
+        self.units = array("I", blob[4:4 + size])
+        self.strings = blob[4 + size:]
         if sys.byteorder == "big":
             self.units.byteswap()
 
     def longest(self, raw: bytes, at: int) -> tuple[int, bytes] | None:
         """(bytes read, replacement) of the longest rule that matches at `at`, or None."""
-        units, found, place = self.units, None, 0
+        units = self.units
+        found = None
+        place = 0
         for k in range(at, len(raw) + 1):
             unit = units[place]
             place ^= (unit >> 10) << ((unit & 512) >> 6)        # the children of this unit
@@ -381,7 +389,9 @@ class Charsmap:
         return "".join(p if k % 2 else self._apply(p) for k, p in enumerate(parts))
 
     def _apply(self, text: str) -> str:
-        raw, out, at = text.encode(), [], 0
+        raw = text.encode()
+        out = []
+        at = 0
         while at < len(raw):
             if rule := self.longest(raw, at):
                 out.append(rule[1])
@@ -445,7 +455,9 @@ def from_model(data: bytes, family: str = "", added: Mapping[str, dict] = {}) ->
 def from_sentencepiece(data: bytes, more: list[str], added: Mapping[str, dict]) -> dict[str, Any]:
     """SentencePiece's own file. more: control tokens behind its vocabulary."""
     # defaults are those of sentencepiece_model.proto: a field that has its default is not written
-    pieces, trainer, normal = [], {}, {}
+    pieces = []
+    trainer = {}
+    normal = {}
     for key, value in fields(data):
         if key == 1:
             pieces.append({"score": 0.0, "type": NORMAL, **message(value, PIECE)})
@@ -542,7 +554,8 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
     at = 0
     while at < len(data):
         tag, at = varint(data, at)      # the number of the field, and how its value is written
-        number, wire = tag >> 3, tag & 7
+        number = tag >> 3
+        wire = tag & 7
         if wire == 0:
             value, at = varint(data, at)
             yield number, value

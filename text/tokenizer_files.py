@@ -122,7 +122,8 @@ def find(path: Path) -> tuple[Path | None, Path | None, tuple[Path, Path] | None
     if not path.is_dir():
         there = path if path.exists() else None
         return (None, there, None) if path.suffix == ".model" else (there, None, None)
-    whole, model = path / "tokenizer.json", path / "tokenizer.model"
+    whole = path / "tokenizer.json"
+    model = path / "tokenizer.model"
     if (path / "params.json").is_file() and not model.exists():
         model = path.resolve().parent / "tokenizer.model"
     for names in (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt")):
@@ -197,7 +198,8 @@ def ids_of(values: dict, key: str) -> list[int]:
 
 def read_templates(folder: Path, settings: dict) -> tuple[dict[str, str], bool]:
     """Return the chat templates by name, and whether they are files; files win, as there."""
-    main, more = folder / "chat_template.jinja", folder / "additional_chat_templates"
+    main = folder / "chat_template.jinja"
+    more = folder / "additional_chat_templates"
     found = {"default": read_text(main)} if main.exists() else {}
     if more.is_dir():
         found.update((file.stem, read_text(file)) for file in sorted(more.glob("*.jinja")))

@@ -76,7 +76,8 @@ def last_steps(pairs: dict[tuple[str, str], int]) -> tuple[dict[str, int], list[
         token = left + right
         if token in made:
             continue
-        a, b = left, right
+        a = left
+        b = right
         a_end = b_end = rank
         # -1: a byte, which was always there; rank: a half that is not made yet, if at all
         a_born = made.get(a, -1 if len(a) == 1 else rank)
@@ -226,7 +227,8 @@ def write(tokenizer: Any) -> dict[str, Any]:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
                   "use_regex": False}
     # the two halves of a token are what the older tokens alone make of it
-    halves, older = [], {}
+    halves = []
+    older = {}
     for token, rank in sorted(tokenizer.ranks.items(), key=lambda item: item[1]):
         halves.append(bpe(older, token))
         older[token] = rank
@@ -265,7 +267,8 @@ def read_affixes(post: dict | None) -> tuple[list[int], list[int]]:
     if kind == "Sequence":              # the last step is the outermost
         for step in post["processors"]:
             first, last = read_affixes(step)
-            before, after = first + before, after + last
+            before = first + before
+            after = after + last
     elif kind == "TemplateProcessing":
         target = before
         for item in post["single"]:

@@ -47,7 +47,8 @@ def alone(path: Path, done: Path, folder: bool = False) -> Iterator[None]:
 
 def progress(work: Any, what: str) -> Iterator[Any]:
     """Yield the items of `work`, with a line on stderr, and the time that is left."""
-    began, live = time.perf_counter(), sys.stderr.isatty()
+    began = time.perf_counter()
+    live = sys.stderr.isatty()
     for k, item in enumerate(work, 1):
         yield item
         if get_ranks()[0] == 0 and (k == len(work) or live):

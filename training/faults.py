@@ -96,11 +96,13 @@ def read_log(path: Path, state: Any) -> list[str]:
         return []
     # a byte that is no UTF-8 becomes a lone surrogate, which no JSON text of ours holds
     *lines, _ = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    kept, damaged = [], 0
+    kept = []
+    damaged = 0
     for line in lines:                                  # what follows the last \n was killed
         try:
             row = json.loads(line.encode("utf-8"))
-            step, scored = int(row["step"]), "val_loss" in row
+            step = int(row["step"])
+            scored = "val_loss" in row
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             damaged += 1
             continue

@@ -38,7 +38,8 @@ class Matching(Module):
         """
         total = counts.new_zeros(())
         for (h, known), P in zip(states, list(self.parameters()) or [None] * len(states)):
-            h, known = (h if P is None else kernels.linear(h, P)).float(), known.float()
+            h = (h if P is None else kernels.linear(h, P)).float()
+            known = known.float()
             cos = (h * known).sum(-1) / (h.norm(dim=-1) * known.norm(dim=-1)).clamp(min=1e-6)
             total = total + ((1 - cos) * counts).sum()
         return total / len(states)

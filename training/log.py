@@ -73,7 +73,8 @@ class Journal:
         count_flops(block_size, tokens, targets): FLOPs of the steps counted, without padding and
         without what is frozen.
         """
-        machine, iters = self.machine, self.cfg.max_iters
+        machine = self.machine
+        iters = self.cfg.max_iters
         throughput = self.tokens / self.seconds
         flops = count_flops(self.cfg.block_size, self.tokens, self.targets)
         mfu = utilisation(flops / self.seconds / machine.world, machine.device)

@@ -145,7 +145,9 @@ def keep_freed_memory() -> None:
     (16384, 1536) takes ten times as long. Elsewhere than on glibc nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
-        mallopt, trim_threshold, mmap_threshold = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold = -1
+        mmap_threshold = -3
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, (1 << 31) - 1)
 
@@ -171,7 +173,8 @@ class Meter:
 
     def __init__(self, prompts: list[list[int]], weights: int, token: int):
         self.prompt, self.length = sum(map(len, prompts)), max(map(len, prompts))
-        self.weights, self.token = weights, token
+        self.weights = weights
+        self.token = token
         self.start = self.first = self.now = self.shown = time.perf_counter()
         self.count = self.steps = 0
 
@@ -185,7 +188,8 @@ class Meter:
     def show(self, total: int, every: float = 0.5) -> None:
         """Now and then a live line, on the way to `total` steps."""
         if self.now - self.shown > every:
-            self.shown, seconds = self.now, self.now - self.start
+            self.shown = self.now
+            seconds = self.now - self.start
             print(f"\r{self.steps}/{total} steps, {self.count / seconds:,.0f} tokens/s, "
                   f"{seconds * (total / self.steps - 1):.0f} s left ", end="", file=sys.stderr,
                   flush=True)

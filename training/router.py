@@ -40,7 +40,8 @@ class GlobalBatch:
     """
 
     def __init__(self, batch: Batch, machine: Any = None):
-        self.batch, self.machine = batch, machine
+        self.batch = batch
+        self.machine = machine
         valid = mask_valid_tokens(batch)
         self.tokens = max(1, int(valid.sum()))
         self.rows = max(1, int(valid.any(1).sum()))
@@ -96,7 +97,8 @@ def is_product_of_means(cfg: Any) -> bool:
 
 def sum_tokens(seen: dict[str, Tensor], valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(load (B, E), probability (B, E), z ()): sums over the valid tokens, of one layer."""
-    scores, mask = seen["scores"], valid.unsqueeze(-1)                          # (B, T, E)
+    scores = seen["scores"]                                                     # (B, T, E)
+    mask = valid.unsqueeze(-1)
     hits = torch.zeros_like(scores).scatter_(-1, seen["chosen"], 1.0) * mask
     p = scores / scores.sum(-1, keepdim=True)           # sigmoid scores do not add up to 1
     z = torch.logsumexp(seen["logits"], -1).square()
@@ -118,7 +120,8 @@ def compute_losses(cfg: Any, routes: Routes, batch: Batch, count_of: Callable[[B
     """
     if not routes:                              # first_k_dense_replace may leave no layer
         return 0.0, {}
-    whole, valid = batch.get("whole"), mask_valid_tokens(batch)
+    whole = batch.get("whole")
+    valid = mask_valid_tokens(batch)
     alone = whole is None
     whole = GlobalBatch(batch) if alone else whole
     sums = zip(*(sum_tokens(seen, valid) for seen in routes))

@@ -105,7 +105,8 @@ def from_settings(cfg: Any, vocab_size: int) -> ModelConfig:
 
 def fits_family(cfg: Any, shape: ModelConfig) -> bool:
     """Return whether a shape may come from --family and the flags that were given beside it."""
-    name, settled = cfg.family, set(getattr(cfg, "given", ()))
+    name = cfg.family
+    settled = set(getattr(cfg, "given", ()))
     if name == family_of(shape).model_type or name == getattr(cfg, "saved", {}).get("family"):
         return True
     if name not in SCRATCH:
@@ -158,7 +159,8 @@ def check_tokens(dataset: str, tokenizer: Any, source: Any, other: Any) -> None:
     """UserError unless every id of the data's tokenizer is the same token for the model's."""
     i = find_difference(tokenizer, other)
     if i is not None:
-        mine, theirs = tokenizer.tokens[i], other.tokens.get(i)
+        mine = tokenizer.tokens[i]
+        theirs = other.tokens.get(i)
         raise UserError(f"dataset {dataset} has another tokenizer than the model of {source}: id "
                         f"{i} is {mine[:40]!r} in the data and "
                         f"{'nothing' if theirs is None else repr(theirs[:40])} there; prepare the "

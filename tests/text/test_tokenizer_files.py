@@ -309,7 +309,7 @@ def test_convert_copies_the_tokenizers_files_letter_by_letter(tmp_path):
 def test_a_saved_model_has_its_tokenizer_in_transformers(family, pattern, tmp_path, capsys):
     """transformers 5 forces Qwen's pattern upon model_type qwen2: it is saved as llama then."""
     tok = T.train([TEXT], 330, pattern=pattern.split(",")[0], special_tokens=["<|endoftext|>"])
-    tok.implementations = ("NFC",) if "NFC" in pattern else ()
+    tok.forms = ("NFC",) if "NFC" in pattern else ()
     model = small(tok, family)
     checkpoint.note.cache_clear()
     checkpoint.save_model(tmp_path, model, tok)
