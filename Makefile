@@ -1,16 +1,17 @@
 # make demo: text on this machine -> tokenizer -> model -> samples, about three minutes on two cores
 # make lifecycle: text -> model -> chat -> preferences -> student, some seventeen minutes on two cores
-# make test: every test, a process a core, each test file in one of them
+# make test: every test, one process per core, each test file in one of them
+# make lint: ruff, and the layout of the tree
 # make bench: the tables of RESULTS.md
 # make stress: kills, signals, damaged files and simultaneous runs, at most twenty minutes
 
-# An active virtual environment is used as it is; otherwise .venv is made and used. Its path may have
-# spaces: it stands between quotes in commands, and is no name of a target.
+# An active virtual environment is used unchanged; otherwise .venv is made and used. Its path may have
+# spaces: it is quoted in commands, and never the name of a target.
 VENV := $(or $(VIRTUAL_ENV),.venv)
 PYTHON := "$(VENV)/bin/python"
 BASE := "$(or $(shell command -v python3),python)"
 
-.PHONY: demo lifecycle test bench stress clean packages test-packages
+.PHONY: demo lifecycle test lint bench stress clean packages test-packages
 
 demo: packages
 	$(PYTHON) data/prepare.py
@@ -22,6 +23,10 @@ lifecycle: packages
 
 test: test-packages
 	$(PYTHON) -m pytest tests -q -n auto --maxprocesses=8 --dist loadfile
+
+lint: test-packages
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pytest tests/test_layout.py -q
 
 bench: test-packages
 	$(PYTHON) bench.py tokenizer

@@ -8,18 +8,17 @@
 The same command on any machine: all of it runs on the CPU, and training counts chunks on every
 core, in a few seconds for 16,384 entries from 12 MB (`python bench.py tokenizer`).
 
-bpe.py holds the algorithm: `ranks` says which token bytes merge first. Here tokens get their ids,
-which are the ranks in our own files and in GPT-2's, and something else in many a published one.
-spm.py has the other kind of vocabulary, SentencePiece's (Llama 2, Gemma), and tokenizer.model.
+text/bpe.py holds the algorithm: `ranks` says which token bytes merge first. Here tokens get their
+ids, which are the ranks in our own files and in GPT-2's, and something else in many published ones.
+text/sentencepiece.py has the other kind of vocabulary (Llama 2, Gemma), and tokenizer.model.
 Control tokens ("<|endoftext|>") are in `special`, and text never turns into one unless the caller
-allows it: a user who types it gets its letters. chat.py writes conversations, text/ the files.
+allows it: a user who types it gets its letters. text/chat.py writes conversations.
 
 A tokenizer is saved as Hugging Face's tokenizer.json, which `tokenizers` and `transformers` open.
 """
 from __future__ import annotations
 
 import config  # noqa: F401  first, so that what fails while importing is a sentence
-import codecs
 import os
 import re
 import sys
@@ -34,6 +33,7 @@ import numpy as np
 import tiktoken
 
 from text import chat
+from text.stream import Stream, unpad
 from text import sentencepiece
 from text.bpe import (PATTERNS, PieceCache, any_of, chunks, count_chunks, file_texts, learn, mend,
                  read_bytes, read_json, total, unprintable)
@@ -408,31 +408,6 @@ class Tokenizer:
     def _json(self) -> dict[str, Any]:
         """The document of the `tokenizers` library, from normalizer to decoder."""
         return self.spm.json(self.post) if self.spm else tokenizer_json.write(self)
-
-
-class Stream:
-    """Ids in, whole characters out: an "é" that is two tokens comes out at the second."""
-
-    def __init__(self, tokenizer: Tokenizer, after: Iterable[int] = ()):
-        self.tokenizer = tokenizer
-        goes_on = bool(tokenizer._bytes(after))
-        self.spaces = tokenizer.spm.strip if tokenizer.spm and not goes_on else 0   # to be dropped
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def put(self, i: int) -> str:
-        """The text that id `i` completes; "" within a character."""
-        raw, self.spaces = unpad(self.tokenizer._bytes([i]), self.spaces)
-        return self.decoder.decode(raw)
-
-    def flush(self) -> str:
-        """What is left at the end: "", or U+FFFD for a character cut short."""
-        return self.decoder.decode(b"", final=True)
-
-
-def unpad(raw: bytes, spaces: int) -> tuple[bytes, int]:
-    """Without up to `spaces` leading spaces; and how many the next bytes may still lose."""
-    rest = raw[:spaces].lstrip(b" ") + raw[spaces:]
-    return rest, 0 if rest else spaces - len(raw)
 
 
 def too_blank(text: str) -> bool:

@@ -14,6 +14,7 @@ torch.compile's, a minute's wait, is for comparison.
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from typing import Any, Callable
@@ -157,12 +158,12 @@ def time_contenders(contenders: dict, call: Callable, inputs: list, device: str,
             for title, (backend, function) in contenders.items():
                 before = kernels.use(backend)
 
-                def run_both() -> None:
+                def run_both(function: Callable = function) -> None:
                     y = call(function, *inputs)
                     torch.autograd.grad(y, inputs, torch.ones_like(y))
 
                 with torch.no_grad():
-                    forward = time_call(lambda: call(function, *inputs), device)
+                    forward = time_call(functools.partial(call, function, *inputs), device)
                 held = torch.cuda.memory_allocated() if device == "cuda" else 0
                 if device == "cuda":
                     torch.cuda.reset_peak_memory_stats()

@@ -31,7 +31,11 @@ from typing import Any, Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from config import Stopped, UserError, run  # noqa: E402  (only now the root is on the path)
+# only now the root is on the path
+from checkpoint import load_model               # noqa: E402
+from config import Stopped, UserError, run      # noqa: E402
+from formats.run_folder import resolve          # noqa: E402
+from training.machine import pick_device        # noqa: E402
 
 
 @dataclass
@@ -169,7 +173,6 @@ def last(folder: str, key: str) -> float | None:
 
 def parameters(folder: str) -> int:
     """Trained or not, of the last checkpoint; a tied matrix counts once."""
-    from checkpoint import load_model, resolve      # with torch: only where a stage has run
     return load_model(resolve(ROOT / folder, "last"), "cpu").parameter_count()
 
 
@@ -208,7 +211,6 @@ def run_stages(cfg: Config) -> None:
         raise UserError(f"first={cfg.first!r} does not exist: {', '.join(STAGES)}")
     if cfg.seeds < 1 or min(cfg.limit, cfg.jobs) < 0:
         raise UserError("--seeds must be at least 1, --limit and --jobs at least 0")
-    from checkpoint import pick_device              # with torch
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     began = time.perf_counter()
     rows = []

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -278,7 +278,8 @@ class Text:
     after: the prompt's ids; a first space is one between words if there is text in them.
     """
 
-    def __init__(self, tokenizer: Any, stops: list[str], ends: set[int], after: list[int] = []):
+    def __init__(self, tokenizer: Any, stops: list[str], ends: set[int],
+                 after: Sequence[int] = ()):
         self.decoder = tokenizer.stream(after)
         self.ends = ends
         self.stops = [s for s in stops if s]

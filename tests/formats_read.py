@@ -139,11 +139,18 @@ def compute_meta(file, hf):
     """transformers' Llama with the settings that Meta's names mean."""
     said = json.loads(file.read_bytes())
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        hf, dtype=torch.float32, rms_norm_eps=float(said["norm_eps"]),
-        rope_parameters={"rope_type": "default", "rope_theta": float(said.get("rope_theta", 10000.0))},
-        hidden_size=said["dim"], num_hidden_layers=said["n_layers"],
+        hf,
+        dtype=torch.float32,
+        rms_norm_eps=float(said["norm_eps"]),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": float(said.get("rope_theta", 10000.0)),
+        },
+        hidden_size=said["dim"],
+        num_hidden_layers=said["n_layers"],
         num_attention_heads=said["n_heads"],
-        num_key_value_heads=said.get("n_kv_heads", said["n_heads"])).eval()
+        num_key_value_heads=said.get("n_kv_heads", said["n_heads"]),
+    ).eval()
     with torch.no_grad():
         return model(IDS).logits
 
@@ -352,25 +359,49 @@ def make_sentencepiece(folder: Path) -> Kind:
 
 RECORDS = {
     "sft": [
-        {"messages": [
-            {"role": "system", "content": "s"}, {"role": "user", "content": "hi"},
-            {"role": "assistant", "content": "ho", "tool_calls": [
-                {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]},
-            {"role": "tool", "content": "1"},
-            {"role": "assistant", "content": "a", "reasoning_content": "r", "train": True}],
-         "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
-         "task": "t", "answer": "a", "chat_template_kwargs": {"x": 1}},
+        {
+            "messages": [
+                {"role": "system", "content": "s"},
+                {"role": "user", "content": "hi"},
+                {
+                    "role": "assistant",
+                    "content": "ho",
+                    "tool_calls": [
+                        {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+                    ],
+                },
+                {"role": "tool", "content": "1"},
+                {"role": "assistant", "content": "a", "reasoning_content": "r", "train": True},
+            ],
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            "task": "t",
+            "answer": "a",
+            "chat_template_kwargs": {"x": 1},
+        },
         {"instruction": "a", "input": "b", "output": "c", "history": [["q", "a"]], "system": "s"},
         {"conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]},
-                      {"role": "assistant", "content": "x", "weight": 1}], "source": "web"}],
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+                {"role": "assistant", "content": "x", "weight": 1},
+            ],
+            "source": "web",
+        },
+    ],
     "preference": [
         {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1.0},
-        {"chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
-         "rejected": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "z"}]},
-        {"conversations": [{"from": "human", "value": "x"}], "chosen": {"from": "gpt", "value": "y"},
-         "rejected": {"from": "gpt", "value": "z"}}],
-    "labels": [{"text": "a", "label": 1}, {"text": "a", "label": "spam", "idx": 3}]}
+        {
+            "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+            "rejected": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "z"}],
+        },
+        {
+            "conversations": [{"from": "human", "value": "x"}],
+            "chosen": {"from": "gpt", "value": "y"},
+            "rejected": {"from": "gpt", "value": "z"},
+        },
+    ],
+    "labels": [{"text": "a", "label": 1}, {"text": "a", "label": "spam", "idx": 3}],
+}
 
 
 def make_data(folder: Path) -> list[Kind]:
@@ -479,9 +510,12 @@ def make_records(folder: Path) -> list[Kind]:
                            for k, name in enumerate(rows.fieldnames or (), 1)]
         return list(rows)
 
-    oracles = {"r.jsonl": lambda f: lines(f.read_bytes().decode()),
-               "r.json": lambda f: json.loads(f.read_bytes().decode() or "[]"), "r.csv": rows_of_csv,
-               "r.jsonl.gz": lambda f: lines(gzip.decompress(f.read_bytes()).decode())}
+    oracles = {
+        "r.jsonl": lambda f: lines(f.read_bytes().decode()),
+        "r.json": lambda f: json.loads(f.read_bytes().decode() or "[]"),
+        "r.csv": rows_of_csv,
+        "r.jsonl.gz": lambda f: lines(gzip.decompress(f.read_bytes()).decode()),
+    }
     return [Kind({"r.jsonl": "JSON lines", "r.json": "JSON array", "r.csv": "CSV",
                   "r.jsonl.gz": "JSON lines .gz"}[name], folder / name,
                  lambda file=folder / name: ours(file),

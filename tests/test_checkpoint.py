@@ -44,17 +44,42 @@ MODELS = {
     "gpt2 without biases": (dict(SHAPE), "gpt2"),
     "gpt2 untied": (dict(SCRATCH["gpt2"].flags, **SHAPE, tie_word_embeddings=False), "gpt2"),
     "llama": (dict(SCRATCH["llama"].flags, **SHAPE), "llama"),
-    "llama gqa, wide heads": (dict(SCRATCH["llama"].flags, **SHAPE, n_kv_head=2, head_dim=16), "llama"),
+    "llama gqa, wide heads": (
+        dict(SCRATCH["llama"].flags, **SHAPE, n_kv_head=2, head_dim=16),
+        "llama",
+    ),
     "llama tied": (dict(SCRATCH["llama"].flags, **SHAPE) | {"tie_word_embeddings": True}, "llama"),
-    "llama biases": (dict(SCRATCH["llama"].flags, **SHAPE, qkv_bias=True, o_bias=True, mlp_bias=True), "llama"),
-    "llama 3 rope": (dict(SCRATCH["llama"].flags, **SHAPE, rope_scaling=ROPE3, rope_theta=5e5), "llama"),
-    "llama linear rope": (dict(SCRATCH["llama"].flags, **SHAPE,
-                               rope_scaling=dict(rope_type="linear", factor=2.0)), "llama"),
+    "llama biases": (
+        dict(SCRATCH["llama"].flags, **SHAPE, qkv_bias=True, o_bias=True, mlp_bias=True),
+        "llama",
+    ),
+    "llama 3 rope": (
+        dict(SCRATCH["llama"].flags, **SHAPE, rope_scaling=ROPE3, rope_theta=5e5),
+        "llama",
+    ),
+    "llama linear rope": (
+        dict(SCRATCH["llama"].flags, **SHAPE, rope_scaling=dict(rope_type="linear", factor=2.0)),
+        "llama",
+    ),
     "llama o_bias alone": (dict(SCRATCH["llama"].flags, **SHAPE, o_bias=True), "llama"),
     "qwen2": (dict(SCRATCH["llama"].flags, **SHAPE, qkv_bias=True, n_kv_head=2), "qwen2"),
-    "qwen3": (dict(SCRATCH["llama"].flags, **SHAPE, qk_norm=True, head_dim=16, n_kv_head=1, norm_eps=1e-6,
-                   rope_theta=1e6) | {"tie_word_embeddings": True}, "qwen3"),
-    "arcee": (dict(SCRATCH["llama"].flags, **SHAPE) | {"gated": False, "activation": "relu2"}, "arcee"),
+    "qwen3": (
+        dict(
+            SCRATCH["llama"].flags,
+            **SHAPE,
+            qk_norm=True,
+            head_dim=16,
+            n_kv_head=1,
+            norm_eps=1e-6,
+            rope_theta=1e6,
+        )
+        | {"tie_word_embeddings": True},
+        "qwen3",
+    ),
+    "arcee": (
+        dict(SCRATCH["llama"].flags, **SHAPE) | {"gated": False, "activation": "relu2"},
+        "arcee",
+    ),
 }
 
 

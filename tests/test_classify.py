@@ -64,8 +64,16 @@ def classifier(request, words, tmp_path_factory):                               
     tokenizer = tokenizers.load(folder)
     tokenizer.add_special_tokens([LABEL.format(name) for name in LABELS])
     tokenizer.settings["model_max_length"] = 40
-    model = Transformer(ModelConfig.from_family(request.param, n_layer=2, n_head=2, n_embd=32, block_size=64,
-                               vocab_size=tokenizer.vocab_size))
+    model = Transformer(
+        ModelConfig.from_family(
+            request.param,
+            n_layer=2,
+            n_head=2,
+            n_embd=32,
+            block_size=64,
+            vocab_size=tokenizer.vocab_size,
+        )
+    )
     with torch.no_grad():
         for p in model.parameters():            # far from a tie, and soft-capped ones capped
             p.add_(torch.randn_like(p) * 0.3)

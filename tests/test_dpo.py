@@ -69,8 +69,16 @@ def base(words, tmp_path_factory):
     def make(name="qwen3", seed=1):
         if (name, seed) not in made:
             torch.manual_seed(seed)
-            model = Transformer(ModelConfig.from_family(name, n_layer=2, n_head=2, n_embd=32, block_size=128,
-                                       vocab_size=words.vocab_size))
+            model = Transformer(
+                ModelConfig.from_family(
+                    name,
+                    n_layer=2,
+                    n_head=2,
+                    n_embd=32,
+                    block_size=128,
+                    vocab_size=words.vocab_size,
+                )
+            )
             for p in model.parameters():                    # norms and biases as well
                 torch.nn.init.normal_(p, 1.0 if p.ndim < 2 else 0.0, 0.1)
             made[name, seed] = checkpoint.save_model(

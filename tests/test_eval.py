@@ -33,8 +33,9 @@ def model(tmp_path_factory):
             words.add_special_tokens([t for t in ("<|im_start|>", "<|im_end|>")
                                       if t not in words.special])
         torch.manual_seed(0)
-        shape = ModelConfig.from_family("qwen3", n_layer=1, n_head=2, n_embd=32, vocab_size=words.vocab_size,
-                       block_size=64)
+        shape = ModelConfig.from_family(
+            "qwen3", n_layer=1, n_head=2, n_embd=32, vocab_size=words.vocab_size, block_size=64
+        )
         net = Transformer(shape)
         with torch.no_grad():
             for p in net.parameters():          # large, so that what is read changes what is said

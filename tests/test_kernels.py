@@ -132,7 +132,11 @@ def test_every_operation_of_the_design_is_there_in_both_forms():
 
 def test_mistakes_in_bench_kernels_are_one_sentence():
     import bench
-    for settings, message in ((dict(dtype="float3"), "bfloat16"), (dict(only="glu+foo"), "only=foo")):
+
+    for settings, message in (
+        (dict(dtype="float3"), "bfloat16"),
+        (dict(only="glu+foo"), "only=foo"),
+    ):
         with pytest.raises(UserError, match=message):
             bench.main(bench.Config("kernels", **settings))
 

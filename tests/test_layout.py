@@ -5,6 +5,7 @@ never in a circle.
 """
 import ast
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,26 @@ def test_tuple_assignments_are_rare():
     code = sum(len({node.lineno for node in ast.walk(tree) if hasattr(node, "lineno")})
                for tree in TREES.values())
     assert packed <= 0.02 * code, f"{packed} on {code} lines"
+
+
+def list_tracked():
+    """Paths of all tracked Python files."""
+    return subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout.split()
+
+
+@pytest.mark.parametrize("version", [(3, 10), (3, 12), (3, 13)], ids=lambda v: f"{v[0]}.{v[1]}")
+def test_every_file_is_of_the_python_versions_that_are_supported(version):
+    """Parsed as that version's grammar has it, and linted for it; run on one of them alone."""
+    for path in list_tracked():
+        ast.parse((ROOT / path).read_text(encoding="utf-8"), path, feature_version=version)
+    target = f"--target-version=py{version[0]}{version[1]}"
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", target, "."],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
+
+
+def test_tests_are_short_enough_to_be_read():
+    long = {path: n for path in list_tracked() if path.startswith("tests/")
+            and (n := len((ROOT / path).read_text(encoding="utf-8").splitlines())) > 600}
+    assert not long

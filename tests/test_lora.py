@@ -16,7 +16,14 @@ import sft
 from training.settings import Lora
 import kernels
 import lora
-from formats.peft import check_ranks, save_adapter, load_adapter, read_adapter_config, CONFIG, WEIGHTS
+from formats.peft import (
+    check_ranks,
+    save_adapter,
+    load_adapter,
+    read_adapter_config,
+    CONFIG,
+    WEIGHTS,
+)
 from layers import lora as lora_layers
 from inference import quantize
 from layers.packed import Int8
@@ -135,7 +142,9 @@ def test_only_the_adapters_train():
     assert all(torch.equal(now[n], p) for n, p in base.items())
     share = sum(p.numel() for p in own.values())
     assert f"{share:,} of" in lora_layers.describe(model)
-    assert "2 x q_proj" in lora_layers.describe(model) and "14 linears" in lora_layers.describe(model)
+    assert "2 x q_proj" in lora_layers.describe(model) and "14 linears" in lora_layers.describe(
+        model
+    )
 
 
 def test_recomputed_blocks_give_the_same_gradients():
@@ -177,10 +186,14 @@ def test_several_adapters_are_chosen_by_name():
     base = model.logits(ids)
     seen = {}
     for seed, name in enumerate(("poet", "coder")):
-        lora_layers.add_lora(model, rank=2 + seed, name=name, targets="q_proj,down_proj", dora=seed == 1)
+        lora_layers.add_lora(
+            model, rank=2 + seed, name=name, targets="q_proj,down_proj", dora=seed == 1
+        )
         stir(model, name, seed=seed)
-        seen[name] = model.logits(ids)                      # the newest is the active one
-    assert lora_layers.names(model) == ["poet", "coder"] and away(seen["poet"], seen["coder"]) > 1e-2
+        seen[name] = model.logits(ids)  # the newest is the active one
+    assert (
+        lora_layers.names(model) == ["poet", "coder"] and away(seen["poet"], seen["coder"]) > 1e-2
+    )
     lora_layers.activate(model, "poet")
     assert torch.equal(model.logits(ids), seen["poet"])
     # what is off does not train, or DDP would wait for its gradients

@@ -31,9 +31,18 @@ LLAMA = dict(position="rope", norm="rmsnorm", activation="silu", gated=True,
 FLAGS = {
     "gpt2": dict(BIASES, activation="gelu_new"),
     "llama": LLAMA,
-    "llama3": dict(LLAMA, n_kv_head=2, rope_theta=500000.0, rope_scaling=dict(
-        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=16)),
+    "llama3": dict(
+        LLAMA,
+        n_kv_head=2,
+        rope_theta=500000.0,
+        rope_scaling=dict(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=16,
+        ),
+    ),
     "qwen2": dict(LLAMA, n_kv_head=2, qkv_bias=True),
     "qwen3": dict(LLAMA, n_kv_head=1, head_dim=16, qk_norm=True, tie_word_embeddings=True),
     "no positions": dict(position="none", norm="rmsnorm", activation="relu2"),
@@ -41,16 +50,24 @@ FLAGS = {
     "learned, grouped": dict(position="learned", n_kv_head=2, qk_norm=True),
     "linear scaling": dict(LLAMA, rope_scaling=dict(rope_type="linear", factor=2.0)),
     "mistral": dict(LLAMA, n_kv_head=2, sliding_window=6),
-    "gemma2": dict(SCRATCH["gemma2"].flags, n_kv_head=2, head_dim=16, sliding_window=6,
-                   attention_multiplier=0.2),
-    "gemma3": dict(SCRATCH["gemma3"].flags, n_kv_head=2, sliding_window=6, sliding_window_pattern=2),
+    "gemma2": dict(
+        SCRATCH["gemma2"].flags,
+        n_kv_head=2,
+        head_dim=16,
+        sliding_window=6,
+        attention_multiplier=0.2,
+    ),
+    "gemma3": dict(
+        SCRATCH["gemma3"].flags, n_kv_head=2, sliding_window=6, sliding_window_pattern=2
+    ),
     "glm4": dict(SCRATCH["glm4"].flags, n_kv_head=2),
     "minicpm": dict(LLAMA, embedding_multiplier=12.0, residual_multiplier=0.3, logits_scaling=3.0),
     "parallel": dict(SCRATCH["cohere"].flags, n_kv_head=2),
     "post-norm": SCRATCH["olmo2"].flags,
     "a layer without positions": dict(LLAMA, nope_layers=[0]),
-    "yarn": dict(LLAMA, rope_scaling=dict(rope_type="yarn", factor=4.0,
-                                          original_max_position_embeddings=16)),
+    "yarn": dict(
+        LLAMA, rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+    ),
     "experts": dict(SCRATCH["qwen3_moe"].flags, num_experts=4, moe_intermediate_size=24),
     "shared expert": dict(SCRATCH["glm4_moe"].flags, num_experts=4, moe_intermediate_size=24),
 }
@@ -127,7 +144,7 @@ def test_a_preset_has_the_published_number_of_parameters(name):
 
 def test_preset_with_changes_and_of_a_wrong_name():
     assert ModelConfig.from_preset("gpt2", dropout=0.1, block_size=64).block_size == 64
-    assert ModelConfig.from_preset("gpt2").block_size == 1024            # the table itself is untouched
+    assert ModelConfig.from_preset("gpt2").block_size == 1024  # the table itself is untouched
     with pytest.raises(UserError, match="gpt-2.*choose.*gpt2-medium.*directory"):
         ModelConfig.from_preset("gpt-2")
 
@@ -668,8 +685,12 @@ def test_the_script_shows_what_a_checkpoint_costs(tmp_path):
     """A directory or a run: its own shape, equal to that of the model as it was built."""
     import checkpoint
     from model import ModelConfig
-    built = Transformer(ModelConfig.from_family("qwen3_moe", n_layer=2, n_head=2, n_embd=32, block_size=48,
-                               vocab_size=77))
+
+    built = Transformer(
+        ModelConfig.from_family(
+            "qwen3_moe", n_layer=2, n_head=2, n_embd=32, block_size=48, vocab_size=77
+        )
+    )
     folder = checkpoint.save_model(tmp_path / "run/m", built)
     (tmp_path / "run/checkpoints.json").write_text('{"last": "m", "best": "m"}')
     for where in (folder, tmp_path / "run"):
@@ -677,7 +698,9 @@ def test_the_script_shows_what_a_checkpoint_costs(tmp_path):
         assert f"{built.parameter_count():,}" in out and f"{built.parameter_count(True):,}" in out
         assert f"{built.flops_per_token(48) / 1e9:.3f}" in out
     done = script(f"--show={tmp_path}")
-    assert done.returncode == 2 and "no checkpoint at" in done.stderr and "\n" not in done.stderr[:-1]
+    assert (
+        done.returncode == 2 and "no checkpoint at" in done.stderr and "\n" not in done.stderr[:-1]
+    )
 
 
 def test_the_script_with_an_unknown_preset():

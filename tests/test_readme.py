@@ -14,7 +14,9 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # what a reader runs, up to the end of its line or of its backticks
 COMMAND = re.compile(r"(?:^|[`|&\s])((?:python|torchrun) [^`|&\n]*?\.py\b[^`|&\n]*)", re.M)
-FILES = [f for folder in (ROOT, ROOT / "data", ROOT / "benchmarks") for f in sorted(folder.glob("*.py"))]
+FILES = [
+    f for folder in (ROOT, ROOT / "data", ROOT / "benchmarks") for f in sorted(folder.glob("*.py"))
+]
 
 
 def commands() -> dict[str, list[list[str]]]:

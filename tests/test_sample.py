@@ -28,7 +28,8 @@ from families import SCRATCH
 
 V = 61
 SHAPE = dict(vocab_size=V, block_size=24, n_layer=2, n_head=4, n_embd=32)
-KINDS = {"gpt2": dict(SCRATCH["gpt2"].flags, **SHAPE), "llama": dict(SCRATCH["llama"].flags, **SHAPE, n_kv_head=2),
+KINDS = {"gpt2": dict(SCRATCH["gpt2"].flags, **SHAPE),
+         "llama": dict(SCRATCH["llama"].flags, **SHAPE, n_kv_head=2),
          "qwen3": dict(SCRATCH["llama"].flags, **SHAPE, n_kv_head=2, qk_norm=True, head_dim=16),
          "no position": dict(SHAPE, position="none")}
 
@@ -526,8 +527,10 @@ def test_a_chat_by_a_models_own_template(talker, tmp_path, capsys):
     said = run_main(capsys, talker, chat=True, prompt="hello", temperature=0, max_new_tokens=30)
     folder = shutil.copytree(talker, tmp_path / "own")
     (folder / "chat_template.jinja").write_text(
-        "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
-        "{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
+        "{%- for m in messages %}"
+        "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+        "{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
     assert run_main(capsys, folder, chat=True, prompt="hello", temperature=0,
                     max_new_tokens=30) == said
     with pytest.raises(UserError, match="no place for enable_thinking"):
@@ -590,7 +593,9 @@ def tuned(talker, tmp_path_factory):
     torch.manual_seed(1)
     for name in ("sums", "brief"):
         model = load_model(talker, "cpu")
-        lora_layers.add_lora(model, rank=3, alpha=9, targets="" if name == "sums" else "q_proj,up_proj")
+        lora_layers.add_lora(
+            model, rank=3, alpha=9, targets="" if name == "sums" else "q_proj,up_proj"
+        )
         for parameter in lora_layers.parameters(model).values():
             parameter.data.normal_(0, 0.3)              # B as well, which starts at zero
         folder = peft.save_adapter(top / name, model, base=str(talker))
@@ -600,7 +605,10 @@ def tuned(talker, tmp_path_factory):
     for name, (folder, _) in list(out.items()):
         peft.load_adapter(folder, model, name)
     lora_layers.activate(model, "sums", "brief")
-    out["both"] = None, save_model(top / "both-merged", lora_layers.merge(model), load_tokenizer(talker))
+    out["both"] = (
+        None,
+        save_model(top / "both-merged", lora_layers.merge(model), load_tokenizer(talker)),
+    )
     return out
 
 

@@ -25,7 +25,22 @@ from config import UserError, configure
 from data import chats
 from training.machine import Machine
 from model import ModelConfig, Transformer
-from runs import (Grads, assert_same_run, close, complaint, curve, forks_of, last, quiet_machine, ranks, said, same, starter, trainer, weights)
+from runs import (
+    Grads,
+    assert_same_run,
+    close,
+    complaint,
+    curve,
+    forks_of,
+    last,
+    quiet_machine,
+    ranks,
+    said,
+    same,
+    starter,
+    trainer,
+    weights,
+)
 
 ROOT = train.Path(sft.__file__).parent
 U, A = "user", "assistant"
@@ -64,8 +79,11 @@ def base(words, tmp_path_factory):
             torch.manual_seed(1)
             flags = dict(n_layer=2, n_head=2, n_embd=32, vocab_size=words.vocab_size,
                          block_size=64, **shape)
-            made[key] = checkpoint.save_model(tmp_path_factory.mktemp("base") / name,
-                                              Transformer(ModelConfig.from_family(name, **flags)), words)
+            made[key] = checkpoint.save_model(
+                tmp_path_factory.mktemp("base") / name,
+                Transformer(ModelConfig.from_family(name, **flags)),
+                words,
+            )
         return made[key]
     return make
 
@@ -319,7 +337,9 @@ def test_new_tokens_get_rows_and_the_old_ones_stay(base, talk):
 def test_rows_that_pad_the_matrix_are_used():
     """A vocabulary rounded up to a multiple has room: the matrix keeps its size."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig.from_family("llama", n_layer=1, n_head=2, n_embd=32, vocab_size=320))
+    model = Transformer(
+        ModelConfig.from_family("llama", n_layer=1, n_head=2, n_embd=32, vocab_size=320)
+    )
     before = model.model.embed_tokens.weight.clone()
     sft.grow(model, 292, 290)
     after = model.model.embed_tokens.weight

@@ -33,8 +33,10 @@ ENGLISH = ("The quick brown fox didn't jump over the lazy dog; "
            "   Yes... 3.14159 (or 22/7)\n")
 CODE = textwrap.dedent(Path(bpe.__file__).read_text(encoding="utf-8"))
 CHINESE = "你好,世界。这是一个测试!我喜欢编程 2024年12月\n北京欢迎你。机器学习是人工智能的一个分支。\n"
-MIXED = ("Привет, мир! Ça va? Zoë's naïve café — “quoted” … ½ ⅓ Ⅷ ٣٤٥ हिन्दी ภาษาไทย 한국어 日本語テスト\n"
-         "😀 emoji 👩‍👩‍👧‍👦 family 🇩🇪 flags 𝕳𝖊𝖑𝖑𝖔 𐍈𐌰 e\u0301 \u0130\u017f's 'ſ 'S\u212a\n")
+MIXED = (
+    "Привет, мир! Ça va? Zoë's naïve café — “quoted” … ½ ⅓ Ⅷ ٣٤٥ हिन्दी ภาษาไทย 한국어 日本語テスト\n"
+    "😀 emoji 👩‍👩‍👧‍👦 family 🇩🇪 flags 𝕳𝖊𝖑𝖑𝖔 𐍈𐌰 e\u0301 \u0130\u017f's 'ſ 'S\u212a\n"
+)
 SPACE = "a \t b\u00a0c\u2003d\u3000 e\r\n\r\n  f\x0b\x0c\x1c\x1d\x1f g\x85h\u2028i"
 SPACE += "\u200b j   \n \n\t\t12 34   5"
 RUNS = "=" * 70 + "\n" + "-" * 33 + "#" * 9 + " " * 41 + "a" * 50 + "\n" + "ab" * 30 + "\n\n\n\n"

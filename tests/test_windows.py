@@ -1,4 +1,4 @@
-"""What differs where the scripts run: Windows as tests/windows.py plays it, and what stdout takes."""
+"""What differs where the scripts run: Windows, as tests/windows.py plays it, and stdout."""
 import dataclasses
 import errno
 import io
@@ -20,7 +20,8 @@ import train
 from conftest import ROOT
 from training.machine import Machine
 
-TEXT = "".join(f"line {k} of a tëxt to train on, 你好; user, assistant, <|im|>\n" for k in range(200))
+TEXT = "".join(f"line {k} of a tëxt to train on, 你好; user, assistant, <|im|>\n"
+               for k in range(200))
 
 
 def test_prepare_train_resume_convert_and_sample_run_on_windows(tmp_path):
@@ -32,7 +33,8 @@ def test_prepare_train_resume_convert_and_sample_run_on_windows(tmp_path):
                                                     for c in chats), encoding="utf-8")
     (tmp_path / "prompt.txt").write_text("你好", encoding="utf-8")
     data, out, tuned = tmp_path / "data", tmp_path / "out", tmp_path / "lora"
-    tiny = "--batch_size=2 --eval_interval=1 --eval_iters=1 --keep=1 --device=cpu --sample_interval=1"
+    tiny = ("--batch_size=2 --eval_interval=1 --eval_iters=1 --keep=1 --device=cpu "
+            "--sample_interval=1")
     commands = [
         f"data/prepare.py {tmp_path / 'text.txt'} --out={data} --tokenizer=char --workers=1",
         f"train.py --dataset={data} --out_dir={out} --n_layer=1 --n_head=1 --n_embd=16 "
@@ -62,7 +64,7 @@ def test_prepare_train_resume_convert_and_sample_run_on_windows(tmp_path):
 
 @pytest.mark.parametrize("mode", [0o644, 0o444], ids=oct)
 def test_sync_opens_files_as_windows_wants_them(tmp_path, monkeypatch, mode):
-    """Writable where the file is; what a copied read-only file cannot do is no error; a disk's is."""
+    """Writable where the file is; what a read-only copy cannot do is no error, a disk's is."""
     file, synced, real = tmp_path / "a", [], os.open
     file.write_text("a")
     file.chmod(mode)
@@ -110,7 +112,11 @@ print(json.dumps(answers))
 
 def test_help_of_every_file():
     """Usage and status 0 of what a user may run; one sentence and status 2 of what is imported."""
-    files = [str(f) for folder in (".", "data", "benchmarks") for f in sorted((ROOT / folder).glob("*.py"))]
+    files = [
+        str(f)
+        for folder in (".", "data", "benchmarks")
+        for f in sorted((ROOT / folder).glob("*.py"))
+    ]
     done = subprocess.run([sys.executable, "-c", HELP, *files], cwd=ROOT, capture_output=True,
                           text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr[-900:]
@@ -155,7 +161,10 @@ def test_a_logger_that_is_there_is_used(tmp_path, monkeypatch):
     cfg = train.Config(wandb_log=True, wandb_run_name="x", out_dir=str(tmp_path))
     journal = train.Journal(cfg, Machine(torch.device("cpu"), torch.float32), train.State())
     journal.record(step=3, loss=0.5)
-    assert rows == [(3, 0.5)] and started[0]["name"] == "x" and started[0]["config"]["n_layer"] == 12
+    assert (
+        rows == [(3, 0.5)] and started[0]["name"] == "x" and started[0]["config"]["n_layer"] == 12
+    )
+
 
 # ------------------------------------------------------------------------------------- stdout
 

@@ -88,7 +88,7 @@ def play(open_=os.open, fsync_=os.fsync, rename_=os.rename, replace_=os.replace,
 
 if __name__ == "__main__":
     root = Path(__file__).resolve().parent.parent
-    import torch        # noqa: F401: it finds out by itself on what system it is
+    import torch        # noqa: F401  it finds out by itself on what system it is
     import requests     # noqa: F401
     import triton       # noqa: F401
     play()

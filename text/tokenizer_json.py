@@ -242,8 +242,10 @@ def write(tokenizer: Any) -> dict[str, Any]:
             "post_processor": tokenizer.post, "decoder": byte_level, "model": model}
 
 
-def surround_text(first: dict[str, int], last: dict[str, int] = {}) -> dict | None:
+def surround_text(first: dict[str, int], last: dict[str, int] | None = None) -> dict | None:
     """Return a post_processor that puts these tokens before and after a text; None for none."""
+    last = last or {}
+
     # type_id tells the two texts of a pair apart (BERT's); no decoder looks at it
     def token(name: str, which: int) -> dict:
         return {"SpecialToken": {"id": name, "type_id": which}}

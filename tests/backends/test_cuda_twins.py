@@ -140,8 +140,11 @@ def test_a_twin_is_its_formula_in_float64(twins, name, shape, dtype, gate):
 
 
 def test_strided_inputs_and_an_empty_batch(twins):
-    x = torch.randn(6, 40, device=DEVICE).T[::2]                    # (20, 6), not contiguous
-    assert distance(kernels.softmax.implementations["cuda"](x), torch.softmax(x.double().cpu(), -1)) < 1e-6
+    x = torch.randn(6, 40, device=DEVICE).T[::2]  # (20, 6), not contiguous
+    assert (
+        distance(kernels.softmax.implementations["cuda"](x), torch.softmax(x.double().cpu(), -1))
+        < 1e-6
+    )
     for name, (operation, count, options) in OPERATIONS.items():
         empty = [torch.zeros(0, 8, device=DEVICE, requires_grad=True) for _ in range(count)]
         weight = [torch.ones(8, device=DEVICE, requires_grad=True)] if "norm" in name else []

@@ -1,8 +1,8 @@
 """The Triton kernels that ship, compiled for GPUs that are not here: sm_80, sm_90 and gfx942.
 
-    pytest tests/backends/test_triton_compile.py                         # every kernel, not every size
-    HANDMADE_COMPILE=all pytest tests/backends/test_triton_compile.py    # every entry of SHIPPED: minutes
-    python tests/backends/test_triton_compile.py                         # the same, as a table in markdown
+    pytest tests/backends/test_triton_compile.py            # every kernel, not every size
+    HANDMADE_COMPILE=all pytest tests/backends/test_triton_compile.py   # all of SHIPPED: minutes
+    python tests/backends/test_triton_compile.py            # the same, as a table in markdown
 
 The interpreter proves the arithmetic; it knows nothing of registers. A kernel that needs more than
 255 of them keeps the rest in memory (it spills) and is many times slower, though right. ptxas, the

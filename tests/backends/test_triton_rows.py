@@ -1,4 +1,4 @@
-"""triton_norm.py, triton_pointwise.py and triton_optim.py in Triton's interpreter, against float64 autograd.
+"""triton_norm, triton_pointwise and triton_optim in the interpreter, against float64 autograd.
 
 The gate is that of gates.py: relative L2 of the output and of every gradient against the
 reference form in float64, at most 1e-5 in float32, 1e-3 in float16, 1e-2 in bfloat16. What the

@@ -19,10 +19,20 @@ from families import SCRATCH
 V, T = 31, 16
 # small: the interpreter takes a millisecond for what a GPU does in a microsecond
 SHAPE = dict(vocab_size=V, block_size=T, n_layer=1, n_head=2, n_embd=16)
-KINDS = {"gpt2": dict(SCRATCH["gpt2"].flags, **SHAPE), "llama": dict(SCRATCH["llama"].flags, **SHAPE, n_kv_head=1),
-         "gemma": dict(SCRATCH["gemma3"].flags, **SHAPE, n_kv_head=1, head_dim=16, sliding_window=5),
-         "mixture": dict(SCRATCH["qwen3_moe"].flags, **SHAPE, n_kv_head=1, head_dim=8, num_experts=3,
-                         num_experts_per_tok=2, moe_intermediate_size=8)}
+KINDS = {
+    "gpt2": dict(SCRATCH["gpt2"].flags, **SHAPE),
+    "llama": dict(SCRATCH["llama"].flags, **SHAPE, n_kv_head=1),
+    "gemma": dict(SCRATCH["gemma3"].flags, **SHAPE, n_kv_head=1, head_dim=16, sliding_window=5),
+    "mixture": dict(
+        SCRATCH["qwen3_moe"].flags,
+        **SHAPE,
+        n_kv_head=1,
+        head_dim=8,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=8,
+    ),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -123,7 +133,9 @@ def test_every_operation_of_a_step_runs_in_triton(monkeypatch):
                     monkeypatch.setitem(operation.implementations, other, None)
     wanted = """embedding rms_norm layer_norm rope gelu silu relu relu2 glu dropout softmax linear
     attention cross_entropy linear_cross_entropy linear_kl moe adamw muon clip_grad_norm"""
-    assert {n for n in wanted.split() if "triton" not in kernels.OPERATIONS[n].implementations} == set()
+    assert {
+        n for n in wanted.split() if "triton" not in kernels.OPERATIONS[n].implementations
+    } == set()
 
 
 def test_a_cpu_tensor_without_the_interpreter_is_one_sentence(monkeypatch):

@@ -42,8 +42,11 @@ def small(words, tmp_path_factory):                                             
     words.template = "chatml"
     words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     torch.manual_seed(0)
-    model = Transformer(ModelConfig.from_family("llama", n_layer=1, n_head=2, n_embd=32, block_size=640,
-                               vocab_size=words.vocab_size))
+    model = Transformer(
+        ModelConfig.from_family(
+            "llama", n_layer=1, n_head=2, n_embd=32, block_size=640, vocab_size=words.vocab_size
+        )
+    )
     return checkpoint.save_model(tmp_path_factory.mktemp("small") / "m", model, words)
 
 
@@ -67,7 +70,11 @@ def script(monkeypatch):
         path = Path(out)
         path.mkdir(parents=True, exist_ok=True)
         (path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        return 2.0, "iter 1: loss 2, time 5.0ms\nstep 2000: train loss 1, val loss 1.4\nval_loss 1.5"
+        return (
+            2.0,
+            "iter 1: loss 2, time 5.0ms\nstep 2000: train loss 1, val loss 1.4\nval_loss 1.5",
+        )
+
     monkeypatch.setattr(training, "run_train", answer)
     return asked
 

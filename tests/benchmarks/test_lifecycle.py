@@ -31,7 +31,8 @@ import pathlib, signal, sys
 sys.path.insert(0, {root!r})
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import types
-sys.modules["checkpoint"] = types.SimpleNamespace(pick_device=None)     # PyTorch is not needed
+for name in ("checkpoint", "training.machine", "formats.run_folder"):       # PyTorch is not needed
+    sys.modules[name] = types.SimpleNamespace(load_model=None, resolve=None, pick_device=None)
 import config
 from benchmarks import lifecycle
 lifecycle.ROOT = pathlib.Path({tmp!r})

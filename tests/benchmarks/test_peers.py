@@ -50,8 +50,18 @@ def base(tmp_path_factory):
     words = tokenizers.train([text * 30], 280, workers=1)
     words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     words.template = "chatml"
-    model = Transformer(ModelConfig.from_family("llama", vocab_size=words.vocab_size, block_size=ROW, n_layer=2,
-                               n_head=4, n_kv_head=2, n_embd=32, intermediate_size=48))
+    model = Transformer(
+        ModelConfig.from_family(
+            "llama",
+            vocab_size=words.vocab_size,
+            block_size=ROW,
+            n_layer=2,
+            n_head=4,
+            n_kv_head=2,
+            n_embd=32,
+            intermediate_size=48,
+        )
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -202,8 +212,16 @@ def test_bench_mistakes_are_one_sentence(wrong, sentence, talk, tmp_path):
 
 def test_bench_measures_our_stage_in_a_process(base, talk, tmp_path):
     """What it watches is still there: steps, batches, memory; a failure says what was said."""
-    model = Transformer(ModelConfig.from_family("llama", vocab_size=base[1].vocab_size, n_layer=1, n_head=2,
-                               n_embd=16, block_size=stages.BLOCK))
+    model = Transformer(
+        ModelConfig.from_family(
+            "llama",
+            vocab_size=base[1].vocab_size,
+            n_layer=1,
+            n_head=2,
+            n_embd=16,
+            block_size=stages.BLOCK,
+        )
+    )
     folder = checkpoint.save_model(tmp_path / "long", model, base[1])
     found = stages.measure("ours", "sft", str(folder), talk)
     assert found.keys() == {"tokens/s", "CPU tokens/s", "peak GB"}

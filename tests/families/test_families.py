@@ -415,7 +415,10 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_config_json_is_read_as_the_preset(name):
-    read, known = effective(model_config_from_hf(PUBLISHED[name])), effective(ModelConfig.from_preset(name))
+    read, known = (
+        effective(model_config_from_hf(PUBLISHED[name])),
+        effective(ModelConfig.from_preset(name)),
+    )
     assert {k for k in known if known[k] != read[k]} <= {"init_std"}
 
 

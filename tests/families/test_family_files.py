@@ -50,8 +50,9 @@ def test_the_walk_finds_a_name(tmp_path):
 @pytest.mark.parametrize("name", SCRATCH)
 def test_a_model_from_scratch_trains_five_steps_and_is_saved_as_its_family(name, tmp_path):
     torch.manual_seed(0)
-    shape = ModelConfig.from_family(name, vocab_size=50, block_size=32, n_layer=4, n_head=4, n_embd=32,
-                               head_dim=8)
+    shape = ModelConfig.from_family(
+        name, vocab_size=50, block_size=32, n_layer=4, n_head=4, n_embd=32, head_dim=8
+    )
     model = Transformer(shape).train()
     optimizer = Optimizer(model.named_parameters(), learning_rate=0.01)
     ids = torch.randint(0, 50, (4, 24))

@@ -530,7 +530,7 @@ def test_training_goes_on_from_gpt2_in_a_hub_folder(go, place, words, tmp_path):
 
 
 def test_gpt2_without_its_tokenizer_wants_data_of_gpt2s(go, words, tmp_path):
-    """Its weights alone, as transformers' save_pretrained leaves them, say nothing of the tokens."""
+    """Its weights alone, as save_pretrained leaves them, say nothing of the tokens."""
     folder = checkpoint.save_model(tmp_path / "gpt2", made(words, "gpt2", block_size=32), words)
     for name in start.VOCABULARIES:
         (folder / name).unlink(missing_ok=True)

@@ -106,8 +106,10 @@ def test_the_file_that_counts_is_transformers(present, tmp_path, capsys):
 
 def test_metas_files_beside_others_are_not_chosen_between(tmp_path):
     """Both kinds of consolidated file, or a config.json without its weights: one sentence each."""
-    save_model(tmp_path / "hf", Transformer(ModelConfig.from_family("llama", n_layer=1, n_head=2, n_embd=16,
-                                                   vocab_size=V)))
+    save_model(
+        tmp_path / "hf",
+        Transformer(ModelConfig.from_family("llama", n_layer=1, n_head=2, n_embd=16, vocab_size=V)),
+    )
     checkpoint.convert(tmp_path / "hf", tmp_path / "m", form="meta")
     load_model(tmp_path / "m", "cpu")
     tensors = torch.load(tmp_path / "m" / "consolidated.00.pth", weights_only=True)
@@ -145,8 +147,11 @@ def test_a_hostile_header_is_one_short_sentence_in_no_time(shape, dtype, offsets
                                   "model.safetensors.index.json"])
 def test_a_pipe_or_a_device_in_the_place_of_a_file_is_refused(file, tmp_path):
     """Opening a pipe waits for a writer for ever, reading /dev/zero never ends."""
-    save_model(tmp_path / "m", Transformer(ModelConfig.from_family("llama", n_layer=1, n_head=2, n_embd=16,
-                                                  vocab_size=V)), shard_bytes=4000)
+    save_model(
+        tmp_path / "m",
+        Transformer(ModelConfig.from_family("llama", n_layer=1, n_head=2, n_embd=16, vocab_size=V)),
+        shard_bytes=4000,
+    )
     if file == "model.safetensors":
         (tmp_path / "m" / "model.safetensors.index.json").unlink()
     if "*" in file:
@@ -344,7 +349,11 @@ def test_a_cap_that_transformers_does_not_apply_to_a_wrapped_gemma3_is_refused(t
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
 def test_gemma_without_windows_opens_in_transformers(kind, tmp_path):
     shape = dict(n_layer=2, n_head=2, n_embd=16, head_dim=8, vocab_size=V, block_size=64)
-    ours = scramble(Transformer(ModelConfig.from_family(kind, **shape, sliding_window=0, sliding_window_pattern=0)))
+    ours = scramble(
+        Transformer(
+            ModelConfig.from_family(kind, **shape, sliding_window=0, sliding_window_pattern=0)
+        )
+    )
     save_model(tmp_path, ours)
     theirs = T.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     assert close(logits(theirs), ours.logits(ids()))

@@ -319,8 +319,17 @@ def trained() -> tuple[Transformer, torch.Tensor]:
     rows = data[:len(data) // (T + 1) * (T + 1)].view(-1, T + 1)
     rows = rows[torch.randperm(len(rows))]
     held, rows = rows[:100], rows[100:]
-    model = Transformer(ModelConfig.from_family("llama", vocab_size=256, block_size=T, n_layer=2, n_head=4,
-                               n_embd=64, intermediate_size=192))
+    model = Transformer(
+        ModelConfig.from_family(
+            "llama",
+            vocab_size=256,
+            block_size=T,
+            n_layer=2,
+            n_head=4,
+            n_embd=64,
+            intermediate_size=192,
+        )
+    )
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -406,8 +415,11 @@ class Peak(TorchDispatchMode):
 def test_memory_never_holds_two_copies(kind, dtype, tied):
     """While packing, at most one layer is there twice; afterwards what was promised is there."""
     size = TYPES[dtype].itemsize
-    model = Transformer(ModelConfig.from_family("llama", **{**SHAPE, "n_layer": 24, "vocab_size": 512},
-                               tie_word_embeddings=tied)).to(TYPES[dtype])
+    model = Transformer(
+        ModelConfig.from_family(
+            "llama", **{**SHAPE, "n_layer": 24, "vocab_size": 512}, tie_word_embeddings=tied
+        )
+    ).to(TYPES[dtype])
     largest = max(2 * SHAPE["intermediate_size"], 512) * SHAPE["n_embd"]
     with Peak(model) as peak:
         read = pack(model, kind)
@@ -435,9 +447,12 @@ def test_bytes_are_those_that_a_token_reads():
 def test_a_wrong_name_or_model_is_one_sentence():
     model = build()
     before = model.logits(ids_of(1, 5))
-    for arguments, words in (((model, "int3"), "int3.*choose from int8, int4"), ((model, "INT8"), "INT8"),
-                             ((torch.nn.Linear(2, 2), "int8"), "Transformers"),
-                             ((None, ""), "Transformers")):
+    for arguments, words in (
+        ((model, "int3"), "int3.*choose from int8, int4"),
+        ((model, "INT8"), "INT8"),
+        ((torch.nn.Linear(2, 2), "int8"), "Transformers"),
+        ((None, ""), "Transformers"),
+    ):
         with pytest.raises(UserError, match=words):
             pack(*arguments)
     assert torch.equal(model.logits(ids_of(1, 5)), before)          # and nothing was begun

@@ -220,7 +220,7 @@ FLAGS = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch
          "--learning_rate=1e-2", "--document_mask=1"]
 
 
-def test_it_trains_resumes_and_is_tuned_by_the_ordinary_scripts(data, tmp_path, monkeypatch):  # noqa: F811
+def test_it_trains_and_resumes_by_the_ordinary_scripts(data, tmp_path, monkeypatch):
     """train.py from scratch, six steps as four and two bit for bit; its checkpoint opens again
     with the same logits; sft.py with adapters goes on from it; packed for serving it refuses."""
     real = train.start.from_settings

@@ -143,8 +143,12 @@ def test_the_routers_losses_reach_the_gradient_with_their_weight(aux, checkpoint
 def test_a_softcapped_models_loss_is_that_of_its_logits():
     """Gemma 2 caps its logits: training on the bare ones would teach another distribution."""
     torch.manual_seed(0)
-    model = Transformer(ModelConfig.from_family("gemma2", **{**SMALL, "num_experts": 0, "sliding_window": 8,
-                                            "final_logit_softcapping": 2.0}))
+    model = Transformer(
+        ModelConfig.from_family(
+            "gemma2",
+            **{**SMALL, "num_experts": 0, "sliding_window": 8, "final_logit_softcapping": 2.0},
+        )
+    )
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=1.0)
     ids = some_ids(2, 24)
     total, count, _ = train.next_token_loss(train.Config())(model, {"ids": ids, "targets": ids})

@@ -276,10 +276,18 @@ SEQUENCES = {
        for behavior in ("isolated", "contiguous", "merged_with_previous", "merged_with_next")
        for invert in (False, True)},
 }
-LINES = ["a  \nb \n c  ", "x12345678 9 ½²³ ٣٤٥ Ⅷ", "foo(bar) !!... 'tis 中文，测试。日本語テスト 한국어",
-         "oxoxx\n\nxo  o", "é²¼¾ naïve\u00a0\u3000 x\r\n\r\n y", "a1b22c333d4444", " (( (x",
-         "aab a\nb",
-         "Don't STOP\t\tnow", "👩‍👩‍👧 e\u0301 ſ"]
+LINES = [
+    "a  \nb \n c  ",
+    "x12345678 9 ½²³ ٣٤٥ Ⅷ",
+    "foo(bar) !!... 'tis 中文，测试。日本語テスト 한국어",
+    "oxoxx\n\nxo  o",
+    "é²¼¾ naïve\u00a0\u3000 x\r\n\r\n y",
+    "a1b22c333d4444",
+    " (( (x",
+    "aab a\nb",
+    "Don't STOP\t\tnow",
+    "👩‍👩‍👧 e\u0301 ſ",
+]
 
 
 @pytest.mark.parametrize("name", SEQUENCES)

@@ -1,4 +1,4 @@
-"""text/sentencepiece.py: SentencePiece vocabularies, against sentencepiece, tokenizers, transformers."""
+"""text/sentencepiece.py against sentencepiece, tokenizers and transformers."""
 import base64
 import io
 import json

@@ -146,9 +146,12 @@ def test_the_ends_of_all_files_end_an_answer(first, second, tmp_path):
             want |= {i for n, i in ids.items() if n in json.dumps(values)}
     tok = T.load(tmp_path)
     assert set(tok.stop_ids) == want, (tok.stop_ids, ids)
-    tok.save(tmp_path / "again")        # and after saving they are in the files that are written
-    put(tmp_path / "again", generation_config=T.tokenizer_files.build_generation_config(tok, tok.token_ids()),
-        config=tok.token_ids())
+    tok.save(tmp_path / "again")  # and after saving they are in the files that are written
+    put(
+        tmp_path / "again",
+        generation_config=T.tokenizer_files.build_generation_config(tok, tok.token_ids()),
+        config=tok.token_ids(),
+    )
     assert set(T.load(tmp_path / "again").stop_ids) == want
 
 
@@ -254,8 +257,17 @@ def test_a_listing_of_added_tokens_grows_with_them(tmp_path):
 
 
 def small(tok: T.Tokenizer, family: str = "llama", **settings) -> Transformer:
-    return Transformer(ModelConfig.from_family(family, n_layer=1, n_head=2, n_embd=16, block_size=64,
-                                      vocab_size=tok.vocab_size, **settings))
+    return Transformer(
+        ModelConfig.from_family(
+            family,
+            n_layer=1,
+            n_head=2,
+            n_embd=16,
+            block_size=64,
+            vocab_size=tok.vocab_size,
+            **settings,
+        )
+    )
 
 
 GENERATION = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "my_own_key": 3}

@@ -231,9 +231,15 @@ def test_pairs_of_an_moe_model_are_divided_by_those_of_the_global_batch(words, l
 
 # ------------------------------------------------------------------- what is frozen does not move
 
-@pytest.mark.parametrize("freeze, moves", [
-    (lambda m: lora_layers.add_lora(m, 2, 4), []), (classify.freeze, [2]), (lambda m: None, [1, 2])],
-    ids=["lora", "last", "all"])
+@pytest.mark.parametrize(
+    "freeze, moves",
+    [
+        (lambda m: lora_layers.add_lora(m, 2, 4), []),
+        (classify.freeze, [2]),
+        (lambda m: None, [1, 2]),
+    ],
+    ids=["lora", "last", "all"],
+)
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_step_moves_what_trains_and_nothing_else(freeze, moves, kind):
     cfg = train.Config(batch_size=3, block_size=40, router_bias_rate=0.1, weight_decay=0.5)
@@ -368,17 +374,25 @@ FROZEN = {
     "lora": lambda m: lora_layers.add_lora(m, 2, 4),
     "lora on q_proj": lambda m: lora_layers.add_lora(m, 2, 4, targets="q_proj"),
     "lora on down_proj": lambda m: lora_layers.add_lora(m, 3, 4, targets="down_proj"),
-    "lora on the last block": lambda m: lora_layers.add_lora(m, 2, 4, targets="layers.2.self_attn.v_proj"),
+    "lora on the last block": lambda m: lora_layers.add_lora(
+        m, 2, 4, targets="layers.2.self_attn.v_proj"
+    ),
     "int8 lora": lambda m: lora_layers.add_lora(m, 2, 4, int8=True),
-    "two adapters, one on": lambda m: (lora_layers.add_lora(m, 2, 4, name="a"),
-                                       lora_layers.add_lora(m, 4, 4, name="b")),
+    "two adapters, one on": lambda m: (
+        lora_layers.add_lora(m, 2, 4, name="a"),
+        lora_layers.add_lora(m, 4, 4, name="b"),
+    ),
     "unfreeze=last": classify.freeze,
-    "the final norm alone": lambda m: [p.requires_grad_(n == "model.norm.weight")
-                                       for n, p in m.named_parameters()],
-    "a norm in the middle": lambda m: [p.requires_grad_("1.post_attention_layernorm" in n)
-                                       for n, p in m.named_parameters()],
-    "the embedding alone": lambda m: [p.requires_grad_("embed" in n)
-                                      for n, p in m.named_parameters()]}
+    "the final norm alone": lambda m: [
+        p.requires_grad_(n == "model.norm.weight") for n, p in m.named_parameters()
+    ],
+    "a norm in the middle": lambda m: [
+        p.requires_grad_("1.post_attention_layernorm" in n) for n, p in m.named_parameters()
+    ],
+    "the embedding alone": lambda m: [
+        p.requires_grad_("embed" in n) for n, p in m.named_parameters()
+    ],
+}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "glm4_moe"])
