@@ -423,8 +423,9 @@ def family_named(hf: dict[str, Any], where: str = "config.json") -> Family:
     if not isinstance(kind, str) or kind not in FAMILIES:
         among = WRAPPERS if "text_config" in hf else [*FAMILIES, *WRAPPERS]
         near = difflib.get_close_matches(str(kind)[:40], among, n=3)
-        hint = f"the nearest that are: {', '.join(near)}" if near else (
-            f"families/ lists those that are, {' and '.join(WRAPPERS)} with a text_config")
+        hint = f"families/ has those that are, {' and '.join(WRAPPERS)} with a text_config"
+        if near:
+            hint += f"; the nearest: {', '.join(near)}"
         raise UserError(f"{where}: models of model_type {str(kind)[:40]!r} are not supported; "
                         f"{hint}")
     return FAMILIES[kind]

@@ -3,7 +3,6 @@ import contextlib
 import csv
 import gzip
 import hashlib
-import http.server
 import json
 import os
 import random
@@ -13,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,52 +19,17 @@ import numpy as np
 import pytest
 
 import tokenizer as tokenizers
-from config import UserError, configure, run
-from data import corpus, download, loader, prepare, shards
+from config import UserError, run
+from data import corpus, loader, prepare, shards
+from prepare_base import bpe, documents, prep, server, words     # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = str(ROOT / "data" / "prepare.py")
 
 
-# --- helpers -----------------------------------------------------------------------------------
-def words(n, seed=0):
-    """n words of made-up text, with the variety that a BPE needs to have something to merge."""
-    rng = random.Random(seed)
-    stems = ["".join(rng.choices("etaoinshrdlu", k=rng.randrange(2, 8))) for _ in range(200)]
-    out = [rng.choice(stems) + rng.choice(["", "", ",", ".\n", "ing", "ed", "\n\n"])
-           for _ in range(n)]
-    return " ".join(out)
-
-
-def prep(*argv):
-    """`python data/prepare.py argv…` in this process; UserError is what run() turns into 2."""
-    prepare.main(configure(prepare.Config, [str(a) for a in argv], positional=("source",)))
-
-
 def cli(*argv, **more):
     return subprocess.run([sys.executable, SCRIPT, *map(str, argv)], capture_output=True,
                           text=True, timeout=120, **more)
-
-
-def documents(out, split=None):
-    """The texts of a dataset, decoded: everything between two end-of-text ids."""
-    data, found = loader.Dataset(out), []
-    tok = tokenizers.load(out)
-    for name in [split] if split else ["train", "val"]:
-        tokens = data.tokens(name)
-        ids = tokens.read(0, len(tokens))
-        about = data.meta["splits"][name]
-        assert len(ids) == about["tokens"]
-        assert ids[0] == data.eot, "an end-of-text id opens the first document"
-        starts = np.flatnonzero(ids == data.eot)
-        texts = [tok.decode(part[1:].tolist()) for part in np.split(ids, starts[1:])]
-        assert len(texts) == about["documents"]
-        assert sum(len(t.encode()) for t in texts) == about["bytes"]
-        # what bits per byte divides by: the bytes of the tokens are the bytes of the text
-        lengths = np.asarray(tok.byte_lengths())
-        assert lengths[ids[ids != data.eot]].sum() == about["bytes"]
-        found += texts
-    return found
 
 
 def state(folder):
@@ -81,14 +44,6 @@ def shards_of(folder):
 
 def die(bundle):
     os._exit(9)
-
-
-@pytest.fixture(scope="session")
-def bpe(tmp_path_factory):
-    """A small BPE of our own, so that most tests need not train one."""
-    folder = tmp_path_factory.mktemp("bpe")
-    tokenizers.train([words(5000)], 400).save(folder)
-    return folder
 
 
 @pytest.fixture
@@ -585,245 +540,3 @@ def test_the_default_is_the_standard_library(tmp_path):
     text = "\n".join(documents(tmp_path / "stdlib"))
     assert "class OrderedDict" in text and "class TestCase" in text
     assert "class TestLoader(unittest.TestCase)" not in text    # the library, without its tests
-
-
-# --- the network -------------------------------------------------------------------------------
-class Server(http.server.ThreadingHTTPServer):
-    """A web server whose faults are scripted: `faults` are used up, one a request."""
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.faults, self.log, self.ranges = {}, [], [], True
-        self.etag = '"one"'
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        s = self.server
-        fault = s.faults.pop(0) if s.faults else None
-        asked = self.headers.get("Range")
-        s.log.append((self.path, asked))
-        body = s.files.get(self.path.split("?")[0])
-        if body is None or isinstance(fault, int):
-            self.send_response(404 if body is None else fault)
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        start = 0
-        same = self.headers.get("If-Range") in (None, s.etag)
-        if asked and s.ranges and same:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(body):
-                self.send_response(416)
-                self.send_header("Content-Range", f"bytes */{len(body)}")
-                self.send_header("Content-Length", "0")
-                return self.end_headers()
-            self.send_response(206)
-            shift = 7 if fault == "wrong range" else 0
-            self.send_header("Content-Range",
-                             f"bytes {start + shift}-{len(body) - 1}/{len(body)}")
-        else:
-            self.send_response(200)
-        if s.etag:
-            self.send_header("ETag", s.etag)
-        rest = body[start:]
-        self.send_header("Content-Length", str(len(rest)))
-        self.end_headers()
-        if fault == "cut":                      # the connection breaks half way
-            self.wfile.write(rest[:len(rest) // 2])
-            self.wfile.flush()
-            self.close_connection = True
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(2)
-            return
-        self.wfile.write(rest)
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(download, "PATIENCE", (0, 0, 0))
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    with Server() as s:
-        thread = threading.Thread(target=s.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield s
-        s.shutdown()
-        thread.join()
-
-
-BODY = random.Random(0).randbytes(300_000)
-SHA = hashlib.sha256(BODY).hexdigest()
-
-
-def test_a_download_is_whole_and_happens_once(tmp_path, server):
-    server.files["/a.txt"] = BODY
-    for _ in range(2):
-        path = prepare.download(f"{server.url}/a.txt#sha256={SHA}", tmp_path / "cache")
-        assert path.read_bytes() == BODY and path.name.endswith("-a.txt")
-    assert len(server.log) == 1
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("faults", [["cut"], [503, "cut", 500, None], ["cut", "cut", "cut"], [429]])
-def test_a_broken_download_goes_on_where_it_stopped(tmp_path, server, faults):
-    server.files["/a.bin"] = BODY
-    server.faults = list(faults)
-    assert prepare.download(f"{server.url}/a.bin#sha256={SHA}", tmp_path).read_bytes() == BODY
-    asked = [int(r[6:-1]) for _, r in server.log if r]
-    assert asked == sorted(asked) and len(asked) >= faults.count("cut")
-    assert all(a > 0 for a in asked)            # nothing was fetched twice
-
-
-def test_a_later_run_goes_on_where_a_killed_one_stopped(tmp_path, server):
-    server.files["/a.bin"] = BODY
-    server.faults = ["cut"] + [503] * 3
-    with pytest.raises(UserError, match="goes on from what has arrived"):
-        prepare.download(f"{server.url}/a.bin", tmp_path)
-    assert not [p for p in tmp_path.iterdir() if p.name.endswith("-a.bin")]
-    assert prepare.download(f"{server.url}/a.bin", tmp_path).read_bytes() == BODY
-    assert server.log[-1] == ("/a.bin", "bytes=131072-")        # whole blocks of 64 kB
-
-
-def test_a_server_that_ignores_range_starts_again_cleanly(tmp_path, server):
-    server.files["/a.bin"], server.ranges = BODY, False
-    server.faults = ["cut"]
-    assert prepare.download(f"{server.url}/a.bin", tmp_path).read_bytes() == BODY
-    assert len(server.log) == 2
-
-
-@pytest.mark.parametrize("etag", ['"two"', "", 'W/"weak"'])
-def test_two_versions_of_a_file_are_never_joined(tmp_path, server, etag):
-    """With an ETag the server notices, without one the size tells."""
-    server.etag = '"one"' if etag == '"two"' else etag
-    server.files["/a.bin"] = BODY
-    server.faults = ["cut", 503, 503, 503]
-    with pytest.raises(UserError):
-        prepare.download(f"{server.url}/a.bin", tmp_path)
-    server.files["/a.bin"], server.etag = BODY[::-1] + b"longer", etag
-    assert prepare.download(f"{server.url}/a.bin", tmp_path).read_bytes() == BODY[::-1] + b"longer"
-
-
-def test_a_part_longer_than_the_file_is_dropped(tmp_path, server):
-    server.files["/a.bin"], server.etag = BODY, ""
-    server.faults = ["cut", 503, 503, 503]
-    with pytest.raises(UserError):
-        prepare.download(f"{server.url}/a.bin", tmp_path)
-    server.files["/a.bin"] = b"short"
-    assert prepare.download(f"{server.url}/a.bin", tmp_path).read_bytes() == b"short"
-
-
-def test_a_wrong_content_range_is_not_appended(tmp_path, server):
-    server.files["/a.bin"] = BODY
-    server.faults = ["cut", "wrong range"]
-    assert prepare.download(f"{server.url}/a.bin", tmp_path).read_bytes() == BODY
-
-
-def test_a_wrong_hash_keeps_nothing(tmp_path, server):
-    server.files["/a.bin"] = BODY
-    with pytest.raises(UserError, match="sha256"):
-        prepare.download(f"{server.url}/a.bin#sha256={'0' * 64}", tmp_path)
-    assert not [p for p in tmp_path.iterdir() if not p.name.endswith(".json")]
-
-
-def test_a_missing_file_is_not_asked_for_again(tmp_path, server):
-    with pytest.raises(UserError, match="404.*address"):
-        prepare.download(f"{server.url}/none.bin", tmp_path)
-    assert len(server.log) == 1
-
-
-def test_a_server_that_stays_down_is_one_sentence(tmp_path, server):
-    server.files["/a.bin"], server.faults = BODY, [503] * 9
-    with pytest.raises(UserError, match="503"):
-        prepare.download(f"{server.url}/a.bin", tmp_path)
-    assert len(server.log) == 4
-
-
-def test_a_name_from_the_network_cannot_leave_the_folder(tmp_path, server):
-    for path in ("/..%2f..%2fevil", "/a/..", "/.hidden", "/"):
-        server.files[path] = b"text"
-        with contextlib.suppress(UserError):
-            prepare.download(server.url + path, tmp_path / "cache")
-    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
-
-
-def test_without_a_network_one_sentence_says_what_works(tmp_path, server):
-    server.server_close()                       # the port is closed now: nobody answers
-    with pytest.raises(UserError) as e:
-        prep("shakespeare_char", f"--mirror={server.url}", f"--out={tmp_path / 'out'}",
-             f"--cache={tmp_path / 'cache'}")
-    assert "the connection to 127.0.0.1 failed" in str(e.value) and "--file" in str(e.value)
-    assert "network" in str(e.value) and "\n" not in str(e.value)
-    assert not (tmp_path / "out").exists()
-
-
-# --- datasets with a name, from a mirror -------------------------------------------------------
-def test_shakespeare_must_be_shakespeare(tmp_path, server):
-    server.files["/copy/input.txt"] = b"To be, or not to be"
-    with pytest.raises(UserError, match="sha256 is not 86c4e6aa"):
-        prep("shakespeare_char", f"--mirror={server.url}/copy", f"--out={tmp_path / 'out'}",
-             f"--cache={tmp_path / 'cache'}")
-
-
-def test_tinystories_keeps_its_own_split(tmp_path, server, bpe):
-    stories = {"train": [f"Story {i}. {words(20, i)}".strip() for i in range(30)],
-               "valid": ["Once upon a time.", "The end."]}
-    for split, texts in stories.items():
-        server.files[f"/TinyStoriesV2-GPT4-{split}.txt"] = "\n<|endoftext|>\n".join(texts).encode()
-    prep("tinystories", f"--mirror={server.url}", f"--out={tmp_path / 'out'}",
-         f"--tokenizer={bpe}", f"--cache={tmp_path / 'cache'}")
-    assert documents(tmp_path / "out", "train") == stories["train"]
-    assert documents(tmp_path / "out", "val") == stories["valid"]
-
-
-def test_gutenberg_books_lose_their_licence(tmp_path, server, bpe):
-    for n in prepare.BOOKS:
-        server.files[f"/pg{n}.txt"] = (
-            f"\ufeffThe Project Gutenberg eBook\r\n*** START OF THE PROJECT GUTENBERG EBOOK {n} ***"
-            f"\r\n\r\nBook {n} *** begins.\r\n\r\n*** END OF THE PROJECT GUTENBERG EBOOK {n} ***"
-            "\r\nlicence").encode()
-    prep("gutenberg", f"--mirror={server.url}", f"--out={tmp_path / 'out'}",
-         f"--tokenizer={bpe}", f"--cache={tmp_path / 'cache'}")
-    assert sorted(documents(tmp_path / "out")) == sorted(f"Book {n} *** begins."
-                                                         for n in prepare.BOOKS)
-
-
-def shard(ids, magic=20240520, version=1, count=None):
-    head = np.zeros(256, dtype="<i4")
-    head[:3] = magic, version, len(ids) if count is None else count
-    return head.tobytes() + np.asarray(ids, dtype="<u2").tobytes()
-
-
-def test_fineweb_shards_are_taken_as_they_are(tmp_path, server, bpe):
-    tok = tokenizers.load(bpe)
-    texts = [words(50, i) for i in range(9)]
-    rows = [[tok.eot] + tok.encode(t) for t in texts]
-    flat = {"train_000001": sum(rows[:5], []), "train_000002": sum(rows[5:7], []),
-            "val_000000": sum(rows[7:], [])}
-    for name, ids in flat.items():
-        server.files[f"/fineweb_{name}.bin"] = shard(ids)
-    args = ["fineweb", f"--mirror={server.url}", f"--out={tmp_path / 'out'}",
-            f"--tokenizer={bpe}", f"--cache={tmp_path / 'cache'}"]
-    prep(*args, "--shards=2")
-    assert documents(tmp_path / "out", "train") == texts[:7]
-    assert documents(tmp_path / "out", "val") == texts[7:]
-    prep(*args, "--shards=1")
-    assert documents(tmp_path / "out", "train") == texts[:5]
-
-
-@pytest.mark.parametrize("content, says", [
-    (shard([1, 2, 3], magic=7), "not a whole"), (shard([1, 2, 3], version=9), "not a whole"),
-    (shard([1, 2, 3], count=4), "not a whole"), (shard([1, 2, 3], count=-1), "not a whole"),
-    (b"<html>please log in</html>", "not a whole"), (shard([1, 60000]), "60000")])
-def test_a_foreign_fineweb_shard_is_refused(tmp_path, server, bpe, content, says):
-    server.files["/fineweb_train_000001.bin"] = content
-    server.files["/fineweb_val_000000.bin"] = shard([1, 2])
-    with pytest.raises(UserError, match=says):
-        prep("fineweb", f"--mirror={server.url}", f"--out={tmp_path / 'out'}",
-             f"--tokenizer={bpe}", f"--cache={tmp_path / 'cache'}")
-    assert not (tmp_path / "out").exists()

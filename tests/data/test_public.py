@@ -11,7 +11,8 @@ import pytest
 
 from config import UserError, configure
 from data import chats, loader, prepare, public
-from test_prepare import server, state      # noqa: F401  (server is a fixture)
+from prepare_base import server    # noqa: F401
+from test_prepare import state    # noqa: F401
 
 
 # --- files of the same form, only smaller ------------------------------------------------------

@@ -3,7 +3,6 @@
 Oracles: the bytes of what was there before, peft and transformers, and logits of the base that an
 adapter was trained on. Weights are random, which changes nothing here.
 """
-import json
 import os
 import shutil
 import types
@@ -15,7 +14,6 @@ import torch
 
 import checkpoint
 import distill
-import classify
 import dpo
 import lora
 from formats import peft
@@ -24,89 +22,14 @@ import sample
 import sft
 import tokenizer as tokenizers
 import train
-from config import field_types, UserError, configure
-from data import prepare
+from config import UserError, configure
 from formats import run_folder
-from model import ModelConfig, Transformer
-from runs import curve, last, quiet_machine, said, trainer, weights
+from runs import curve, last, quiet_machine, trainer, weights
 from training import start
-from training.settings import is_resumed
+from runs_folders import DATA, RUN, SCRIPTS, TEXT, files, go, made, place, resume, words     # noqa: F401
 
 assert quiet_machine                # a fixture that every test here uses by itself
-RUN = ["--batch_size=2", "--max_iters=2", "--eval_interval=9", "--device=cpu", "--dtype=float32",
-       "--log_interval=1", "--eval_iters=1"]
-TEXT = "the cat sat on the mat; user and assistant say hello 12 + 30 = 42\n"
-PAIRS = (("say hello", "hello cat", "mat"), ("12 + 30", "42", "the mat"),
-         ("the cat", "sat on the mat", "12"))
-DATA = {"sft": "chats", "classify": "mail", "lora": "chats", "dpo": "pairs", "distill": "chats"}
 IDS = torch.arange(40)[None]
-
-
-@pytest.fixture(scope="module")
-def words():
-    found = tokenizers.train([TEXT * 30], 280, workers=1)
-    found.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    found.template = "chatml"
-    return found
-
-
-def made(words, name="llama", seed=0, **shape):
-    torch.manual_seed(seed)
-    flags = dict(n_layer=1, n_head=2, n_embd=16, block_size=64, init_std=0.2,
-                 vocab_size=words.vocab_size)
-    return Transformer(ModelConfig.from_family(name, **{**flags, **shape}))
-
-
-@pytest.fixture(scope="module")
-def place(words, tmp_path_factory):
-    """A folder with a base, another one of its shape, conversations, pairs and prepared text."""
-    folder = tmp_path_factory.mktemp("place")
-    checkpoint.save_model(folder / "base", made(words), words)
-    checkpoint.save_model(folder / "other", made(words, seed=1), words)
-    checkpoint.save_model(folder / "deep", made(words, "qwen3", n_layer=2), words)
-    chats = [{"messages": said("user", q, "assistant", a)} for q, a, _ in PAIRS]
-    pairs = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in PAIRS]
-    mail = [{"text": q, "label": "ham" if i else "spam"} for i, (q, *_) in enumerate(PAIRS)]
-    for name, rows in (("chats", chats), ("pairs", pairs), ("mail", mail)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "text.jsonl").write_text(json.dumps({"text": TEXT * 40}) + "\n")
-    words.save(folder / "words")
-    prepare.main(configure(prepare.Config, [str(folder / "text.jsonl"), f"--out={folder / 'ready'}",
-                                            f"--tokenizer={folder / 'words'}", "--workers=1",
-                                            "--val_fraction=0.2"], positional=("source",)))
-    return folder
-
-
-@pytest.fixture
-def go(place, tmp_path):
-    """go(stage, out, *flags): a run of two steps in this process into tmp_path/out."""
-    def run(stage, out, *flags):
-        script = {**SCRIPTS, "lora": sft}[stage]
-        first = [f"--out_dir={tmp_path / out}", *RUN, "--block_size=64"]
-        if stage == "train":
-            first += [f"--dataset={place / 'ready'}", "--gradient_accumulation_steps=1",
-                      "--block_size=16"]
-        else:
-            first.append(f"--dataset={place / DATA[stage]}.jsonl")
-        named = any(f.startswith("--init_from") for f in flags)
-        if not named and stage not in ("train", "distill"):
-            first.append(f"--init_from={place / 'base'}")
-        if stage == "lora":
-            first.append("--lora_rank=2")
-        if stage == "distill" and not any(f.startswith("--teacher") for f in flags):
-            first.append(f"--teacher={place / 'base'}")
-        script.main(configure(script.Config, [*first, *flags]))
-        return tmp_path / out
-    return run
-
-
-def resume(script, out, *flags):
-    return script.main(configure(script.Config, ["--init_from=resume", f"--out_dir={out}",
-                                                 "--device=cpu", *flags]))
-
-
-def files(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 # ------------------------------------------------------------------------- a run's own files
 
@@ -528,7 +451,6 @@ def test_training_goes_on_from_gpt2_in_a_hub_folder(go, place, words, tmp_path):
         go("train", "no", f"--init_from={place / 'base'}", f"--hub_dir={tmp_path}")
 
 
-
 def test_gpt2_without_its_tokenizer_wants_data_of_gpt2s(go, words, tmp_path):
     """Its weights alone, as save_pretrained leaves them, say nothing of the tokens."""
     folder = checkpoint.save_model(tmp_path / "gpt2", made(words, "gpt2", block_size=32), words)
@@ -540,127 +462,3 @@ def test_gpt2_without_its_tokenizer_wants_data_of_gpt2s(go, words, tmp_path):
     made_up = types.SimpleNamespace(tokens={15496: b"Hello", 995: b" world", 262: b" the", 0: b"!",
                                             220: b" ", 50256: b"<|endoftext|>"})
     start.check_gpt2_tokens("x", made_up, "gpt2")
-
-# ---------------------------------------------------------------- settings without effect
-
-
-SHAPES = dict(n_layer=7, n_head=4, n_kv_head=1, n_embd=24, head_dim=12, intermediate_size=40,
-              bias=1, qk_norm=1, tie_word_embeddings=1, rope_theta=5, activation="relu", gated=0,
-              sliding_window=3, num_experts=4, num_experts_per_tok=3, moe_intermediate_size=8,
-              n_shared_experts=1, init_std=0.5, family="gemma3", preset="qwen3-0.6b")
-SCRIPTS = {"train": train, "sft": sft, "classify": classify, "dpo": dpo, "distill": distill}
-MAKERS = ("train", "distill")           # of models from scratch: these have the settings of a shape
-IDLE = [
-    *((stage, f"--{name}={value}") for stage in SCRIPTS for name, value in SHAPES.items()),
-    *((stage, flag) for stage in ("sft", "classify", "dpo", "distill") for flag in (
-        "--dora=1", "--rslora=1", "--targets=q_proj", "--lora_alpha=32", "--lora_dropout=0.1",
-        "--lora_int8=1", "--base=x", "--sample_prompt=hello", "--epochs=3", "--hub_dir=x")),
-    *((stage, flag) for stage in SCRIPTS for flag in (
-        "--muon_learning_rate=0.1 --optimizer=adamw", "--wsd_decay=0.5", "--min_lr=1e-5 "
-        "--schedule=constant", "--lr_decay_iters=9 --decay_lr=0", "--warmup_iters=9 --decay_lr=0",
-        "--router_aux_loss_coef=0.5", "--router_z_loss_coef=0.5", "--router_sequence_wise=1",
-        "--router_bias_rate=0.5")),
-    ("train", "--sample_prompt=hello"),
-    ("classify", "--template=chatml"), ("classify", "--sample_interval=2"), ("sft", "--task=chat"),
-    ("sft", "--unfreeze=last"), ("dpo", "--document_mask=0"), ("distill", "--document_mask=1"),
-    ("sft", "--eval_only=1 --lora_rank=2"),
-    ("dpo", "--gamma=1"), ("dpo", "--desirable_weight=2"), ("dpo", "--undesirable_weight=2"),
-    ("dpo", "--loss=simpo --reference_free=1"), ("dpo", "--loss=orpo --reference_free=1"),
-    ("dpo", "--loss=simpo --desirable_weight=2"), ("dpo", "--loss=kto --gamma=1"),
-    ("dpo", "--origin=x"), ("distill", "--origin=x"), ("distill", "--beta=0.2"),
-    ("distill", "--alpha=1 --temperature=3"), ("distill", "--alpha=1 --divergence=reverse"),
-    ("distill", "--generate_tokens=9"),
-    ("distill", "--generate_temperature=1"), ("distill", "--cache_dir=x"),
-]
-
-
-@pytest.mark.parametrize("stage", SCRIPTS)
-def test_a_setting_without_effect_is_refused(place, tmp_path, stage):
-    """Each of them, before anything is written; and the value that is in force anyway passes."""
-    script, wrong = SCRIPTS[stage], []
-    first = [f"--init_from={place / 'base'}", f"--out_dir={tmp_path / 'out'}", *RUN,
-             "--block_size=16"]
-    first += {"distill": [f"--teacher={place / 'other'}"]}.get(stage, [])
-    for flags in (flags for name, flags in IDLE if name == stage):
-        data = "ready" if stage == "train" else f"{DATA[stage]}.jsonl"
-        try:
-            script.main(configure(script.Config, [*first, f"--dataset={place / data}",
-                                                  *flags.split()]))
-            wrong.append(flags)
-        except UserError as e:
-            if "has no effect" not in str(e) or flags.split()[0][2:].split("=")[0] not in str(e) \
-                    and flags.split()[-1][2:].split("=")[0] not in str(e):
-                wrong.append(f"{flags}: {e}")
-    assert not wrong and not (tmp_path / "out").exists()
-    shape = checkpoint.read_config(place / "base")
-    if stage in MAKERS:
-        cfg = configure(script.Config, [*first, "--family=llama", *(
-            f"--{name}={getattr(shape, name)}" for name in SHAPES if hasattr(shape, name)),
-            "--bias=0", "--dropout=0.1"])
-        train.refuse_idle(cfg, shape, start.get_in_force(cfg, shape, True))
-
-
-SCRATCH = ["--rope_theta=5", "--num_experts_per_tok=3", "--moe_intermediate_size=9",
-           "--n_shared_experts=2", "--preset=gpt2 --n_kv_head=2 --family=llama",
-           "--preset=gpt2 --n_kv_head=2 --bias=0",
-           "--family=qwen2 --bias=0",
-           "--family=qwen3_moe --num_experts=4 --moe_intermediate_size=8 --intermediate_size=9"]
-
-
-@pytest.mark.parametrize("flags", SCRATCH)
-def test_of_a_new_model_too(go, flags, tmp_path):
-    with pytest.raises(UserError, match="has no effect"):
-        go("train", "out", "--n_layer=1", "--n_head=2", "--n_embd=16", *flags.split())
-
-
-RESUMED = ["--n_layer=7", "--family=gemma3", "--n_embd=32", "--rope_theta=5", "--lora_rank=4",
-           "--lora_rank=0", "--targets=q_proj", "--dora=1", "--rslora=1", "--lora_alpha=9",
-           "--lora_dropout=0.3", "--sliding_window=3"]
-
-
-def test_a_resumed_run_refuses_what_it_cannot_change(go, place):
-    """What it can change it does; what the run has is no change."""
-    out = go("lora", "out")
-    before = files(out)
-    for flag in RESUMED:
-        with pytest.raises(UserError, match=f"{flag.split('=')[0]}.* has no effect"):
-            resume(sft, out, flag, "--max_iters=3")
-        assert files(out) == before, flag
-    resume(sft, out, "--max_iters=3", "--lora_rank=2", "--learning_rate=1e-3")
-    assert trainer(last(out))["settings"]["learning_rate"] == 1e-3
-    full = go("sft", "full")
-    with pytest.raises(UserError, match="--lora_rank=2 has no effect on a run that is resumed"):
-        resume(sft, full, "--lora_rank=2", "--max_iters=3")
-
-
-def test_what_the_command_line_overrules_in_a_config_file_is_no_mistake(place, tmp_path):
-    """A file's muon_learning_rate under --optimizer=adamw; but a file that contradicts itself is
-    refused."""
-    file = tmp_path / "mine.py"
-    file.write_text("optimizer = 'muon'\nmuon_learning_rate = 0.1\nlora_alpha = 9.0\n"
-                    "lora_rank = 2\n")
-    shape = checkpoint.read_config(place / "base")
-
-    def settle(*flags):
-        cfg = configure(sft.Config, [str(file), f"--init_from={place / 'base'}", *flags])
-        train.refuse_idle(cfg, shape, start.get_in_force(cfg, shape, True))
-    settle()
-    settle("--optimizer=adamw")
-    settle("--lora_rank=0")
-    with pytest.raises(UserError, match="--muon_learning_rate=0.3 has no effect"):
-        settle("--optimizer=adamw", "--muon_learning_rate=0.3")
-    file.write_text("optimizer = 'adamw'\nmuon_learning_rate = 0.1\n")
-    with pytest.raises(UserError, match="--muon_learning_rate=0.1 has no effect"):
-        settle()
-
-
-def test_every_row_of_the_tables_names_settings_that_there_are():
-    """The causes may be settings of a group that a script does not have."""
-    groups = set(field_types(train.Config)) | set(field_types(distill.Config))
-    for script in SCRIPTS.values():
-        names = set(field_types(script.Config))
-        for cls in script.Config.__mro__:
-            for rule in vars(cls).get("IDLE", ()):
-                assert {*rule.names.split()} <= names, rule
-                assert {*rule.causes.split()} <= groups | names, rule
-    assert is_resumed(sft.Config(init_from="resume"))

@@ -14,8 +14,9 @@ import pytest
 from config import UserError
 from data import download, loader, prepare
 from formats import atomic
-from test_prepare import (BODY, SCRIPT, Handler, Server, bpe, prep, server, shards_of,  # noqa: F401
-                          state, words)
+from test_download import BODY    # noqa: F401
+from test_prepare import SCRIPT, shards_of, state    # noqa: F401
+from prepare_base import Handler, Server, bpe, prep, server, words    # noqa: F401
 
 fork = multiprocessing.get_context("fork")
 assert Handler and Server

@@ -21,7 +21,7 @@ from layers.kv_cache import Cache, RecurrentState
 from layers.lora import add_lora, merge
 from model import ModelConfig, Transformer
 from runs import assert_same_run, last
-from test_train import data                # noqa: F401
+from train_base import data    # noqa: F401
 from tokenizer import load
 
 

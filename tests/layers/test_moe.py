@@ -12,7 +12,8 @@ from config import UserError, configure
 from model import ModelConfig, Transformer
 from runs import (assert_same_run, close, curve, last, log, quiet_machine,  # noqa: F401
                   ranks, weights)
-from test_train import CALM, data, fork, forks, go, go_on       # noqa: F401
+from test_train import CALM    # noqa: F401
+from train_base import data, fork, forks, go, go_on    # noqa: F401
 from training import router
 from training.batch import count_targets
 

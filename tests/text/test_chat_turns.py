@@ -15,7 +15,8 @@ from inference import generate as generation
 from inference.generate import TURN, Sampling, generate, sample_text
 from inference.quantize import pack
 # fixtures and helpers of sample.py's tests: a tiny chat model, stdin, a run in this process
-from test_sample import build, prompt, run_all, run_main, saved, stdin, talker      # noqa: F401
+from sample_base import build, prompt, run_all, run_main, saved, stdin    # noqa: F401
+from test_sample_chat import talker    # noqa: F401
 
 # ---------------------------------------------------------------------------- what turns draw
 

@@ -9,8 +9,9 @@ import unicodedata
 
 import pytest
 import sentencepiece
-from test_tokenizer import (CHINESE, CODE, ENGLISH, MIXED, RANDOM, RUNS, SPACE, TEXTS, CHAT, SYSTEM,
-                            random_texts)
+from tokenizer_base import CHINESE, CODE, ENGLISH, MIXED, RUNS, SPACE, TEXTS, random_texts
+from test_tokenizer import RANDOM
+from test_tokenizer_library import CHAT, SYSTEM
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 

@@ -18,7 +18,7 @@ from config import Stopped, UserError, configure
 from data import loader
 from formats import atomic
 from runs import assert_same_run, complaint, last, log, quiet_machine, ranks, same, trainer, weights
-from test_train import ROOT, TINY, data, fork, forks, go, go_on         # noqa: F401
+from train_base import ROOT, TINY, data, fork, forks, go, go_on    # noqa: F401
 from training import faults
 
 assert quiet_machine

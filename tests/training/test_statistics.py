@@ -26,7 +26,8 @@ from training.machine import Machine
 from model import ModelConfig, Transformer
 from training.optim import Optimizer
 from runs import Grads, quiet_machine       # noqa: F401
-from test_dpo import base, packed, pairs, words      # noqa: F401
+from dpo_base import base, pairs, words    # noqa: F401
+from test_dpo import packed    # noqa: F401
 from training import log, router
 
 CPU = Machine(torch.device("cpu"), torch.float32)
