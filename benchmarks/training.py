@@ -34,7 +34,13 @@ LARGE = ("--device=cpu --max_iters=4 --eval_iters=1 --eval_interval=1000 "
          "--log_interval=1").split()
 CONFIG = "config/nanogpt_shakespeare_char.py"
 THEIR_CONFIG = "config/train_shakespeare_char.py"
-EXAMPLES = ("llama", "qwen3", "qwen3_moe", "gemma3", "glm4", "minicpm", "glm4_moe")
+# flags of config/tiny.py for one example of each kind of family
+EXAMPLES = {
+    "llama": "", "qwen3": "--head_dim=64", "glm4": "", "gemma3": "--sliding_window=64",
+    "minicpm": "--n_kv_head=6 --schedule=wsd",
+    "qwen3_moe": "--num_experts=8 --moe_intermediate_size=256",
+    "glm4_moe": "--num_experts=8 --moe_intermediate_size=192 --router_aux_loss_coef=0 "
+                "--router_bias_rate=0.01"}
 
 
 def run_train(folder: Path, *args: str) -> tuple[float, str]:
@@ -173,10 +179,11 @@ def run_families(cfg: Any) -> dict[str, Any]:
     """Train config/'s small example of each family, unchanged, on the default corpus."""
     results = Results()
     with tempfile.TemporaryDirectory() as folder:
-        for name in EXAMPLES:
+        for name, flags in EXAMPLES.items():
             with results.round():
                 out = f"{folder}/{name}"
-                seconds = run_train(ROOT, f"config/{name}.py", f"--out_dir={out}")[0]
+                seconds = run_train(ROOT, "config/tiny.py", f"--family={name}", *flags.split(),
+                                    f"--out_dir={out}")[0]
                 rows = read_log(out)
                 loss = [r["val_loss"] for r in rows if "val_loss" in r][-1]
                 results.note(f"{name}: val loss", loss)

@@ -4,11 +4,11 @@
     torchrun --nproc_per_node=8 train.py config/llama_small.py --dataset=fineweb
 
 cost: 114,114,048 parameters x 4,999,741,440 tokens -> 3,988,870 TFLOPs.
-Not measured here: at 40% of an H100's 989 TFLOP/s that is 168 minutes on one, 21 on eight.
-Expect gpt2_small.py's loss in fewer steps: Muon's published gain is about 1.5 times.
+Not yet benchmarked: at 40% of an H100's 989 TFLOP/s that is 168 minutes on one, 21 on eight.
+Muon's published gain over AdamW is about 1.5 times fewer steps to the same loss.
 """
 out_dir = "out/llama_small"
-dataset = "stdlib"                  # so that it runs as it stands; --dataset=fineweb is meant
+dataset = "stdlib"                  # so that it runs anywhere; --dataset=fineweb is meant
 family = "llama"
 n_layer = 12
 n_head = 12

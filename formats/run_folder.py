@@ -26,7 +26,8 @@ from formats.atomic import name_aside
 from formats.safetensors import note, read_json
 
 # What train.fit() and the stages write into out_dir, and the temporary files of that
-OWN = re.compile(r"\.?(step_\d{6,}|checkpoints|log(?=\.(jsonl|tmp))|reference_[0-9a-f]{16})(\..*)?"
+OWN = re.compile(r"\.?(step_\d{6,}|checkpoints|log(?=\.(jsonl|tmp))|loss(?=\.(svg|tmp))"
+                 r"|reference_[0-9a-f]{16})(\..*)?"
                  r"|events\.out\.tfevents\..*")
 GROWN = "grown_from.json"   # in out_dir/base: marks a model that this run made from another one
 BLOCK = 1 << 24             # bytes that one thread hashes

@@ -18,6 +18,7 @@ from typing import Any, Callable
 from config import refuse_to_run
 from formats import atomic
 from training.machine import Machine, memory_used, utilisation
+from training.plot import draw_losses
 from training.faults import read_log
 from training.loggers import find_loggers
 
@@ -99,6 +100,9 @@ class Journal:
         """Write what an evaluation found."""
         self.record(step=state.step, seconds=state.seconds, **result)
         self.say(f"step {state.step}: " + " | ".join(f"{k} {v:.4f}" for k, v in result.items()))
+        if self.cfg.plot and self.file:
+            folder = Path(self.cfg.out_dir)
+            draw_losses(folder / "log.jsonl", folder / "loss.svg")
 
     def report_stop(self, state: Any) -> None:
         """Say how to go on with a run that was told to stop."""

@@ -158,6 +158,7 @@ class Logging:
     wandb_project: str = "handmade"
     wandb_run_name: str = "run"
     tensorboard: bool = False
+    plot: bool = False                  # draw out_dir/loss.svg at every evaluation
     # in a config file they may stand beside wandb_log = False, as in nanoGPT's
     IDLE = (Idle("wandb_project wandb_run_name", "wandb_log", lambda c, m: not c.wandb_log
                  and getattr(c, "typed", frozenset()) & {"wandb_project", "wandb_run_name"},
