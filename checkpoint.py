@@ -247,7 +247,7 @@ def replace_directory(path: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def other_files(path: Path) -> list[Path]:
-    """Files of an existing checkpoint that saving does not write: they are kept.
+    """Return files of an existing checkpoint that saving does not write: they are kept.
 
     UserError if it is no checkpoint, or has folders: replacing it would delete other work.
     """
@@ -280,7 +280,8 @@ def digest(*parts: Any) -> str:
 
 
 def read_settings(directory: Path) -> tuple[dict[str, Any], str]:
-    """(content of config.json, or of Meta's params.json as a family of that name; its file)."""
+    """Return (content of config.json, or of Meta's params.json as a family of that name; its
+    file)."""
     file = directory / "config.json"
     if file.is_file():
         return read_json(file), str(file)
@@ -303,7 +304,7 @@ def complete(hf: dict[str, Any], stored: dict[str, Stored], family: Family) -> d
     in_params = bool(family.params_keys)
     tie = "tied_embeddings" if in_params else "tie_word_embeddings"
     if hf.get(tie, None if in_params else True) is None:
-        # the trap: Llama 3.2's small models are tied, and their files hold the matrix twice
+        # Llama 3.2's small models are tied, and their files hold the matrix twice
         stems = ("lm_head", "model.embed_tokens")
         if in_params:
             stems = tuple(map(family.find_stem, stems))
@@ -314,17 +315,17 @@ def complete(hf: dict[str, Any], stored: dict[str, Stored], family: Family) -> d
 
 
 def read_config(path: str | Path, which: str = "best") -> ModelConfig:
-    """The shape of a checkpoint's model."""
+    """Return the shape of a checkpoint's model."""
     return open_checkpoint(path, which).config
 
 
 def load_tokenizer(path: str | Path, which: str = "best") -> Any:
-    """The tokenizer that lies with a checkpoint."""
+    """Return the tokenizer that lies with a checkpoint."""
     return load(str(resolve(path, which)))
 
 
 def load_trainer(path: str | Path, which: str = "last") -> dict[str, Any]:
-    """The trainer's state that save_checkpoint was given, on the CPU."""
+    """Return the trainer's state that save_checkpoint was given, on the CPU."""
     file = resolve(path, which) / "trainer.pt"
     if not file.is_file():
         raise UserError(f"{file.parent} has no trainer.pt, so it cannot be resumed: start a new "
@@ -383,20 +384,21 @@ def open_checkpoint(path: str | Path, which: str = "best") -> Opened:
 
 
 def type_of(dtype: str) -> torch.dtype | None:
-    """The type that --dtype names, None for auto."""
+    """Return the type that --dtype names, None for auto."""
     if dtype not in ("auto", *TYPES):
-        raise UserError(f"--dtype={dtype} does not exist: choose auto, {', '.join(TYPES)}")
+        raise UserError(f"unknown --dtype={dtype}; choose from auto, {', '.join(TYPES)}")
     return TYPES.get(dtype)
 
 
 def kept(name: str, dtype: torch.dtype) -> torch.dtype:
-    """`dtype`, or float32 of what bfloat16 would round away: steps of a router's correction."""
+    """Return `dtype`, or float32 of what bfloat16 would round away: steps of a router's
+    correction."""
     return torch.float32 if name.endswith("e_score_correction_bias") else dtype
 
 
 def load_model(path: str | Path, device: str = "auto", dtype: str = "auto",
                which: str = "best") -> Transformer:
-    """The model of a checkpoint, in eval mode; dtype auto keeps that of the file.
+    """Return the model of a checkpoint, in eval mode; dtype auto keeps that of the file.
 
     Everything is checked before anything is read; then one tensor at a time moves from the file
     to its place. UserError names the file and the tensor that is wrong.
@@ -507,7 +509,7 @@ def is_single_file(layout: str) -> bool:
 
 
 def converts(cfg: Config) -> bool:
-    """Whether the first word asks to convert: it is no checkpoint of that name."""
+    """Return whether the first word asks to convert: it is no checkpoint of that name."""
     return cfg.words[:1] == ["convert"] and not is_checkpoint(Path("convert"))
 
 

@@ -102,7 +102,7 @@ def class_loss(cfg: Config, ids: list[int], confusion: Tensor | None = None) -> 
         truth = torch.searchsorted(rows, targets[places])                       # ids ascend
 
         def head(h: Tensor, w: Tensor) -> Tensor:
-            """(B, T, C), (V, C) -> the summed cross entropy and the number of hits, (2,)."""
+            """Return (B, T, C), (V, C) -> the summed cross entropy and the number of hits, (2,)."""
             hidden = h.flatten(0, 1).index_select(0, places)
             logits = kernels.linear(hidden, w.index_select(0, rows))
             answers = logits.argmax(-1)
@@ -134,7 +134,7 @@ def freeze(model: Transformer) -> None:
 
 
 def check(cfg: Config) -> None:
-    """UserError for a setting that no run can have."""
+    """Raise UserError for a setting that no run can have."""
     if cfg.unfreeze not in ("all", "last"):
         raise UserError(f"unknown unfreeze {cfg.unfreeze!r}; choose from all, last")
     if cfg.unfreeze == "last" and cfg.lora_rank:

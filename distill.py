@@ -117,7 +117,7 @@ def is_text(dataset: str) -> bool:
 
 
 def check(cfg: Config) -> None:
-    """UserError for a setting that no run can have."""
+    """Raise UserError for a setting that no run can have."""
     text = is_text(cfg.dataset)
     if cfg.divergence not in kernels.DIVERGENCES:
         raise UserError(f"unknown divergence {cfg.divergence!r}; choose from "
@@ -192,8 +192,8 @@ def find_teacher(cfg: Config) -> None:
 
 
 def check_vocabularies(cfg: Config, tokenizer: Any, known: Any, largest: int) -> None:
-    """UserError unless an id means the same to student and teacher, up to the smaller vocabulary,
-    and the teacher knows all ids of the data, of which `largest` is one."""
+    """Raise UserError unless an id means the same to student and teacher, up to the smaller
+    vocabulary, and the teacher knows all ids of the data, of which `largest` is one."""
     cut = min(tokenizer.vocab_size, known.vocab_size)
     mine, other = ({i: t for i, t in tok.tokens.items() if i < cut} for tok in (tokenizer, known))
     # control tokens count as their names; what one of both has behind the cut is its own affair
@@ -207,7 +207,7 @@ def check_vocabularies(cfg: Config, tokenizer: Any, known: Any, largest: int) ->
 
 
 def load_teacher(cfg: Config, machine: Machine) -> Transformer:
-    """The teacher, frozen, in the type that the machine computes in."""
+    """Return the teacher, frozen, in the type that the machine computes in."""
     model = checkpoint.load_model(checkpoint.resolve(cfg.teacher), machine.device,
                                   str(machine.dtype).removeprefix("torch."))
     return model.requires_grad_(False).eval()
@@ -347,8 +347,8 @@ def make_answers(cfg: Config, run: sft.Run) -> Path:
 
 def converse(cfg: Config, teacher: Any, tokenizer: Any, records: list[dict], number: int
              ) -> list[dict]:
-    """The records with every assistant's turn said by the teacher, who sees its own earlier ones;
-    one that does not end, says nothing or has no room is left out. number: of the first."""
+    """Return the records with every assistant's turn said by the teacher, who sees its own earlier
+    ones; one that does not end, says nothing or has no room is left out. number: of the first."""
     stops = set(tokenizer.stop_ids)
     how = Sampling(temperature=cfg.generate_temperature)
     said: dict[int, list[dict]] = {k: [] for k in range(len(records))}      # those that go on
@@ -443,7 +443,7 @@ def distillation_loss(cfg: Config, model: Transformer, teacher: Transformer,
         reports: dict[str, Tensor] = {}
 
         def head(h: Tensor, w: Tensor) -> Tensor:
-            """(B, T, C), (V, C) -> the sum of all losses ()."""
+            """Return (B, T, C), (V, C) -> the sum of all losses ()."""
             rows = h.flatten(0, 1).index_select(0, places)
             total, ce, kl = kernels.linear_kl(rows, w, taught, teacher.output_weight, live=mask,
                                               targets=labels.clamp(min=0), **options)

@@ -133,7 +133,7 @@ def log_odds(x: Tensor) -> Tensor:
 
 def preference_loss(cfg: Config, policy: Tensor, reference: Tensor, sizes: Tensor,
                     z: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    """(loss of each pair (N,), rewards (N, 2) without gradient).
+    """Return (loss of each pair (N,), rewards (N, 2) without gradient).
 
     policy, reference: summed log-probabilities (N, 2) of the better and the worse answer; sizes
     (N, 2) their tokens. z: KTO's estimate of the KL divergence. Rewards are beta times the log
@@ -235,8 +235,8 @@ def unpaired_loss(cfg: Config) -> Loss:
 
 
 def pair_loss(cfg: Config) -> Loss:
-    """The loss of a batch of packed pairs: a sum over pairs, and their number; of a mixture with
-    the routers' losses of pretraining."""
+    """Return the loss of a batch of packed pairs: a sum over pairs, and their number; of an MoE
+    with the routers' losses of pretraining."""
     def loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor, dict]:
         reference = batch["reference"]                      # (B, D), two of D to a pair
         routed = router.needs_routes(unwrap(model).config)
@@ -309,7 +309,8 @@ class FixedPairs(chats.Fixed):
 
 
 def strangers_of(pairs: Pairs) -> chats.Packed:
-    """Each prompt with the answer of the same side to the pair before, one by one; of answers
+    """Return each prompt with the answer of the same side to the pair before, one by one; of
+    answers
     without a partner with the one before (trl's get_kl_completion_ids turns them likewise)."""
     out = chats.Rendered()
     known = pairs.conversations
@@ -401,7 +402,7 @@ def of_conversations(model: Transformer, packed: chats.Packed, batch_size: int, 
 
 
 def cache_name(cfg: Config, parts: list[chats.Rendered], machine: Machine) -> str:
-    """File of the reference's log-probabilities, by all that they depend on."""
+    """Return the file of the reference's log-probabilities, by all that they depend on."""
     int8 = bool(cfg.lora_int8 and cfg.lora_rank and not cfg.reference)
     arrays = (array for part in parts for pair in part for array in pair)
     return "reference_%s.npy" % checkpoint.digest(
@@ -409,7 +410,7 @@ def cache_name(cfg: Config, parts: list[chats.Rendered], machine: Machine) -> st
 
 
 def read_cache(file: Path, count: int) -> np.ndarray | None:
-    """The log-probabilities (count,) in a file of out_dir, or None."""
+    """Return the log-probabilities (count,) in a file of out_dir, or None."""
     out = file.parent
     # an earlier run may have been moved aside when this one began
     for folder in (out, *run_folder.find_earlier(out)):
@@ -500,7 +501,7 @@ def add_baselines(cfg: Config, model: Transformer, data: sft.Data, machine: Mach
 
 
 def check(cfg: Config) -> None:
-    """UserError for a setting that no run can have."""
+    """Raise UserError for a setting that no run can have."""
     if cfg.loss not in LOSSES:
         raise UserError(f"unknown loss {cfg.loss!r}; choose from {', '.join(LOSSES)}")
     if cfg.beta <= 0:

@@ -54,7 +54,7 @@ class Config:
     text_key: str = "text"              # of a classifier: key or column of the text
     label_key: str = "label"            # of a classifier: key or column of the label
     max_new_tokens: int = 48            # an answer that goes on beyond is wrong
-    wrong: int = 0                      # show so many mistakes on stderr
+    wrong: int = 0                      # show that many mistakes on stderr
     # --- how to run
     batch_size: int = 125               # conversations that are answered side by side
     template: str = ""                  # of the conversation; empty: the model's
@@ -79,7 +79,7 @@ def read_split(cfg: Config, kind: str) -> tuple[Path, list[dict[str, Any]]]:
         print(*notes.lines(), sep="\n", end="\n" * bool(notes.lines()), file=sys.stderr)
         return path, parts[cfg.split]
     if not path.is_file():
-        # find() says in one sentence what is not there; the split lies beside its files
+        # find() says in one sentence what is not there; the split is next to its files
         train = chats.find(cfg.dataset, kind)[0]
         ending = train.name.partition(".")[2]
         path = train.with_name(f"{cfg.split}.{ending}")
@@ -104,7 +104,7 @@ def read(cfg: Config) -> list[dict[str, Any]]:
 
 
 def right(record: dict[str, Any], text: str) -> bool:
-    """Whether what a model said is the answer of a record."""
+    """Return whether what a model said is the answer of a record."""
     if record.get("task") in skills.TASKS and "answer" in record:
         return skills.check(record["task"], record["answer"], text)
     return text.strip() == record["messages"][-1]["content"].strip()
@@ -113,7 +113,7 @@ def right(record: dict[str, Any], text: str) -> bool:
 def answers(model: Any, tokenizer: Any, records: list[dict[str, Any]], template: str = "",
             batch_size: int = 125, max_new_tokens: int = 48,
             think: bool | None = None) -> list[str]:
-    """What the model says, greedily, after each conversation without its last answer."""
+    """Return what the model says, greedily, after each conversation without its last answer."""
     template = template or tokenizer.template
     chat = bool(template or tokenizer.jinja)
     stops = set(tokenizer.stop_ids)
@@ -153,7 +153,7 @@ def answers(model: Any, tokenizer: Any, records: list[dict[str, Any]], template:
 
 
 def table(records: list[dict[str, Any]], good: list[bool]) -> str:
-    """A row of "task right of total" for each task, and the accuracy of all."""
+    """Return a row of "task right of total" for each task, and the accuracy of all."""
     tasks = [r.get("task", "") for r in records]
     total = Counter(tasks)
     hits = Counter(t for t, ok in zip(tasks, good) if ok)

@@ -68,7 +68,7 @@ def use(backend: str) -> str:
     """
     global _backend
     if backend not in BACKENDS:
-        raise UserError(f"--backend={backend} does not exist: choose {', '.join(BACKENDS)}")
+        raise UserError(f"unknown --backend={backend}; choose from {', '.join(BACKENDS)}")
     if backend in ("triton", "cuda"):
         # Triton's interpreter runs kernels on a CPU, a thousand times slower: for tests
         interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

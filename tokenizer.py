@@ -149,7 +149,7 @@ class Tokenizer:
         return sorted(stops | {i for i in self.facts.ends if i in self.tokens})
 
     def token_ids(self) -> dict[str, int | list[int] | None]:
-        """What config.json says of the first, the last and the padding token.
+        """Return what config.json says of the first, the last and the padding token.
 
         The names of tokenizer_config.json count, then what the config.json said beside which the
         tokenizer was read. A model that names no first token begins at the end of text (GPT-2).
@@ -165,7 +165,8 @@ class Tokenizer:
     # -- text -> ids
 
     def _controls(self, text: str, allowed: Any, refused: Any) -> dict[str, int]:
-        """The control tokens that the text may contain; UserError if it has a refused one."""
+        """Return the control tokens that the text may contain; UserError if it has a refused
+        one."""
         allowed = set(self.special) if allowed == "all" else set(allowed) & set(self.special)
         refused = set(self.special) - allowed if refused == "all" else set(refused)
         if refused and (m := any_of(frozenset(refused)).search(text)):
@@ -175,7 +176,7 @@ class Tokenizer:
 
     def encode(self, text: str, allowed_special: Any = frozenset(),
                disallowed_special: Any = "all") -> list[int]:
-        """Text -> ids, by hand, with tiktoken's rules for control tokens in the text.
+        """Return text -> ids, by hand, with tiktoken's rules for control tokens in the text.
 
         Those in allowed_special ("all" or a set) become their id; those in disallowed_special
         ("all": every other one) raise UserError; what is in neither is read as text.
@@ -194,7 +195,8 @@ class Tokenizer:
         return self._assemble(text, self._names(frozenset(controls)), ordinary)
 
     def _names(self, controls: frozenset[str], letters: frozenset[str] = frozenset()) -> Names:
-        """The added tokens that count in a text: these control tokens, and what is not special."""
+        """Return the added tokens that count in a text: these control tokens, and what is not
+        special."""
         key = controls, letters
         if key not in self.names:
             if len(self.names) > 99:
@@ -204,7 +206,8 @@ class Tokenizer:
         return self.names[key]
 
     def _assemble(self, text: str, names: Names, ordinary: Any) -> list[int]:
-        """Text -> ids: added tokens of the raw text, then of the normalized text, then merges."""
+        """Return text -> ids: added tokens of the raw text, then of the normalized text, then
+        merges."""
         if not names:
             return ordinary(self._normal(text))
         out: list[int] = []
@@ -218,7 +221,7 @@ class Tokenizer:
 
     def encode_ordinary(self, text: str, after: str = "",
                         letters: frozenset[str] = frozenset()) -> list[int]:
-        """Text -> ids, by hand; control tokens are read as text.
+        """Return text -> ids, by hand; control tokens are read as text.
 
         after: "token" if a control token stands before the text, "text" if the text goes on from
         one encoded before: SentencePiece's spaces depend on it, byte-level BPE does not.
@@ -298,7 +301,7 @@ class Tokenizer:
     # -- ids -> text
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Ids -> the bytes they stand for. UserError for an id that the vocabulary lacks.
+        """Return ids -> the bytes they stand for. UserError for an id that the vocabulary lacks.
 
         Where SentencePiece puts a space before the text, it is dropped from the first token.
         """
@@ -311,18 +314,18 @@ class Tokenizer:
             raise UserError(f"the id {e} is not in this vocabulary of {self.vocab_size}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Ids -> text; bytes that are not UTF-8 (half a character) become U+FFFD."""
+        """Return ids -> text; bytes that are not UTF-8 (half a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def stream(self, after: Iterable[int] = ()) -> Stream:
-        """A decoder for ids that come one by one; it holds back half a character.
+        """Return a decoder for ids that come one by one; it holds back half a character.
 
         after: the ids whose text they continue: there, a first space is one between words.
         """
         return Stream(self, after)
 
     def byte_lengths(self) -> np.ndarray:
-        """(vocab_size,) int32: the bytes of text of each id, 0 for control tokens and gaps.
+        """Return (vocab_size,) int32: the bytes of text of each id, 0 for control tokens and gaps.
 
         For bits per byte, the loss that does not depend on the tokenizer: nats / ln 2 / bytes.
         The space that SentencePiece puts before a text counts: that is one byte a document.
@@ -354,14 +357,14 @@ class Tokenizer:
                add_generation_prompt: bool = False, max_length: int | None = None,
                enable_thinking: bool | None = None, tools: list | None = None,
                documents: list | None = None, **kwargs: Any) -> tuple[list[int], list[int]]:
-        """A conversation -> (ids, mask); chat.render() says how."""
+        """Return a conversation -> (ids, mask); chat.render() says how."""
         return chat.render(self, messages, template, add_generation_prompt, max_length,
                            enable_thinking, tools, documents, **kwargs)[:2]
 
     # -- from and to a file
 
     def read_settings(self, facts: Facts, model: bool = False) -> None:
-        """Take in what lies beside a vocabulary. model: it is a tokenizer.model, for which the
+        """Take in what is next to a vocabulary. model: it is a tokenizer.model, for which the
         settings say whether tokens surround a text; tokenizer.json knows better."""
         self.facts = facts
         for name, token in facts.added_tokens():    # its flags count, and not its number
@@ -392,12 +395,12 @@ class Tokenizer:
         self._names(frozenset(self.special))        # and so for names that cannot be looked for
 
     def _id_of(self, name: str) -> int | None:
-        """The id of a token of the vocabulary, as its file writes it."""
+        """Return the id of a token of the vocabulary, as its file writes it."""
         spelled = unprintable(name) if self.bytewise else name.encode()
         return self.other.get(name, self.ids.get(spelled))
 
     def own_template(self) -> bool:
-        """Whether the directory's own chat template is still the one in use."""
+        """Return whether the directory's own chat template is still the one in use."""
         return self.template in (None, "", chat.find_row(self.jinja, self.eot_token or EOT))
 
     def save(self, directory: str | os.PathLike) -> None:
@@ -406,12 +409,12 @@ class Tokenizer:
         tokenizer_files.save(Path(directory), self, row and chat.jinja(row, self.eot_token or EOT))
 
     def _json(self) -> dict[str, Any]:
-        """The document of the `tokenizers` library, from normalizer to decoder."""
+        """Return the document of the `tokenizers` library, from normalizer to decoder."""
         return self.spm.json(self.post) if self.spm else tokenizer_json.write(self)
 
 
 def too_blank(text: str) -> bool:
-    """A million white space characters in a row exhaust tiktoken's stack, and it panics."""
+    """Return a million white space characters in a row exhaust tiktoken's stack, and it panics."""
     return len(text) >= 900_000 and re.search(r"\s{900000}", text) is not None
 
 
@@ -462,7 +465,7 @@ def train_chars(texts: Iterable[str]) -> Tokenizer:
 # --- loading --------------------------------------------------------------------------------
 
 def load(path_or_name: str | os.PathLike) -> Tokenizer:
-    """A folder or tokenizer.json (ours, Hugging Face's), vocab.json + merges.txt, or a name.
+    """Return a folder or tokenizer.json (ours, Hugging Face's), vocab.json + merges.txt, or a name.
 
     The names are tiktoken's gpt2, cl100k_base and o200k_base, which it downloads once.
     """
@@ -492,7 +495,8 @@ def load(path_or_name: str | os.PathLike) -> Tokenizer:
 
 
 def from_json(document: dict) -> Tokenizer:
-    """A tokenizer.json -> Tokenizer. What it does not support raises ValueError with the name."""
+    """Return a tokenizer.json -> Tokenizer. What it does not support raises ValueError with the
+    name."""
     tokenizer_json.check_document(document)
     if sentencepiece.fits(document):
         return Tokenizer(**sentencepiece.from_json(document))
@@ -528,7 +532,8 @@ class Config:
 
 
 def show(tokenizer: Tokenizer, ids: list[int], color: bool) -> str:
-    """The text with its tokens on alternating backgrounds, or separated by | without colours."""
+    """Return the text with its tokens on alternating backgrounds, or separated by | without
+    colours."""
     out = []
     for k, i in enumerate(ids):
         # half a character is shown as its bytes, \xe2\x82, and a terminal obeys no token

@@ -385,7 +385,7 @@ def next_token_loss(cfg: Config, masked: bool = False) -> Loss:
         places = find_targets(targets) if masked else None
 
         def head(h: Tensor, w: Tensor) -> Tensor:
-            """(B, T, C), (V, C) -> the summed cross entropy ()."""
+            """Return (B, T, C), (V, C) -> the summed cross entropy ()."""
             if places is None:
                 return kernels.linear_cross_entropy(h, w, targets, **options)
             rows = h.flatten(0, 1).index_select(0, places)
@@ -397,7 +397,7 @@ def next_token_loss(cfg: Config, masked: bool = False) -> Loss:
 
 
 def build_model(cfg: Config, vocab_size: int, machine: Machine) -> Transformer:
-    """The model of cfg.init_from, in float32 on the machine's device."""
+    """Return the model of cfg.init_from, in float32 on the machine's device."""
     torch.manual_seed(cfg.seed)
     if cfg.init_from == "scratch":
         config = start.from_settings(cfg, vocab_size)
@@ -417,7 +417,7 @@ def build_model(cfg: Config, vocab_size: int, machine: Machine) -> Transformer:
 
 
 def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> tuple[ModelConfig, Any]:
-    """(shape, tokenizer) of the model that training starts from; cfg.init_from becomes its
+    """Return (shape, tokenizer) of the model that training starts from; cfg.init_from becomes its
     directory.
 
     tokenizer: of the data. A checkpoint's own is kept, which may know more tokens and a chat
@@ -470,7 +470,7 @@ def inherit(cfg: Config) -> Config:
 
 
 def check(cfg: Config) -> None:
-    """UserError for a setting that no run can have."""
+    """Raise UserError for a setting that no run can have."""
     if cfg.schedule not in SCHEDULES:
         raise UserError(f"unknown schedule {cfg.schedule!r}; choose from {', '.join(SCHEDULES)}")
     if not cfg.eval_only:
@@ -478,7 +478,7 @@ def check(cfg: Config) -> None:
 
 
 def rows_of_step(cfg: Config, machine: Machine) -> int:
-    """Rows of a global batch; UserError if there are more ranks."""
+    """Return rows of a global batch; UserError if there are more ranks."""
     rows = cfg.batch_size * cfg.gradient_accumulation_steps
     if rows < machine.world:
         raise UserError(f"a step has {rows} rows for {machine.world} ranks: raise batch_size or "

@@ -41,8 +41,8 @@ class ChunkedLoss(Function):
 
     @staticmethod
     def walk(x, weight, rule, upstream, frozen=False):
-        """(loss (N,), dx, dweight); gradients are scaled by upstream (N,); None asks for none.
-        frozen: the weight gets none, which is a third of the work (LoRA)."""
+        """Return (loss (N,), dx, dweight); gradients are scaled by upstream (N,); None asks for
+        none. frozen: the weight gets none, which is a third of the work (LoRA)."""
         w = weight.to(x.dtype)
         wide = widen(x[:0]).dtype
         dw = None

@@ -1,6 +1,6 @@
 """The operations on a CPU, counted by hand: as few passes over memory as the formula allows.
 
-    import kernels                      # finds this file by itself; --backend=torch keeps it
+    import kernels                      # loads this file automatically
     y = kernels.attention(q, k, v)      # on a CPU, in training: AttentionCPU below
 
 A core multiplies far faster than it reads memory, and PyTorch's eager operators read and write
@@ -278,7 +278,8 @@ class AttentionCPU(Function):
 
     @staticmethod
     def weights(q, k, scale, softcap, hidden):
-        """One block's softmax (G, rows, keys) and, for the backward, tanh of the capped scores."""
+        """Return one block's softmax (G, rows, keys) and, for the backward, tanh of the capped
+        scores."""
         scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
         tanh = None
         if softcap:

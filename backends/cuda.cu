@@ -1,7 +1,7 @@
-// The CUDA twins: GELU, SwiGLU, RMSNorm and softmax, forward and backward, float32 and bfloat16.
+// CUDA versions of GELU, SwiGLU, RMSNorm and softmax, forward and backward, float32 and bfloat16.
 //
 // The same operations as in kernels.py (the formula) and triton_pointwise.py (Triton), once more in the
-// language of the machine, so that the three can be held side by side. What Triton does by itself
+// language of the machine, so that the three can be held side by side. What Triton does automatically
 // is written out here: which thread loads what, how a row is summed across a block, how a type is
 // widened. Loaded through NVRTC by cuda.py (--backend=cuda); tests/test_cuda.py
 // compiles every kernel for sm_80 and sm_90, without a GPU.

@@ -1,5 +1,5 @@
-"""The CUDA twins: cuda.cu as autograd functions, so that a reader can hold the languages side
-by side and a GPU can run either.
+"""CUDA versions of four operations: cuda.cu as autograd functions, to hold the languages side
+by side; a GPU can run either.
 
     python bench.py kernels                         # beside Triton, on a GPU
     kernels.use("cuda")                             # GELU, SwiGLU, RMSNorm, softmax; the rest torch
@@ -33,7 +33,7 @@ MOST = 2 ** 31 - 1              # ints are passed as 32 bits
 
 
 def compiled(name: str) -> Any:
-    """The kernel of that name for the current GPU, compiled at its first use."""
+    """Return the kernel of that name for the current GPU, compiled at its first use."""
     return torch.cuda._compile_kernel(SOURCE.read_text(), name)
 
 
@@ -55,7 +55,7 @@ def launch(name: str, like: Tensor, blocks: int, *arguments: Any) -> None:
 
 
 def shape(x: Tensor) -> tuple[int, int]:
-    """(rows, cols) of a tensor seen as rows of its last dimension; each fits 32 bits."""
+    """Return (rows, cols) of a tensor seen as rows of its last dimension; each fits 32 bits."""
     cols = x.shape[-1] if x.ndim else 1
     rows = x.numel() // cols if cols else 0
     if max(rows, cols) > MOST or -(-rows * cols // THREADS) > MOST:
@@ -64,7 +64,8 @@ def shape(x: Tensor) -> tuple[int, int]:
 
 
 def elementwise(name: str, inputs: list[Tensor], outputs: int) -> list[Tensor]:
-    """One thread an element: `inputs` of one shape and type -> that many outputs like them."""
+    """Return one thread an element: `inputs` of one shape and type -> that many outputs like
+    them."""
     inputs = [x.contiguous() for x in inputs]
     made = [torch.empty_like(inputs[0]) for _ in range(outputs)]
     rows, cols = shape(inputs[0])

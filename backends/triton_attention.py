@@ -397,8 +397,8 @@ FULL = {64: dict(forward=(32, 32, 8, 1), keys=(16, 32, 4, 1), queries=(16, 32, 4
 
 
 def tiles(step: str, D: int, wide: bool, flags: dict, few: int = 0) -> tuple[int, int, int, int]:
-    """(BM, BN, num_warps, num_stages) of forward, keys, queries, or of `few` rows; wide: float32,
-    flags: which of SWITCHES are on."""
+    """Return (BM, BN, num_warps, num_stages) of forward, keys, queries, or of `few` rows; wide:
+    float32, flags: which of SWITCHES are on."""
     size = max(64, triton.next_power_of_2(D))
     if step == "few":                       # memory is what counts: tiles of keys, and many
         if wide:
@@ -421,7 +421,7 @@ def strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
 
 
 def prepare(q, k, doc, positions, scale, window, softcap, dropout_p) -> tuple:
-    """What every launch needs: (constants, numbers, first, last)."""
+    """Return what every launch needs: (constants, numbers, first, last)."""
     first = last = None
     if doc is not None:
         first, last = (torch.empty(doc.shape, dtype=torch.int32, device=q.device) for _ in "fl")
@@ -546,7 +546,7 @@ SWITCHES = ("CAPPED", "WINDOW", "DOC", "PLACED", "DROP")
 
 
 def ship(function, dtype: str, warps: int, stages: int, constants: dict) -> tuple:
-    """An entry of SHIPPED: (name, jit function, signature, constants, options)."""
+    """Return an entry of SHIPPED: (name, jit function, signature, constants, options)."""
     signature, constants = {}, dict(constants)
     for name in function.arg_names:
         if name in constants or not constants.get(ABSENT.get(name), True):
@@ -564,8 +564,8 @@ def ship(function, dtype: str, warps: int, stages: int, constants: dict) -> tupl
 
 
 def shipped() -> Iterator[tuple]:
-    """The tiles of every type and size of head: plain, with a window, with what walks the keys
-    twice, and with all options. Head_dims that fill no power of two add masks."""
+    """Yield the tiles of every type and size of head: plain, with a window, with what walks the
+    keys twice, and with all options. Head_dims that fill no power of two add masks."""
     options = [(), ("WINDOW",), ("CAPPED", "WINDOW", "DROP"), SWITCHES]
     for dtype, precision in (("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")):
         half = dtype == "bf16"

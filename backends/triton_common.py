@@ -24,7 +24,8 @@ FLAT = 1024                                         # elementwise: one 16-byte l
 
 
 def tile(cols: int, sizes: Sequence[int]) -> tuple[int, int, int]:
-    """(R, BLOCK, num_warps) for rows of `cols`: 2048 elements a program or one row, 16 a thread.
+    """Return (R, BLOCK, num_warps) for rows of `cols`: 2048 elements a program or one row, 16 a
+    thread.
 
     A row of 128 alone would leave a program with nothing to hide memory's latency behind.
     """
@@ -34,7 +35,7 @@ def tile(cols: int, sizes: Sequence[int]) -> tuple[int, int, int]:
 
 
 def check(*tensors: Tensor | None) -> None:
-    """UserError where a kernel would read wrong numbers or another device's memory."""
+    """Raise UserError where a kernel would read wrong numbers or another device's memory."""
     for x in tensors:
         if x is None:
             continue
@@ -51,7 +52,8 @@ def check(*tensors: Tensor | None) -> None:
 
 
 def expect(fits: bool, operation: str, shapes: str) -> None:
-    """UserError unless the shapes fit: a kernel would read past the end of what is too small."""
+    """Raise UserError unless the shapes fit: a kernel would read past the end of what is too
+    small."""
     if not fits:
         raise UserError(f"{operation}: the shapes do not fit; it takes {shapes}")
 
@@ -63,7 +65,8 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def programs(x: Tensor, warps: int, most: int) -> int:
-    """How many programs share a sum over rows: 16 warps a multiprocessor keep memory busy."""
+    """Return how many programs share a sum over rows: 16 warps a multiprocessor keep memory
+    busy."""
     cores = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     return min(most, cores * max(1, 16 // warps))
 
@@ -130,13 +133,14 @@ def capped(z, softcap, CAP: tl.constexpr):
 
 
 def rounding(x: Tensor) -> str:
-    """How tl.dot multiplies float32: exactly, unless the user lets tensor cores round."""
+    """Return how tl.dot multiplies float32: exactly, unless the user lets tensor cores round."""
     loose = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     return "tf32" if loose else "ieee"
 
 
 def one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors in the type of the first; under autocast, in autocast's, as a matmul would be."""
+    """Return the tensors in the type of the first; under autocast, in autocast's, as a matmul
+    would be."""
     dtype = tensors[0].dtype
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device):

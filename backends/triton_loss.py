@@ -4,7 +4,7 @@
     kernels.use("triton")               # on a GPU; one GPU or many, the calls are the same
     TRITON_INTERPRET=1 python -m pytest tests/backends/test_triton_tiles.py  # interpreted
 
-    linear                  in triton_matmul.py: the lesson. cuBLAS is as fast, and `auto` keeps it
+    linear                  in triton_matmul.py, to be read: cuBLAS is as fast, and `auto` keeps it
     linear_cross_entropy    logits by cuBLAS, a chunk of rows in one buffer that is used again; a
                             kernel turns each row of logits into its gradient where it lies
     linear_kl               the same walk with a teacher's logits beside the student's
@@ -43,7 +43,7 @@ MOST_LOGITS = 2 ** 28
 
 
 def chunk_rows(N: int, C: int, V: int) -> int:
-    """Rows of logits that exist at a time, of N.
+    """Return rows of logits that exist at a time, of N.
 
     N C / V rows make the logits as large as x: a chunk is then small beside what the model holds
     anyway (Liger, Hsu 2024). But a chunk also costs 8 V C bytes, to read and write the sum dW in
@@ -57,7 +57,8 @@ def chunk_rows(N: int, C: int, V: int) -> int:
 
 
 def logits_buffer(rows: int, V: int, like: Tensor) -> Tensor:
-    """(rows, V); every row begins at a multiple of 64 elements, for V = 50257 as well: tensor
+    """Return (rows, V); every row begins at a multiple of 64 elements, for V = 50257 as well:
+    tensor
     cores are fed 16 aligned bytes at a time, and cuBLAS is several times slower where it cannot."""
     return like.new_empty(rows, triton.cdiv(V, 64) * 64)[:, :V]
 
@@ -82,7 +83,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def walk(x: Tensor, weight: Tensor, rule: Callable, learn_x: bool, learn_w: bool) -> tuple:
-    """(dx, dW) of a loss on x W^T, or None for what is not asked for; dW is float32.
+    """Return (dx, dW) of a loss on x W^T, or None for what is not asked for; dW is float32.
 
     rule(z, part) sees the logits z of the rows `part`, and leaves their gradient in z.
     """
@@ -223,7 +224,7 @@ class LinearCrossEntropy(Function):
     """
     @staticmethod
     def rows(options, targets, loss, lse, dloss, known):
-        """The rule of `walk`; dloss None asks for no gradient."""
+        """Return the rule of `walk`; dloss None asks for no gradient."""
         def rule(z, part):
             N, V = z.shape
             up = loss if dloss is None else dloss[part] if dloss.stride(0) else dloss

@@ -1,4 +1,4 @@
-"""A tiled matmul in Triton: the lesson, and the pieces that the experts of triton_loss.py share.
+"""A tiled matmul in Triton, to be read, and the pieces that the experts of triton_moe.py share.
 
     import kernels, triton_loss        # registers the `triton` form of kernels.linear, and others
     kernels.use("triton")               # by name alone: `auto` keeps cuBLAS, which is as fast
@@ -46,7 +46,7 @@ def even_rows(x: Tensor) -> Tensor:
 
 
 def blocks(rows: int, wide: bool, accumulators: int = 1) -> dict[str, int]:
-    """Tile sizes and launch options of a product with this many rows; wide: float32.
+    """Return tile sizes and launch options of a product with this many rows; wide: float32.
 
     The largest of which nothing spills on sm_80 and sm_90, in 99 KB of shared memory. float32 is
     multiplied without tensor cores, in registers, and its tiles are small.
@@ -188,7 +188,8 @@ def linear_triton(x, weight, bias=None):
 
 
 def choices() -> Iterator[tuple[str, int, dict, dict]]:
-    """(type, rows, launch, launch with two accumulators) of every tile that `blocks` chooses."""
+    """Yield (type, rows, launch, launch with two accumulators) of every tile that `blocks`
+    chooses."""
     for dtype, precision in (("bf16", "ieee"), ("fp32", "ieee"), ("fp32", "tf32")):
         wide = dtype == "fp32"
         for rows in (4096, 16) if wide else (4096, 64, 16):

@@ -190,7 +190,8 @@ class MoE(Function):
     """
     @staticmethod
     def plan(chosen, E, BM):
-        """(order, token, edges, table, tiles): what a sorted row is, and which expert's a tile."""
+        """Return (order, token, edges, table, tiles): what a sorted row is, and which expert's a
+        tile."""
         ordered, order = chosen.reshape(-1).sort(stable=True)
         edges = torch.searchsorted(ordered, torch.arange(E + 1, device=chosen.device))
         R = len(order)

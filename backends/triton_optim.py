@@ -61,8 +61,8 @@ def address(table, count, row: tl.constexpr, which, like, ALIGNED: tl.constexpr)
 
 
 def launches(*lists: Sequence[Tensor]) -> Iterator[tuple]:
-    """(programs, table, count, first tensor of each list, constants) of as few launches as types
-    and TENSORS allow. Tensors of one place in the lists have one shape; all are dense."""
+    """Yield (programs, table, count, first tensor of each list, constants) of as few launches as
+    types and TENSORS allow. Tensors of one place in the lists have one shape; all are dense."""
     kinds: dict[tuple, list] = {}
     for row in zip(*lists):
         if row[0].numel():
@@ -83,7 +83,7 @@ def launches(*lists: Sequence[Tensor]) -> Iterator[tuple]:
 
 
 def dense(*lists: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The same lists with copies in the place of what is not contiguous."""
+    """Return the same lists with copies in the place of what is not contiguous."""
     check(*{(t.dtype, t.device): t for tensors in lists for t in tensors}.values())
     expect(all(len({t.shape for t in row}) == 1 for row in zip(*lists)) and
            len({len(tensors) for tensors in lists}) == 1,

@@ -96,7 +96,7 @@ class Children:
             child.send_signal(number)
 
     def run(self, argv: list[str], **how: Any) -> tuple[int, str, str | None]:
-        """(status, stdout, stderr) of a command, once it has ended."""
+        """Return (status, stdout, stderr) of a command, once it has ended."""
         if self.asked:                          # between two of them
             raise Stopped(self.asked)
         child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True,
@@ -149,7 +149,7 @@ def command(line: str, threads: int = 0) -> tuple[float, str]:
 
 
 def unfinished(folder: str) -> bool:
-    """Whether a run in `folder` was stopped, or killed, before its last step."""
+    """Return whether a run in `folder` was stopped, or killed, before its last step."""
     try:
         names = json.loads((ROOT / folder / "checkpoints.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -158,7 +158,7 @@ def unfinished(folder: str) -> bool:
 
 
 def out_dir(line: str) -> str:
-    """The folder that a command writes: its flag, or the line of its config file."""
+    """Return the folder that a command writes: its flag, or the line of its config file."""
     if given := re.search(r"--out_dir=(\S+)", line):
         return given[1]
     file = next(word for word in line.split() if word.startswith("config/"))
@@ -166,7 +166,7 @@ def out_dir(line: str) -> str:
 
 
 def last(folder: str, key: str) -> float | None:
-    """The last value of `key` in a run's log."""
+    """Return the last value of `key` in a run's log."""
     rows = [json.loads(x) for x in (ROOT / folder / "log.jsonl").read_text().splitlines()]
     return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
 
@@ -208,7 +208,7 @@ def main(cfg: Config) -> None:
 def run_stages(cfg: Config) -> None:
     """Run the stages in turn, those at the end beside each other, and print the table."""
     if cfg.first not in STAGES:
-        raise UserError(f"first={cfg.first!r} does not exist: {', '.join(STAGES)}")
+        raise UserError(f"unknown stage --first={cfg.first!r}; choose from {', '.join(STAGES)}")
     if cfg.seeds < 1 or min(cfg.limit, cfg.jobs) < 0:
         raise UserError("--seeds must be at least 1, --limit and --jobs at least 0")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

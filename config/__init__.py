@@ -41,7 +41,8 @@ LONGEST = 700                           # characters of a sentence; a hostile na
 
 
 def brief(text: str, most: int = LONGEST) -> str:
-    """The text, its middle left out where it is longer than `most`, without control characters."""
+    """Return the text, its middle left out where it is longer than `most`, without control
+    characters."""
     if len(text) > most:
         text = f"{text[:most * 2 // 3]} … {text[-most // 4:]}"
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
@@ -103,13 +104,13 @@ def refuse_idle(cfg: Any, shape: Any = None, in_force: dict[str, Any] | None = N
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """Name -> type of every field, with string annotations resolved."""
+    """Return name -> type of every field, with string annotations resolved."""
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
 def choices_of(kind: Any) -> tuple[type, ...]:
-    """The plain types a field accepts: `int | None` -> (int, NoneType)."""
+    """Return the plain types a field accepts: `int | None` -> (int, NoneType)."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return typing.get_args(kind)
     return (typing.get_origin(kind) or kind,)
@@ -192,7 +193,7 @@ RANGES = {
 
 
 def range_of(cls: type, name: str) -> str:
-    """The interval that a field's numbers must lie in, "" where none is declared."""
+    """Return the interval that a field's numbers must lie in, "" where none is declared."""
     for base in cls.__mro__:
         if name in vars(base).get("ranges", {}):
             return vars(base)["ranges"][name]
@@ -200,7 +201,8 @@ def range_of(cls: type, name: str) -> str:
 
 
 def check_range(cls: type, name: str, value: Any, where: str) -> None:
-    """UserError for a number that no run can have: nan, infinite, or outside the field's interval.
+    """Raise UserError for a number that no run can have: nan, infinite, or outside the field's
+    interval.
 
     >>> check_range(Config, "dropout", 1.5, "--dropout")
     config.UserError: --dropout: dropout is 1.5: it must be below 1
@@ -268,8 +270,8 @@ def read_config_file(path: str, cls: type) -> dict[str, Any]:
 
 
 def field_comments(cls: type) -> tuple[dict[str, str], dict[str, str]]:
-    """(field -> its trailing comment, field -> the `# --- heading` above it), read from source;
-    those of the classes that it inherits from as well."""
+    """Return (field -> its trailing comment, field -> the `# --- heading` above it), read from
+    source; those of the classes that it inherits from as well."""
     comments = {}
     headings = {}
     last = None
@@ -303,7 +305,8 @@ def field_comments(cls: type) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def help_text(cls: type, positional: Sequence[str] = ()) -> str:
-    """The `--help` of a script: its docstring, then every field, its type, default, comment."""
+    """Return the `--help` of a script: its docstring, then every field, its type, default,
+    comment."""
     module = sys.modules.get(cls.__module__)
     lines = [(module.__doc__ or "").strip(), ""] if module else []
     plain = " ".join(f"[{p}]" for p in positional) or "[config/FILE.py …]"
@@ -346,7 +349,7 @@ def configure(cls: type, argv: Sequence[str] | None = None, positional: Sequence
             if not positional:
                 files.append(word)
             elif not waiting:
-                raise UserError(f"{word!r} is one word too many; --help shows the usage")
+                raise UserError(f"unexpected argument {word!r}; --help shows the usage")
             elif kinds[waiting[0]] in (list[str], list):
                 settings.setdefault(waiting[0], []).append(word)
             else:
@@ -381,7 +384,8 @@ def configure(cls: type, argv: Sequence[str] | None = None, positional: Sequence
 
 
 def show(cfg: Any) -> str:
-    """The resolved settings on one block of lines; those set by the user are marked with *."""
+    """Return the resolved settings on one block of lines; those set by the user are marked with
+    *."""
     given = getattr(cfg, "given", frozenset())
     rows = [f"{'*' if k in given else ' '} {k} = {v!r}" for k, v in dataclasses.asdict(cfg).items()]
     return "\n".join(rows)
@@ -411,7 +415,7 @@ def tolerate_output() -> None:
 
 def refuse_to_run() -> None:
     """End, with a sentence and status 2, a file that was run though other files only import it."""
-    complain(f"{Path(sys.argv[0]).name} is imported by the scripts and does nothing by itself: "
+    complain(f"{Path(sys.argv[0]).name} is imported by the scripts and cannot be run: "
              "README.md lists what to run")
     sys.exit(2)
 

@@ -12,7 +12,7 @@ expect of the packing: rows over 90% full where conversations are shorter than h
 and printed by the stages), where one conversation a row would mostly be padding.
 
 Three traps that other repositories' users fell into, and what keeps them shut here. A conversation
-longer than a row stops some packers for ever: it is cut when it is rendered. One without any token
+longer than a row stops some packers forever: it is cut when it is rendered. One without any token
 to train on makes a loss 0 / 0: it is skipped, and counted. And ids whose mask takes another way
 through the program lose it: here they are one object until they are targets.
 """
@@ -46,7 +46,7 @@ COLUMNS = ("text", "label")             # of records to classify
 def read_chats(path: str | Path, kind: str = "sft", skip_bad: bool | None = False,
                reader: loader.Reader | None = None, notes: Notes | None = None,
                columns: tuple[str, str] = COLUMNS) -> Iterator[dict[str, Any]]:
-    """The records of a .jsonl, .json, .csv or .tsv file (.gz or not) in one layout a kind.
+    """Yield the records of a .jsonl, .json, .csv or .tsv file (.gz or not) in one layout a kind.
 
     sft {"messages"}, preference {"chosen", "rejected"} or {"messages", "label"}, prompts {"prompt",
     "answer"}, labels {"text", "label"}, from the two columns of that name; "task" and "answer" of a
@@ -55,7 +55,7 @@ def read_chats(path: str | Path, kind: str = "sft", skip_bad: bool | None = Fals
     and what was left out.
     """
     if kind not in ADAPTERS:
-        raise UserError(f"kind={kind!r} does not exist: {', '.join(KINDS)}")
+        raise UserError(f"unknown kind {kind!r}; choose from {', '.join(KINDS)}")
     reader = reader or loader.Reader(skip_bad)
     notes = notes or Notes()
     adapt = ADAPTERS[kind]
@@ -82,7 +82,8 @@ PREFIX = {"preference": "pref_", "prompts": "rl_"}     # of a kind's files, wher
 
 
 def find(dataset: str, kind: str = "sft") -> tuple[Path, Path | None]:
-    """(training file, validation file or None) of a name under data/, a folder, or a file."""
+    """Return (training file, validation file or None) of a name under data/, a folder, or a
+    file."""
     path = Path(dataset).expanduser()
     if path.is_file():
         return path, None
@@ -111,7 +112,8 @@ def find(dataset: str, kind: str = "sft") -> tuple[Path, Path | None]:
 
 
 def check_labels(path: Path, records: list[dict]) -> None:
-    """UserError where nearly every text has a label of its own: then the columns are swapped."""
+    """Raise UserError where nearly every text has a label of its own: then the columns are
+    swapped."""
     labels = {r["label"] for r in records}
     if len(labels) > max(9, len(records) // 2):
         raise UserError(f"{path} has {len(labels):,} labels for {len(records):,} texts, "
@@ -122,7 +124,7 @@ def check_labels(path: Path, records: list[dict]) -> None:
 def splits(dataset: str, kind: str = "sft", skip_bad: bool | None = False,
            notes: Notes | None = None, columns: tuple[str, str] = COLUMNS
            ) -> tuple[list[dict], list[dict], int]:
-    """(training records, validation records, bad ones that were skipped) of a dataset."""
+    """Return (training records, validation records, bad ones that were skipped) of a dataset."""
     train, val = find(dataset, kind)
     reader = loader.Reader(skip_bad)
     records = list(read_chats(train, kind, skip_bad, reader, notes, columns))
@@ -187,8 +189,8 @@ def render_all(tokenizer: Any, records: Iterable[dict[str, Any]], template: str 
 
 def completion(tokenizer: Any, messages: Messages, before: Messages, template: str | None,
                **options: Any) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """(ids, mask) of a conversation, the mask true on what assistants say after `before` alone;
-    and why answers after it are masked all the same."""
+    """Return (ids, mask) of a conversation, the mask true on what assistants say after `before`
+    alone; and why answers after it are masked all the same."""
     messages = as_context(messages[:len(before)]) + messages[len(before):]
     ids, mask, lost = chat.render(tokenizer, messages, template, **options)
     live = np.array(mask, dtype=bool)
@@ -235,7 +237,7 @@ def render_pairs(tokenizer: Any, records: Iterable[dict[str, Any]], template: st
 
 
 def shuffled(n: int, seed: int, number: int) -> np.ndarray:
-    """Permutation `number` of a seed, (n,) int64: raw words of PCG64 are the same for ever."""
+    """Permutation `number` of a seed, (n,) int64: raw words of PCG64 never change."""
     words = np.random.PCG64([seed % 2**64, number]).random_raw(n)
     return np.argsort(words, kind="stable")
 
@@ -327,8 +329,8 @@ class Packed:
                 f"{self.trained:,} of {self.tokens:,} tokens are trained on{untold}")
 
     def gather(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        """Rows by number -> {"ids", "targets" (B, T) int64, "doc" (B, T) int32}, and the columns
-        (B, D) by document, D the most that a row has; 0 where there is none."""
+        """Return rows by number -> {"ids", "targets" (B, T) int64, "doc" (B, T) int32}, and the
+        columns (B, D) by document, D the most that a row has; 0 where there is none."""
         B = len(rows)
         T = self.block_size
         ids = np.full((B, T + 1), self.pad, dtype=np.int64)
@@ -357,7 +359,7 @@ class Packed:
                 **{name: torch.from_numpy(column) for name, column in more.items()}}
 
     def epoch(self, number: int) -> np.ndarray:
-        """The rows of an epoch in the order they are seen."""
+        """Return the rows of an epoch in the order they are seen."""
         if number not in self.epochs:
             self.epochs[number] = shuffled(len(self.rows), self.seed, number + 1)
             while len(self.epochs) > 2:             # a batch may straddle two
@@ -371,8 +373,8 @@ class Packed:
         return self.gather([int(self.epoch(number)[place]) for number, place in places])
 
     def fixed(self, batch_size: int, rows: int) -> "Fixed":
-        """Up to `rows` rows, the same in every run and for every batch_size: evenly spaced, none
-        twice."""
+        """Return up to `rows` rows, the same in every run and for every batch_size: evenly spaced,
+        none twice."""
         rows = min(len(self), rows)
         numbers = [k * len(self) // rows for k in range(rows)]
         return Fixed(self, [numbers[i:i + batch_size] for i in range(0, rows, batch_size)])
@@ -398,7 +400,7 @@ PLAIN = "\x1b[0m"
 
 
 def show(tokenizer: Any, batch: dict[str, torch.Tensor], color: bool | None = None) -> str:
-    """The rows of a batch as text: what is trained on is green, or between ⟦ and ⟧.
+    """Return the rows of a batch as text: what is trained on is green, or between ⟦ and ⟧.
 
     Made from ids and targets, which are all that the model gets: what is seen here is trained on.
     color None: on a terminal, unless NO_COLOR is set.
@@ -432,7 +434,7 @@ def show(tokenizer: Any, batch: dict[str, torch.Tensor], color: bool | None = No
 
 
 def runs(span: list[int], live: list[bool]) -> Iterator[list[int]]:
-    """The places of a span in stretches of equal `live`."""
+    """Yield the places of a span in stretches of equal `live`."""
     run: list[int] = []
     for t in span:
         if run and live[t] != live[run[0]]:

@@ -59,7 +59,7 @@ class Corpus:
         self.cut = None
 
     def texts(self, path: Path) -> Iterator[Iterable[str]]:
-        """The documents of a file, each as its blocks of text."""
+        """Yield the documents of a file, each as its blocks of text."""
         if loader.kind_of(path) in RECORDS:
             for where, record in self.reader.records(path):
                 text = record.get(self.cfg.key)
@@ -84,7 +84,8 @@ class Corpus:
             yield self.reader.blocks(path)
 
     def pieces(self, what: str, limit: float = math.inf) -> Iterator[tuple[str, bool, str]]:
-        """All pieces in order, or those of the first `limit` characters; `what` names the pass."""
+        """Yield all pieces in order, or those of the first `limit` characters; `what` names the
+        pass."""
         show = Progress(what, self.size)
         seen = 0
         self.reader.consumed = self.reader.bad = 0
@@ -110,7 +111,7 @@ class Corpus:
         show(self.reader.consumed, last=True)
 
     def side(self, text: str) -> str:
-        """The split of a document: by content, so that its copies are never on both sides.
+        """Return the split of a document: by content, so that its copies are never on both sides.
 
         The highest mark always trains and the lowest validates, so that neither side is empty.
         """
@@ -141,7 +142,7 @@ class Corpus:
                 raise UserError(f"{self.chars} characters are too few to split: give more text")
 
     def train_tokenizer(self, adapt: bool = False) -> Any:
-        """A tokenizer for this text; a bpe sees the training documents alone.
+        """Return a tokenizer for this text; a bpe sees the training documents alone.
 
         adapt: the vocabulary is at most vocab_size, and smaller for a text that would give many of
         so many entries too few examples to learn from, or has too few words to fill it.

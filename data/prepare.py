@@ -40,12 +40,12 @@ from tokenizer import EOT, Tokenizer, load  # noqa: E402
 
 
 def is_fetched(cfg: Any, inputs: list[tuple[str, str]]) -> bool:
-    """Whether anything is downloaded."""
+    """Return whether anything is downloaded."""
     return any("://" in path for path, _ in inputs)
 
 
 def has_kind(inputs: list[tuple[str, str]], records: bool) -> bool:
-    """Whether any input holds records, or any is one text."""
+    """Return whether any input holds records, or any is one text."""
     names = [urlsplit(path).path if "://" in path else path for path, _ in inputs]
     return any((loader.kind_of(name) in RECORDS) == records for name in names)
 
@@ -60,7 +60,7 @@ class Config:
     vocab_size: int = 16384             # entries of a bpe trained here, <|endoftext|> included;
                                         # unless it is given, fewer for a text below 1 MB
     pattern: str = "gpt2"               # how a bpe trained here splits text: gpt2 or cl100k
-    tokenizer_chars: int = 1_000_000_000  # train the tokenizer on at most so many characters
+    tokenizer_chars: int = 1_000_000_000  # train the tokenizer on at most this many characters
     shard_tokens: int = 100_000_000     # tokens of a shard file
     # --- documents
     val_fraction: float | None = None   # share kept for validation; 0.05 (shakespeare: 0.1)

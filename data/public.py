@@ -210,7 +210,7 @@ def by_label(rows: Iterable[tuple[str, dict]], seed: int) -> Iterator[tuple[str,
     if len(groups) == 1:
         raise UserError(f"there is nothing but {next(iter(groups))!r}: is this the whole file?")
     size = min(map(len, groups.values()), default=0)
-    # the trap: in the order of the marks by which they are chosen, the larger class would come
+    # in the order of the marks by which they are chosen, the larger class would come
     # first, all of it in train
     chosen = []
     for group in groups.values():

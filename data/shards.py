@@ -50,7 +50,7 @@ class Shards:
         self.count = 0
 
     def header(self, count: int) -> bytes:
-        """The 128 bytes that open an .npy file of one row (NumPy's format, version 1.0)."""
+        """Return the 128 bytes that open an .npy file of one row (NumPy's format, version 1.0)."""
         text = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': ({count},), }}"
         return b"\x93NUMPY\x01\x00\x76\x00" + text.ljust(117).encode() + b"\n"
 

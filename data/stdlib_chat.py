@@ -30,7 +30,8 @@ SIGNATURE = ("Write the signature of {}.", "What is the signature of {}?", "How 
 
 
 def first_paragraph(docstring: str | None) -> str:
-    """The opening paragraph on one line; "" where there is none of 15 to LONGEST characters."""
+    """Return the opening paragraph on one line; "" where there is none of 15 to LONGEST
+    characters."""
     text = " ".join((docstring or "").strip().split("\n\n")[0].split())
     # It may open with the signature, be an example, or hold "\ud800", which no file can.
     prose = re.match(r"[A-Z][\w' -]*[ ,.]", text) and ">>>" not in text and text.isprintable()
@@ -38,7 +39,7 @@ def first_paragraph(docstring: str | None) -> str:
 
 
 def parse(path: Path) -> ast.Module | None:
-    """The syntax tree of a file; None where it is no valid Python. Nothing is run."""
+    """Return the syntax tree of a file; None where it is no valid Python. Nothing is run."""
     try:
         with tokenize.open(path) as f, warnings.catch_warnings():
             warnings.simplefilter("ignore")         # old escapes in old files
@@ -48,7 +49,7 @@ def parse(path: Path) -> ast.Module | None:
 
 
 def definitions(tree: ast.Module, module: str) -> Iterator[tuple[str, str, str]]:
-    """(dotted name, docstring's first paragraph, signature or "") of what is public."""
+    """Yield (dotted name, docstring's first paragraph, signature or "") of what is public."""
     yield module, first_paragraph(ast.get_docstring(tree)), ""      # a module has no signature
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     # methods, too, but nothing inside a function

@@ -79,7 +79,7 @@ GEMMA = like(LLAMA, "gemma", "GemmaForCausalLM",
                                        **make_size(28, 16, 16, 3072, 24576))})
 ROWS = (
     make_gemma("gemma3_text", "Gemma3ForCausalLM", 6, fixed=dict(qk_norm=True), rope="nested",
-          # subtle: transformers has a setting for a cap on attention and ignores it
+          # transformers has a setting for a cap on attention and ignores it
           only={"attn_logit_softcapping": (0,)}, caps=dict(final_logit_softcapping=None),
           context=131072,
           # which the text_config of the published 4B leaves out

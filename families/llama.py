@@ -24,7 +24,7 @@ def scale_llama3(factor: float) -> dict:
 
 def smollm3_read(hf: dict, values: dict) -> None:
     """Read which layers have no positions."""
-    # the trap: in no_rope_layers a 1 means that the layer has RoPE
+    # in no_rope_layers a 1 means that the layer has RoPE
     marks = hf.get("no_rope_layers")
     n = hf.get("no_rope_layer_interval", 4)
     if marks is None and type(values["n_layer"]) is int:

@@ -49,7 +49,8 @@ class Lock:
         self.file = file
 
     def guards(self, path: Path) -> bool:
-        """Whether `path` is still what was locked: it may have been renamed or removed since."""
+        """Return whether `path` is still what was locked: it may have been renamed or removed
+        since."""
         if self.file is not None:           # the lock of a name, not of what has the name
             return True
         with contextlib.suppress(OSError):
@@ -165,7 +166,7 @@ def release(folder: str | Path) -> None:
 
 # --- names of what is not finished -------------------------------------------------------------
 def beside(path: Path, kind: str = "new") -> Path:
-    """A name next to `path` that no other process uses: .NAME.PID-TIME.kind."""
+    """Return a name next to `path` that no other process uses: .NAME.PID-TIME.kind."""
     return path.with_name(f".{path.name}.{os.getpid()}-{time.monotonic_ns():x}.{kind}")
 
 
@@ -235,7 +236,7 @@ SHARD = re.compile(r"(train|val)_\d{5}\.npy")
 
 @contextlib.contextmanager
 def build_directory(out: Path, complete: Callable[[], bool]) -> Iterator[Path | None]:
-    """A hidden folder inside `out` to build in; what it holds is moved up at the end.
+    """Yield a hidden folder inside `out` to build in; what it holds is moved up at the end.
 
     None where complete() says that `out` has all of it, perhaps made by a process that this one
     had to wait for. An error removes the hidden folder, a kill leaves it to the next run, and a

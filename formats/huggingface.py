@@ -47,7 +47,8 @@ ROPE_OPTIONS = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale",
 
 
 def effective(config: ModelConfig) -> dict[str, Any]:
-    """The settings that the maths depends on, in one spelling: equal models compare equal."""
+    """Return the settings that the maths depends on, in one spelling: equal models compare
+    equal."""
     values = asdict(config)
     # older files say "type" for "rope_type"; a default type is no scaling at all
     scaling = dict(values["rope_scaling"] or {})
@@ -79,7 +80,7 @@ def effective(config: ModelConfig) -> dict[str, Any]:
 
 
 def to_family(config: ModelConfig, family: Family) -> dict[str, Any]:
-    """`config` in the words of the family's config.json, whether or not they can say it."""
+    """Return `config` in the words of the family's config.json, whether or not they can say it."""
     hf: dict[str, Any] = {"model_type": family.model_type, "architectures": [family.architecture]}
     for ours, theirs in family.fields:
         value = getattr(config, ours)
@@ -107,7 +108,8 @@ def to_family(config: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def from_family(hf: dict[str, Any], family: Family, where: str = "config.json") -> ModelConfig:
-    """The ModelConfig that a family's config.json describes; UserError if it is not supported."""
+    """Return the ModelConfig that a family's config.json describes; UserError if it is not
+    supported."""
     for key, allowed in family.only.items():
         if hf.get(key) not in (None, *allowed):
             raise UserError(f"{where}: {key} = {reprlib.repr(hf[key])} is not supported, "
@@ -201,7 +203,7 @@ def read_rope(hf: dict, family: Family, values: dict, where: str) -> None:
         if outer is not None:
             rope["original_max_position_embeddings"] = outer
     share = rope.pop("partial_rotary_factor", None)
-    if share is None:                       # the trap: an explicit null is transformers' 1
+    if share is None:                       # an explicit null is transformers' 1
         share = hf.get("partial_rotary_factor", family.defaults.get("partial_rotary_factor", 1.0))
     share = 1.0 if share is None else share
     if family.rope == "partial":
@@ -243,7 +245,7 @@ def merge_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, 
                         "full_attention")
     shadow = full.get("rope_type", None if new else "default")
     if "type" in old and "rope_type" not in old and shadow not in (None, old["type"]):
-        # the trap: there transformers reads rope_type alone
+        # there transformers reads rope_type alone
         raise UserError(f"{where}: rope_scaling says type = {shorten(old['type'])}, which does not "
                         f"count in a {family.model_type} model: call it rope_type")
     if slide.get("rope_type", slide.get("type", "default")) != "default":
@@ -258,7 +260,8 @@ def merge_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, 
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is 0 or more, and no more than any model's: arithmetic on it stays finite."""
+    """Return whether it is 0 or more, and no more than any model's: arithmetic on it stays
+    finite."""
     return type(value) in (int, float) and 0 <= value <= LARGEST_NUMBER
 
 
@@ -333,14 +336,15 @@ def checked(values: dict[str, Any], where: str,
 
 
 def differences(config: ModelConfig, family: Family) -> set[str]:
-    """The settings of `config` that change when it is written as the family and read back."""
+    """Return the settings of `config` that change when it is written as the family and read
+    back."""
     back = effective(from_family(to_family(config, family), family))
     wanted = effective(config)
     return {name for name in wanted if back[name] != wanted[name]}
 
 
 def padding(config: ModelConfig, family: Family) -> int | None:
-    """How many bias flags the family has beyond `config`'s; None if it is another model.
+    """Return how many bias flags the family has beyond `config`'s; None if it is another model.
 
     A family fits if its config.json, read back, describes the same model. A bias of zero changes
     nothing, so a family with more biases fits too: that is how bias=False is saved as GPT-2.
@@ -354,7 +358,7 @@ def padding(config: ModelConfig, family: Family) -> int | None:
 
 
 def family_of(config: ModelConfig, but: str = "") -> Family:
-    """The row that `config` is saved as, not the type `but`: HANDMADE if there is none."""
+    """Return the row that `config` is saved as, not the type `but`: HANDMADE if there is none."""
     own = FAMILIES.get(config.saved_as)
     if own is not None and own.model_type != but and padding(config, own) is not None:
         return own
@@ -364,7 +368,8 @@ def family_of(config: ModelConfig, but: str = "") -> Family:
 
 
 def readable_family(config: ModelConfig, tokenizer: Any) -> tuple[Family, str]:
-    """The row to save a model as, so that transformers reads its tokenizer as it is; and a note."""
+    """Return the row to save a model as, so that transformers reads its tokenizer as it is; and a
+    note."""
     family = family_of(config)
     if tokenizer is None or not is_misread(tokenizer, family.model_type):
         return family, ""
@@ -378,7 +383,7 @@ def readable_family(config: ModelConfig, tokenizer: Any) -> tuple[Family, str]:
 
 def hf_config(config: ModelConfig, tokenizer: Any = None,
               family: Family | None = None) -> dict[str, Any]:
-    """The content of config.json: the family's words, and our own for an exact return."""
+    """Return the content of config.json: the family's words, and our own for an exact return."""
     family = family or family_of(config)
     hf = to_family(config, family)
     # explicit nulls: where the key is missing transformers takes the family's published ids
@@ -482,7 +487,7 @@ class Slot(NamedTuple):
         return tensor.T if self.transpose else tensor
 
     def from_disk(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The tensor of each of `parts`."""
+        """Return the tensor of each of `parts`."""
         if self.heads:              # and back
             rows = tensor.view(self.heads, -1, 2, *tensor.shape[1:])
             tensor = rows.transpose(1, 2).reshape(tensor.shape)
@@ -525,7 +530,7 @@ def layout(config: ModelConfig, family: Family) -> dict[str, Slot]:
 
 
 def disk_form(config: ModelConfig, family: Family) -> ModelConfig:
-    """The model that lies on disk: `config`, with the family's biases of zero."""
+    """Return the model that lies on disk: `config`, with the family's biases of zero."""
     if family is HANDMADE:
         return config
     return from_family(to_family(config, family), family)

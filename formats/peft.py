@@ -57,8 +57,8 @@ def map_layers(model: Transformer, family: Family) -> dict[str, Slot]:
 
 
 def check_ranks(model: Transformer, name: str = "default") -> None:
-    """UserError where an adapter cannot be saved: what is one matrix in the family's files (GPT-2's
-    c_attn) needs one rank."""
+    """Raise UserError where an adapter cannot be saved: what is one matrix in the family's files
+    (GPT-2's c_attn) needs one rank."""
     ranks = {part: len(adapter.A) for part, adapter in adapters(model, name).items()}
     for key, slot in map_layers(model, family_of(model.config)).items():
         if len({ranks[part] for part in slot.parts if part in ranks}) > 1:
@@ -67,14 +67,14 @@ def check_ranks(model: Transformer, name: str = "default") -> None:
 
 
 def shortest(name: str, others: set[str]) -> str:
-    """The shortest end of a module's name that means none of the others."""
+    """Return the shortest end of a module's name that means none of the others."""
     words = name.split(".")
     ends = (".".join(words[i:]) for i in range(len(words) - 1, -1, -1))
     return next(end for end in ends if not any(matches(other, end) for other in others))
 
 
 def join(slot: Slot, parts: list[Adapter | None], model: Transformer) -> tuple:
-    """(A, B, magnitude, alpha) of one linear on disk from the adapters of its parts here.
+    """Return (A, B, magnitude, alpha) of one linear on disk from the adapters of its parts here.
 
     Where q, k and v are one matrix there (GPT-2's c_attn; GLM's gate_up_proj), PEFT has one A for
     all. If ours are alike they are that A; otherwise they stand one above the other, with B in
@@ -108,7 +108,7 @@ def save_adapter(path: str | Path, model: Any, name: str = "default", base: str 
     save_model() would choose. base: where the frozen model lies, for who opens it; fingerprint:
     of that folder, where it is known already.
 
-    Both files are complete elsewhere before either takes its name. Of a mixture PEFT (0.21) opens
+    Both files are complete elsewhere before either takes its name. Of an MoE, PEFT (0.21) opens
     adapters of attention alone: it takes a name such as mlp.up_proj for all of its experts."""
     model = unwrap(model)
     path = Path(path)
@@ -215,14 +215,14 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
 
 
 def pattern(found: dict[str, Any], name: str, otherwise: Any) -> Any:
-    """The value of the first key that means the module `name`."""
+    """Return the value of the first key that means the module `name`."""
     return next((v for k, v in found.items() if k == "^" + name or matches(name, k)), otherwise)
 
 
 def sort_tensors(stored: dict[str, Stored], file: Path
                  ) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
-    """(name of a linear on disk -> {"A", "B", "magnitude"} -> where it lies; the same of frozen
-    matrices, which PEFT saves with adapters on lm_head)."""
+    """Return (name of a linear on disk -> {"A", "B", "magnitude"} -> where it lies; the same of
+    frozen matrices, which PEFT saves with adapters on lm_head)."""
     modules: dict[str, dict[str, Stored]] = {}
     frozen: dict[str, Stored] = {}
     for key, s in stored.items():
@@ -291,7 +291,7 @@ def find_layers(model: Transformer, modules: Iterable[str], file: Path) -> dict[
 
 
 def check_tensors(modules: dict, known: dict[str, Slot], settings: dict, file: Path) -> None:
-    """UserError where tensors, settings and model do not agree."""
+    """Raise UserError where tensors, settings and model do not agree."""
     named = {n for n in known if matches(n, *settings["targets"])}
     for name in sorted(named | modules.keys()):
         found = modules.get(name, {})
@@ -353,7 +353,8 @@ def load_adapter(path: str | Path, model: Any, name: str = "default",
 
 
 def blocks(Bs: Sequence[Tensor]) -> list[Tensor] | None:
-    """The n blocks on the diagonal of B (N, n r), which is cut by rows; None if it has more."""
+    """Return the n blocks on the diagonal of B (N, n r), which is cut by rows; None if it has
+    more."""
     cut = [B.chunk(len(Bs), 1) for B in Bs]
     more = any(c.any() for i, row in enumerate(cut) for k, c in enumerate(row) if i != k)
     return None if more else [row[i] for i, row in enumerate(cut)]

@@ -90,7 +90,8 @@ def is_equal(a: Stored, b: Stored, rows: int = 4096) -> bool:
 
 
 def read(s: Stored, out: Tensor | None = None) -> Tensor:
-    """The tensor at `s`; in `out` if its bytes fit there as they are, else in memory of its own.
+    """Return the tensor at `s`; in `out` if its bytes fit there as they are, else in memory of its
+    own.
 
     Read and not mapped: the pages of a map count as memory until the kernel wants them back, and
     a file that shrinks under a map kills the process.
@@ -147,14 +148,15 @@ def write_safetensors(path: Path, specs: Iterable[tuple[str, torch.dtype, tuple[
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict:
-    """A JSON object whose keys may not repeat: two readers could take different ones."""
+    """Return a JSON object whose keys may not repeat: two readers could take different ones."""
     if len(dict(pairs)) != len(pairs):
         raise ValueError("a key occurs twice")
     return dict(pairs)
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Name -> place of every tensor of a safetensors file; UserError if anything is not right.
+    """Return name -> place of every tensor of a safetensors file; UserError if anything is not
+    right.
 
     Each size is checked against the size of the file before it is used, and the tensors must
     cover the data exactly: without holes (where bytes could hide) and without overlaps.
@@ -293,7 +295,7 @@ def weight_index(directory: Path) -> dict[str, Stored]:
 
 
 def read_pickled(path: Path) -> dict[str, Stored]:
-    """Name -> tensor of a .pth file, mapped; UserError if it holds anything but tensors."""
+    """Return name -> tensor of a .pth file, mapped; UserError if it holds anything but tensors."""
     try:
         # weights_only: a pickle that would run code is refused
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -311,7 +313,7 @@ def read_pickled(path: Path) -> dict[str, Stored]:
 
 
 def meta_index(directory: Path) -> dict[str, Stored]:
-    """Name -> place of every tensor of consolidated.00.pth, .01.pth, … or .safetensors.
+    """Return name -> place of every tensor of consolidated.00.pth, .01.pth, … or .safetensors.
 
     Each file has a slice of every matrix, that of one GPU. Layers cut by their outputs (q, k, v,
     w1, w3, output) are joined along rows, those cut by their inputs (wo, w2) along columns.

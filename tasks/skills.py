@@ -117,7 +117,7 @@ class Problem:
 
 
 def apart(text: Any) -> str:
-    """The characters of a word or number with spaces between them.
+    """Return the characters of a word or number with spaces between them.
 
     >>> apart("talp"), apart(34)
     ('t a l p', '3 4')
@@ -126,14 +126,16 @@ def apart(text: Any) -> str:
 
 
 def word_of(rng: random.Random, level: int) -> str:
-    """A made-up word that can be said aloud, of 3 to 2 + level letters: "tal", "ika", "bano"."""
+    """Return a made-up word that can be said aloud, of 3 to 2 + level letters: "tal", "ika",
+    "bano"."""
     first = rng.random() < 0.7          # opens with a consonant
     return "".join(rng.choice(CONSONANTS if (i % 2 == 0) == first else VOWELS)
                    for i in range(rng.randint(3, 2 + level)))
 
 
 def both_ways(word: str) -> str:
-    """The key of a word: reversed, it is the same one, or a test's answer is a train's question."""
+    """Return the key of a word: reversed, it is the same one, or a test's answer is a train's
+    question."""
     return "word " + min(word, word[::-1])
 
 
@@ -143,7 +145,7 @@ def near_number(n: int) -> tuple[str, ...]:
 
 
 def near_letters(rng: random.Random, text: str) -> tuple[str, ...]:
-    """`text` with two neighbours swapped, a letter missing, or a letter twice."""
+    """Return `text` with two neighbours swapped, a letter missing, or a letter twice."""
     i = rng.randrange(len(text) - 1)    # of two neighbours, the left one
     near = {text[:i] + text[i + 1] + text[i] + text[i + 2:], text[:i] + text[i + 1:],
             text[:i] + text[i] + text[i:]}
@@ -152,7 +154,7 @@ def near_letters(rng: random.Random, text: str) -> tuple[str, ...]:
 
 # Each draws a problem: (rng, level) -> Problem. ask() words it.
 def ask(rng: random.Random, wordings: tuple[str, ...], **about: Any) -> str:
-    """A question about `about`, worded at random."""
+    """Return a question about `about`, worded at random."""
     return rng.choice(LEADS).format(rng.choice(wordings).format(**about))
 
 
@@ -265,7 +267,7 @@ def position(rng: random.Random, level: int) -> Problem:
 
 
 def table_of(rng: random.Random, level: int) -> tuple[dict[str, str], str]:
-    """(name -> its row of the table as it is written, the key of the table)."""
+    """Return (name -> its row of the table as it is written, the key of the table)."""
     names = rng.sample(KEYS, rng.randint(2, 1 + level))
     entries = rng.sample(ENTRIES if rng.random() < 0.5 else [*"123456789"], len(names))
     has = dict(zip(names, entries))
@@ -293,7 +295,7 @@ def lookup(rng: random.Random, level: int) -> Problem:
 
 
 def impossible(rng: random.Random, level: int) -> Problem:
-    """A question without an answer, as like as possible to those that have one."""
+    """Return a question without an answer, as like as possible to those that have one."""
     kind = rng.choice(("table", "letter", "divide", "strange"))
     n = rng.randrange(10, 100)
     if kind == "table":                 # a name that is not in it
@@ -327,7 +329,8 @@ MAKERS: dict[str, Callable[[random.Random, int], Problem]] = {
 
 
 def check(task: str, answer: str, text: str) -> bool:
-    """Whether `text`, what a model said, is the answer: in value and in form, nothing around it.
+    """Return whether `text`, what a model said, is the answer: in value and in form, nothing
+    around it.
 
     White space around it and one full stop are free; so are hyphens between letters ("t-a-l-p"),
     "34" for "3 4", and words without their commas.
@@ -344,7 +347,7 @@ def check(task: str, answer: str, text: str) -> bool:
 
 
 def form(text: str) -> list[str]:
-    """An answer as its parts, the same for all that check() takes for the same."""
+    """Return an answer as its parts, the same for all that check() takes for the same."""
     text = text.strip(" \t\r\n").removesuffix(".")
     if re.fullmatch(r"[0-9](?: ?[0-9])*", text):            # ASCII: int() takes more than that
         return [text.replace(" ", "")]
@@ -356,7 +359,7 @@ def form(text: str) -> list[str]:
 
 
 def split_of(seed: int, key: str) -> str:
-    """The split of all that is about `key`: 80% train, 10% val, 10% test, by its hash."""
+    """Return the split of all that is about `key`: 80% train, 10% val, 10% test, by its hash."""
     number = draw_uniform(seed, key)
     return "test" if number < 0.1 else "val" if number < 0.2 else "train"
 
@@ -388,7 +391,7 @@ def problems(seed: int, split: str, level: int, stream: str = "") -> Iterator[Pr
 
 
 def record(made: Problem, rng: random.Random | None = None) -> dict[str, Any]:
-    """A conversation; with `rng`, a preference pair whose rejected answer is drawn by it."""
+    """Return a conversation; with `rng`, a preference pair whose rejected answer is drawn by it."""
     *before, last = (made.turn, *made.more)     # turns that are history; the one to answer
     prompt = [{"role": role, "content": text} for t in before
               for role, text in (("user", t.ask), ("assistant", t.answer))]
@@ -403,7 +406,7 @@ def record(made: Problem, rng: random.Random | None = None) -> dict[str, Any]:
 
 
 def spoiled(rng: random.Random, turn: Turn) -> tuple[str, str]:
-    """(what is wrong with it, an answer that check() refuses)."""
+    """Return (what is wrong with it, an answer that check() refuses)."""
     kind = rng.choice(("near_miss", "near_miss", "format", "rambling"))
     if kind == "near_miss":
         return kind, rng.choice(turn.wrong)     # the most instructive, so twice as often
@@ -417,7 +420,8 @@ def spoiled(rng: random.Random, turn: Turn) -> tuple[str, str]:
 
 def generate(seed: int, level: int = 1, train: int = 24_000, val: int = 1_000, test: int = 1_000,
              pref: int = 6_000, rl: int = 4_000) -> dict[str, list[dict[str, Any]]]:
-    """File name without its end -> its records; the same for the same arguments, anywhere."""
+    """Return the file name without its end -> its records; the same for the same arguments,
+    anywhere."""
     def take(n: int, split: str, stream: str = "") -> list[Problem]:
         return list(islice(problems(seed, split, level, stream), n))
 

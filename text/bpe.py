@@ -111,7 +111,7 @@ def members(escape: str) -> list[list[int]]:
 
 @lru_cache(maxsize=64)
 def compiled(pattern: str, top: int) -> re.Pattern[str]:
-    """`pattern` for Python's `re`, right for texts whose characters are all <= `top`.
+    """Return `pattern` for Python's `re`, right for texts whose characters are all <= `top`.
 
     Only three tops occur: `re` looks characters up to U+FFFF up in a table, and anything beyond
     range by range, ten times slower, so the full pattern is kept for text that needs it.
@@ -159,7 +159,7 @@ def blocks(text: str, size: int = 1 << 16) -> Iterator[str]:
 
 
 def split(pattern: str, text: str) -> list[str]:
-    """The chunks of a text: "I'm 12" -> ["I", "'m", " 12"] with GPT-2's pattern."""
+    """Return the chunks of a text: "I'm 12" -> ["I", "'m", " 12"] with GPT-2's pattern."""
     if text.isascii():
         return compiled(pattern, 0x7F).findall(text)
     # two bytes a character in UTF-16 means no character beyond U+FFFF
@@ -169,7 +169,8 @@ def split(pattern: str, text: str) -> list[str]:
 
 @lru_cache(maxsize=64)
 def total(pattern: str) -> str:
-    """A foreign pattern with one more alternative: what lies between its matches is a chunk too.
+    """Return a foreign pattern with one more alternative: what lies between its matches is a chunk
+    too.
 
     Ours match any text whole. tiktoken and findall() would drop the rest, `tokenizers` keeps it.
     """
@@ -184,7 +185,7 @@ def chunks(pattern: str, text: str) -> Iterator[list[str]]:
 
 @lru_cache(maxsize=64)
 def any_of(names: frozenset[str]) -> re.Pattern[str] | None:
-    """A pattern for any of the names, the longest first; None for no names.
+    """Return a pattern for any of the names, the longest first; None for no names.
 
     Names share beginnings ("<|reserved…"), so it is written as a tree: Gemma has 6,000 of them,
     and an alternation would try each at every "<".
@@ -225,7 +226,7 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """A whole file of a tokenizer's, which is UTF-8 without a byte order mark."""
+    """Return a whole file of a tokenizer's, which is UTF-8 without a byte order mark."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as e:
@@ -240,7 +241,7 @@ def read_json(path: str | os.PathLike) -> Any:
 
 
 def file_texts(paths: Iterable[str | os.PathLike], size: int = 1 << 22) -> Iterator[str]:
-    """The files as text, a few MB at a time, cut where blocks() would cut anyway."""
+    """Yield the files as text, a few MB at a time, cut where blocks() would cut anyway."""
     for path in paths:
         rest = ""
         for more in files.stream(path, size):
@@ -320,12 +321,12 @@ class PieceCache(dict):
         self.spelled = spelled
 
     def merged(self, chunk: str) -> list[int]:
-        """The ids of a chunk that is not here yet."""
+        """Return the ids of a chunk that is not here yet."""
         piece = unprintable(chunk) if self.spelled else chunk.encode()
         if piece in self.whole:
             return [self.ids[piece]]
         piece = piece.translate(None, self.lost)
-        # a chunk that is a token as it stands needs no merging: tiktoken's rule
+        # a chunk that is a token needs no merging: tiktoken's rule
         parts = [piece] if piece in self.ranks else bpe(self.ranks, piece)
         return [self.ids[p] for p in parts]
 
@@ -341,7 +342,7 @@ class PieceCache(dict):
 # --- learning the ranks ---------------------------------------------------------------------
 
 def count_batch(pattern: str, texts: list[str]) -> Counter[str]:
-    """The chunks of some texts with their counts; the work of one process."""
+    """Return the chunks of some texts with their counts; the work of one process."""
     counts: Counter[str] = Counter()
     for text in texts:
         for words in chunks(pattern, text):
@@ -350,7 +351,7 @@ def count_batch(pattern: str, texts: list[str]) -> Counter[str]:
 
 
 def count_chunks(texts: Iterable[str], pattern: str, workers: int | None = None) -> Counter[str]:
-    """How often each chunk occurs. Memory: the different chunks, and a few batches of text.
+    """Yield how often each chunk occurs. Memory: the different chunks, and a few batches of text.
 
     workers: processes to split with, None for one a core. A little text is split right here.
     """

@@ -112,7 +112,7 @@ class SentencePiece:
     # -- the parts of tokenizer.json around the merges
 
     def _steps(self, normalizer: dict | None) -> Iterator[tuple]:
-        """What is done to text first: (what, old, new) in order."""
+        """Yield what is done to text first: (what, old, new) in order."""
         if normalizer is None:
             return
         kind = normalizer["type"]
@@ -124,7 +124,7 @@ class SentencePiece:
             yield "prepend", None, str(normalizer["prepend"])
         elif kind == "Replace" and "String" in pattern:
             yield "replace", str(pattern["String"]), str(normalizer["content"])
-        # a foreign regular expression is not run: another engine's, and it may take for ever
+        # a foreign regular expression is not run: another engine's, and it may take forever
         elif kind == "Replace" and TRIM.get(pattern["Regex"]) == normalizer["content"]:
             python = pattern["Regex"].replace(r"\z", r"\Z")
             yield "trim", re.compile(python), normalizer["content"]
@@ -178,7 +178,7 @@ class SentencePiece:
     # -- text -> ids
 
     def normalize(self, text: str, prefix: bool = True) -> str:
-        """`text` as the merges see it; prefix: it may get a space put before it."""
+        """Return `text` as the merges see it; prefix: it may get a space put before it."""
         for what, old, new in self.steps:
             if what == "replace":
                 text = text.replace(old, new)
@@ -191,12 +191,14 @@ class SentencePiece:
         return text
 
     def _symbols(self) -> list[str]:
-        """The symbols of tokenizer.model that users defined; they are found after normalizing."""
+        """Return the symbols of tokenizer.model that users defined; they are found after
+        normalizing."""
         return [n for n, t in self.added.items()
                 if self.strict and n in self.vocab and not t["special"]]
 
     def _names(self, controls: Mapping[str, int], letters: frozenset[str]) -> tuple:
-        """(pattern, spelling -> added token) for raw text, and the same for normalized text."""
+        """Return (pattern, spelling -> added token) for raw text, and the same for normalized
+        text."""
         key = frozenset(controls), letters
         if key not in self.names:
             raw = {}
@@ -217,7 +219,8 @@ class SentencePiece:
 
     def encode(self, text: str, controls: Mapping[str, int] = {}, after: str = "",
                letters: frozenset[str] = frozenset()) -> list[int]:
-        """Text -> ids. controls: the control tokens that count as such in it, with their ids.
+        """Return text -> ids. controls: the control tokens that count as such in it, with their
+        ids.
 
         letters: added tokens that do not count in it. after: what stands before the text, "" for
         nothing, "token" for a control token, or "text", when it goes on in the middle of one and
@@ -248,7 +251,7 @@ class SentencePiece:
         return out
 
     def _word(self, word: str) -> list[int]:
-        """The ids of text between cuts of the pre-tokenizer."""
+        """Return the ids of text between cuts of the pre-tokenizer."""
         if self.whole and word in self.vocab:
             return [self.vocab[word]]
         if self.unk is None:    # what has neither token nor bytes is dropped; its neighbours meet
@@ -283,14 +286,14 @@ class SentencePiece:
         return Chunks(self)
 
     def spell(self, parts: list[str]) -> list[int]:
-        """The merged parts of a chunk -> ids."""
+        """Return the merged parts of a chunk -> ids."""
         out = []
         unknown = False
         for part in parts:
             i = self.vocab.get(part)
             raw = part.encode() if i is None else b""
             if raw and all(b in self.bytes for b in raw):
-                out += [self.bytes[b] for b in raw]     # subtle: before an unknown one that waits
+                out += [self.bytes[b] for b in raw]     # before an unknown one that waits
                 continue
             if unknown and (i is not None or not self.fuse):
                 out.append(self.unk)
@@ -302,7 +305,7 @@ class SentencePiece:
     # -- ids -> text, and to a file
 
     def spelled(self, token: str) -> bytes:
-        """The bytes that a token stands for: b" the" for "▁the", b"\\n" for "<0x0A>"."""
+        """Return the bytes that a token stands for: b" the" for "▁the", b"\\n" for "<0x0A>"."""
         if self.falls_back and BYTE.fullmatch(token):
             return bytes([int(token[3:5], 16)])
         if self.added.get(token, {}).get("normalized") and not self.strict:
@@ -310,7 +313,7 @@ class SentencePiece:
         return token.replace(SPACE, " ").encode()
 
     def json(self, post: dict | None) -> dict[str, Any]:
-        """The document of the `tokenizers` library."""
+        """Return the document of the `tokenizers` library."""
         added = list_added(self.added)
         # tokens that the library would number otherwise stand in the vocabulary as well
         vocab = dict(self.vocab)
@@ -361,7 +364,7 @@ class Charsmap:
             self.units.byteswap()
 
     def longest(self, raw: bytes, at: int) -> tuple[int, bytes] | None:
-        """(bytes read, replacement) of the longest rule that matches at `at`, or None."""
+        """Return (bytes read, replacement) of the longest rule that matches at `at`, or None."""
         units = self.units
         found = None
         place = 0
@@ -383,7 +386,7 @@ class Charsmap:
         return found[0], self.strings[found[1]:end]
 
     def apply(self, text: str, symbols: Iterable[str] = ()) -> str:
-        """`text` with each longest rule replaced; the symbols in it stay as they are."""
+        """Return `text` with each longest rule replaced; the symbols in it stay as they are."""
         pattern = any_of(frozenset(symbols))
         parts = re.split(f"({pattern.pattern})", text) if pattern else [text]
         return "".join(p if k % 2 else self._apply(p) for k, p in enumerate(parts))
@@ -409,14 +412,14 @@ class Charsmap:
 # Each reader returns the arguments of Tokenizer().
 
 def fits(document: dict) -> bool:
-    """Whether a tokenizer.json is of this kind: its decoder turns "▁" into spaces."""
+    """Return whether a tokenizer.json is of this kind: its decoder turns "▁" into spaces."""
     decoder = document.get("decoder") or {}
     return decoder.get("type") == "Sequence" and any(
         d.get("type") == "Replace" for d in decoder["decoders"])
 
 
 def from_json(document: dict, ranks: dict[str, int] | None = None) -> dict[str, Any]:
-    """A parsed tokenizer.json."""
+    """Return a parsed tokenizer.json."""
     if document["model"].get("type", "BPE") != "BPE":
         raise ValueError("only BPE is supported")
     spm = SentencePiece(document, ranks)
@@ -428,7 +431,7 @@ def from_json(document: dict, ranks: dict[str, int] | None = None) -> dict[str, 
 
 
 def from_model(data: bytes, family: str = "", added: Mapping[str, dict] = {}) -> dict[str, Any]:
-    """A tokenizer.model: SentencePiece's, or tiktoken's (Llama 3, GLM-4).
+    """Return a tokenizer.model: SentencePiece's, or tiktoken's (Llama 3, GLM-4).
 
     family: "chatglm" or what else the folder's configuration says. added: further tokens that it
     lists, name -> {"id", "special", …}.
@@ -536,7 +539,7 @@ NORMALIZER = {2: ("precompiled_charsmap", bytes), 3: ("add_dummy_prefix", int),
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
-    """(number, place behind it): seven bits a byte, the lowest first."""
+    """Return (number, place behind it): seven bits a byte, the lowest first."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
@@ -550,7 +553,7 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, int or float or bytes) of each field of a protobuf message."""
+    """Yield (number, int or float or bytes) of each field of a protobuf message."""
     at = 0
     while at < len(data):
         tag, at = varint(data, at)      # the number of the field, and how its value is written
@@ -570,7 +573,7 @@ def fields(data: bytes) -> Iterator[tuple[int, Any]]:
 
 
 def message(data: Any, known: Mapping[int, tuple[str, type]]) -> dict[str, Any]:
-    """The known fields of a message, by name; UTF-8 and types are checked."""
+    """Return the known fields of a message, by name; UTF-8 and types are checked."""
     out = {}
     for key, value in fields(data) if isinstance(data, bytes) else [(0, None)]:
         name, kind = known.get(key, ("", object))

@@ -146,7 +146,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def read_facts(path: Path) -> Facts:
-    """Read what lies beside a vocabulary: of a folder, or around a tokenizer.json or .model."""
+    """Read what is next to a vocabulary: of a folder, or around a tokenizer.json or .model."""
     if not path.is_dir() and path.name != "tokenizer.json" and path.suffix != ".model":
         return Facts()
     folder = path if path.is_dir() else path.parent
@@ -215,7 +215,8 @@ def read_templates(folder: Path, settings: dict) -> tuple[dict[str, str], bool]:
 
 
 def from_tables(vocab_file: Path, merges_file: Path, facts: Facts) -> dict[str, Any]:
-    """A vocabulary in two tables -> the same as tokenizer.json, by the rules of its class."""
+    """Return a vocabulary in two tables -> the same as tokenizer.json, by the rules of its
+    class."""
     kind = "" if merges_file.name == "vocab.bpe" else facts.kind
     if kind not in ("", *TABLES):
         raise ValueError(f"{kind!r:.60} says how its text is cut, and only {', '.join(TABLES)} are "
@@ -262,7 +263,7 @@ def build_settings(tokenizer: Any, template: str | None) -> dict[str, Any]:
     facts = tokenizer.facts
     settings = {"clean_up_tokenization_spaces": False,
                 **{k: v for k, v in facts.settings.items() if k not in GONE}}
-    # The class that opens tokenizer.json as it stands. Others make it anew by rules of their own.
+    # The class that opens tokenizer.json unchanged. Others make it anew by rules of their own.
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     roles = {"bos_token": tokenizer.decode(tokenizer.prefix)} if len(tokenizer.prefix) == 1 else {}
     roles["eos_token"] = tokenizer.eot_token
@@ -305,7 +306,7 @@ def build_generation_config(tokenizer: Any, ids: dict[str, Any]) -> dict[str, An
 
 
 def is_misread(tokenizer: Any, model_type: str) -> bool:
-    """Whether transformers reads a tokenizer beside a model of this type by other rules."""
+    """Return whether transformers reads a tokenizer beside a model of this type by other rules."""
     if model_type not in FORCED:
         return False
     whole = tokenizer.document.get("model", {}).get("ignore_merges")    # those rules have none

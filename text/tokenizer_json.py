@@ -134,7 +134,7 @@ def check_document(document: Any) -> None:
 
 
 def read(document: dict) -> dict[str, Any]:
-    """A parsed tokenizer.json -> the arguments of Tokenizer().
+    """Return a parsed tokenizer.json -> the arguments of Tokenizer().
 
     ValueError names what is not supported; KeyError, TypeError and the like mean a broken file.
     """
@@ -199,7 +199,7 @@ def list_added(added: Mapping[str, dict]) -> list[dict]:
 
 
 def write(tokenizer: Any) -> dict[str, Any]:
-    """The document of a byte-level or character Tokenizer, from normalizer to decoder.
+    """Return the document of a byte-level or character Tokenizer, from normalizer to decoder.
 
     What was read from a file is written back: its merges, its pre_tokenizer, its flags.
     """

@@ -15,7 +15,8 @@ from model import Transformer
 
 
 def spread(count: int, among: int) -> list[int]:
-    """`count` layers of `among`, evenly, the last one among them: 3 of 12 are 3, 7 and 11."""
+    """Return `count` layers of `among`, evenly, the last one among them: 3 of 12 are 3, 7 and
+    11."""
     return [round((k + 1) * among / count) - 1 for k in range(count)]
 
 
@@ -31,7 +32,8 @@ class Matching(Module):
             self.register_parameter(f"P{k}", Parameter(P))
 
     def forward(self, states: list[tuple[Tensor, Tensor]], counts: Tensor) -> Tensor:
-        """Sum of 1 - cos(P h, h') over the tokens that count and the mean over pairs of layers.
+        """Return the sum of 1 - cos(P h, h') over the tokens that count and the mean over pairs of
+        layers.
 
         states: pairs (B, T, C), (B, T, Ct); counts (B, T). The cosine is DistilBERT's (Sanh 2019,
         arXiv:1910.01108): half the squared distance of the states, each scaled to length 1.
@@ -46,7 +48,8 @@ class Matching(Module):
 
 
 def watch(model: Transformer, layers: list[int]) -> list[Tensor]:
-    """A list that each forward fills with the hidden states behind these blocks, in order."""
+    """Return a list that each forward fills with the hidden states behind these blocks, in
+    order."""
     seen: list[Tensor] = []
     for i in layers:
         model.model.layers.get_submodule(str(i)).register_forward_hook(

@@ -52,13 +52,13 @@ class Machine:
         return f"{self.device} x {self.world}, {str(self.dtype).removeprefix('torch.')}"
 
     def sum(self, *values: float | Tensor) -> list[float]:
-        """Each value summed over the ranks, in float64: exact for any count of tokens."""
+        """Return each value summed over the ranks, in float64: exact for any count of tokens."""
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         return self.add(torch.stack([torch.as_tensor(v, dtype=wide, device=self.device)
                                      for v in values])).tolist()
 
     def add(self, t: Tensor) -> Tensor:
-        """A tensor summed over the ranks, in place."""
+        """Return a tensor summed over the ranks, in place."""
         if self.world > 1:
             dist.all_reduce(t)
         return t
@@ -95,7 +95,7 @@ def find_machine(cfg: Any) -> Machine:
     device = pick_device(cfg.device)
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if cfg.dtype not in ("auto", *kinds):
-        raise UserError(f"--dtype={cfg.dtype} does not exist: auto, {', '.join(kinds)}")
+        raise UserError(f"unknown --dtype={cfg.dtype}; choose from auto, {', '.join(kinds)}")
     if cfg.dtype != "auto":
         dtype = kinds[cfg.dtype]
     elif device.type == "cuda":
@@ -130,8 +130,8 @@ def open_machine(cfg: Any) -> Iterator[Machine]:
 def join_ranks(backend: str, **how: Any) -> None:
     """`dist.init_process_group`, in such a way that `dist.destroy_process_group` ends its threads.
 
-    PyTorch's trap: the first DistributedDataParallel imports the module below, whose functions keep
-    the group of that moment as a default argument for ever. gloo's threads then outlive the group,
+    The first DistributedDataParallel imports the module below, whose functions keep the group of
+    that moment as a default argument (findings/ddp_keeps_the_group.sh): gloo's threads outlive it,
     and one that lets go of its last tensor while Python shuts down aborts a run that is complete.
     Imported before there is a group, it has none to keep.
     """
@@ -152,7 +152,8 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, (1 << 31) - 1)
 
 def utilisation(flops_per_second: float, device: torch.device) -> float | None:
-    """Share of the device's peak (MFU, PaLM appendix B), or None where the peak is unknown."""
+    """Return share of the device's peak (MFU, PaLM appendix B), or None where the peak is
+    unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     peak = next((v for k, v in PEAK_TFLOPS.items() if re.search(rf"\b{k}\b", name)), None)
     return flops_per_second / (peak * 1e12) if peak else None

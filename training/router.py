@@ -86,17 +86,17 @@ def seed_micro_batch(seed: int, number: int) -> None:
 
 
 def needs_routes(config: Any) -> bool:
-    """Whether a forward shall return what the routers saw: of an MoE model that learns."""
+    """Return whether a forward shall return what the routers saw: of an MoE model that learns."""
     return config.num_experts > 0 and torch.is_grad_enabled()
 
 
 def is_product_of_means(cfg: Any) -> bool:
-    """Whether the loss of a micro-batch depends on the load of the others."""
+    """Return whether the loss of a micro-batch depends on the load of the others."""
     return cfg.router_aux_loss_coef != 0 and not cfg.router_sequence_wise
 
 
 def sum_tokens(seen: dict[str, Tensor], valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(load (B, E), probability (B, E), z ()): sums over the valid tokens, of one layer."""
+    """Return (load (B, E), probability (B, E), z ()): sums over the valid tokens, of one layer."""
     scores = seen["scores"]                                                     # (B, T, E)
     mask = valid.unsqueeze(-1)
     hits = torch.zeros_like(scores).scatter_(-1, seen["chosen"], 1.0) * mask
@@ -112,7 +112,7 @@ def multiply_means(f: Tensor, P: Tensor) -> Tensor:
 
 def compute_losses(cfg: Any, routes: Routes, batch: Batch, count_of: Callable[[Batch], Tensor]
                    ) -> tuple[Tensor | float, dict[str, Tensor]]:
-    """(the routers' losses, to be added to a loss that is a sum; their metrics).
+    """Return (the routers' losses, to be added to a loss that is a sum; their metrics).
 
     batch["whole"] is the GlobalBatch that this micro-batch is a part of; without it, it is whole.
     count_of(batch): what the sum is divided by in the end. Metrics: load and probability are sums
@@ -154,7 +154,7 @@ def run_model(cfg: Any, model: Any, batch: Batch, head: Callable,
 
 
 def report(cfg: Any, whole: GlobalBatch, load: Tensor, probability: Tensor) -> dict[str, float]:
-    """What the log says of a step; load and probability (layers, E) are of the global batch.
+    """Return what the log says of a step; load and probability (layers, E) are of the global batch.
 
     load_max: the busiest expert's load as a multiple of an even share; idle_experts: those that no
     token chose; balance, unless each row has its own.

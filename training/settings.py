@@ -153,7 +153,7 @@ class Logging:
     log_interval: int = 1
     always_save_checkpoint: bool = True     # at every evaluation, not only at a better one
     keep: int = 2                       # checkpoints kept besides the best
-    sample_interval: int = 0            # print a sample every so many steps; 0: never
+    sample_interval: int = 0            # print a sample every that many steps; 0: never
     wandb_log: bool = False
     wandb_project: str = "handmade"
     wandb_run_name: str = "run"

@@ -156,7 +156,7 @@ def find_difference(tokenizer: Any, other: Any) -> int | None:
 
 
 def check_tokens(dataset: str, tokenizer: Any, source: Any, other: Any) -> None:
-    """UserError unless every id of the data's tokenizer is the same token for the model's."""
+    """Raise UserError unless every id of the data's tokenizer is the same token for the model's."""
     i = find_difference(tokenizer, other)
     if i is not None:
         mine = tokenizer.tokens[i]
@@ -168,7 +168,8 @@ def check_tokens(dataset: str, tokenizer: Any, source: Any, other: Any) -> None:
 
 
 def check_gpt2_tokens(dataset: str, tokenizer: Any, name: str) -> None:
-    """UserError unless the data's tokenizer is GPT-2's, which a folder of weights may not bring."""
+    """Raise UserError unless the data's tokenizer is GPT-2's, which a folder of weights may not
+    bring."""
     if any(tokenizer.tokens.get(i) != token for i, token in GPT2_TOKENS.items()):
         raise UserError(f"dataset {dataset} has another tokenizer than {name}: prepare the data "
                         "with --tokenizer=gpt2")
