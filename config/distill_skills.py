@@ -7,7 +7,7 @@
     python sample.py --out_dir=out/distill --chat
 
 cost: a step reads its rows twice, the second time with the teacher, forward only; both meet the
-vocabulary with the answers alone. Minutes and accuracy: RESULTS.md, "The life of a model".
+vocabulary with the answers alone. Minutes and accuracy: RESULTS.md, "End-to-end pipeline".
 """
 dataset = "skills"              # the teacher: out/dpo, or out/sft where it is not
 out_dir = "out/distill"
@@ -26,7 +26,7 @@ tie_word_embeddings = True
 alpha = 0.5
 temperature = 1.5
 divergence = "forward"
-hidden = 8.0                    # where it looks helps far more than what it says
+hidden = 8.0                    # matched hidden states help far more than its distribution
 hidden_layers = 2
 
 optimizer = "muon"

@@ -5,7 +5,7 @@
     python dpo.py --init_from=resume --out_dir=out/dpo --eval_only=1
 
 cost: the pairs once, of whose rows and tokens dpo.py prints how many there are, and one forward
-over them for the reference. Minutes and accuracy: RESULTS.md, "The life of a model".
+over them for the reference. Minutes and accuracy: RESULTS.md, "End-to-end pipeline".
 """
 init_from = "out/sft"
 dataset = "skills"
@@ -16,7 +16,7 @@ gradient_accumulation_steps = 1
 
 loss = "sigmoid"
 beta = 0.1
-sft_weight = 3.0                # or near misses are unlearnt at the price of right answers
+sft_weight = 3.0                # without it exact match falls from 97.4% to 94.7%
 learning_rate = 1.5e-4
 schedule = "linear"
 min_lr = 0.0

@@ -4,8 +4,8 @@
     python sample.py --out_dir=out/lora --chat
 
 cost: half again as many steps, without the gradients of frozen weights; 4.7% of the parameters
-train. What counted: rank in attention rather than width over all linears, and an output matrix
-that moves. Accuracy beside the full fine-tuning's: RESULTS.md, "The life of a model".
+train. What helped: rank in attention rather than adapters on all linears, and one on the output
+matrix. Accuracy beside full fine-tuning: RESULTS.md, "End-to-end pipeline".
 """
 init_from = "out/demo"
 dataset = "skills"

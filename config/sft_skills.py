@@ -5,7 +5,7 @@
     python sample.py --out_dir=out/sft --chat
 
 cost: twice the corpus, whose rows and tokens sft.py prints; the vocabulary's matrix, most of
-the demo's work, meets the answers alone. Minutes and accuracy: RESULTS.md, "The life of a model".
+the demo's work, meets the answers alone. Minutes and accuracy: RESULTS.md, "End-to-end pipeline".
 """
 init_from = "out/demo"
 dataset = "skills"

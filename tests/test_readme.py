@@ -10,6 +10,7 @@ import pytest
 
 import config
 from conftest import ROOT
+from families import FAMILIES, WRAPPERS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # what a reader runs, up to the end of its line or of its backticks
@@ -70,6 +71,12 @@ def test_every_command_parses(script, monkeypatch):
         else:
             monkeypatch.setattr(sys, "argv", [script, *words])
             runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def test_the_readme_is_short_and_names_every_family():
+    assert len(README.splitlines()) < 200
+    names = set(re.findall(r"[\w.]+", README[README.index("## Every family"):]))
+    assert not set(FAMILIES) - names and not set(WRAPPERS) - names
 
 
 def test_every_file_of_the_readme_is_there_and_every_script_and_folder_is_in_it():
