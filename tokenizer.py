@@ -35,6 +35,7 @@ import tiktoken
 from text import chat
 from text.stream import Stream, unpad
 from text import sentencepiece
+from text.tokenizer_model import from_model
 from text.bpe import (PATTERNS, PieceCache, any_of, chunks, count_chunks, file_texts, learn, mend,
                  read_bytes, read_json, total, unprintable)
 from config import UserError, run
@@ -483,8 +484,8 @@ def load(path_or_name: str | os.PathLike) -> Tokenizer:
             tokenizer = from_json(read_json(whole))
         elif model:
             family = f"{facts.settings.get('tokenizer_class')} {facts.model_type}"
-            tokenizer = Tokenizer(**sentencepiece.from_model(read_bytes(model), family,
-                                                             dict(facts.added_tokens())))
+            tokenizer = Tokenizer(**from_model(read_bytes(model), family,
+                                               dict(facts.added_tokens())))
         else:
             tokenizer = from_json(tokenizer_files.from_tables(*tables, facts))
         tokenizer.read_settings(facts, bool(model and not whole))

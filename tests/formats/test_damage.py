@@ -17,7 +17,7 @@ import mutations
 import tokenizer
 from config import UserError
 from data import loader, public
-from text import sentencepiece
+from text import tokenizer_model
 
 MUTATIONS = 60                          # of each kind of file; 2,000 in `make stress`
 
@@ -137,7 +137,7 @@ def test_a_long_unused_piece_takes_no_time():
     unknown = write_field(1, b"<unk>") + b"\x18\x02"
     data = write_field(1, unknown) + write_field(1, piece) + write_field(2, b"\x18\x02")
     with mutations.time_limit(5):
-        found = sentencepiece.from_sentencepiece(data, [], {})
+        found = tokenizer_model.from_sentencepiece(data, [], {})
     assert len(found["spm"].vocab) == 2
 
 
