@@ -44,6 +44,7 @@ from formats.atomic import name_aside, sync, write_json
 from formats.match import match, count_tensors
 from formats.run_folder import is_checkpoint, resolve
 from formats.wrapped import take_text_tensors, unwrap_settings
+from layers.basic import Linear
 from layers.unwrap import unwrap
 from model import ModelConfig, Transformer, print_costs
 from training.machine import pick_device
@@ -90,16 +91,17 @@ def save_checkpoint(path: str | Path, model: Any, tokenizer: Any, trainer: dict 
     needs) as trainer.pt. writers: each is called with the new folder, to add files of its own."""
     def fill(directory: Path) -> None:
         model_ = unwrap(model)
-        # what a LoRA layer holds as integers or halves is saved as what it amounts to, float32
+        # what a LoRA layer holds as halves is saved as what it amounts to, float32
         amounts = {f"{n}.weight": torch.float32 for n, m in model_.named_modules()
-                   if isinstance(getattr(m, "kind", None), torch.dtype)}
+                   if getattr(m, "merged_dtype", None)}
         dtypes = {n: amounts.get(n, p.dtype if p.is_floating_point() else torch.float32)
                   for n, p in model_.named_parameters()}
 
         def get(name: str, expert: int | None) -> Tensor:
-            # the attribute, not the parameter: a layer with adapters answers with the merged weight
-            owner, _, kind = name.rpartition(".")
-            p = getattr(model_.get_submodule(owner), kind).detach()
+            owner, _, last = name.rpartition(".")
+            module = model_.get_submodule(owner)
+            linear = isinstance(module, Linear) and last == "weight"
+            p = (module.merged_weight() if linear else getattr(module, last)).detach()
             return (p if expert is None else p[expert]).to("cpu")
         write_model(directory, model_.config, dtypes, get, tokenizer, shard_bytes)
         for write in writers:

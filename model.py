@@ -286,7 +286,7 @@ class Transformer(Module):
     def output_weight(self) -> Tensor:
         """The (V, C) matrix that turns hidden states into logits."""
         tied = self.config.tie_word_embeddings
-        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+        return self.model.embed_tokens.weight if tied else self.lm_head.merged_weight()
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Return an empty cache for `length` tokens in each of `batch` rows."""

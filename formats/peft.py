@@ -94,7 +94,8 @@ def join(slot: Slot, parts: list[Adapter | None], model: Transformer) -> tuple:
     if first.magnitude is not None:             # without an adapter a row is as long as it is
         with disabled(model):
             lengths = slot.to_disk([
-                kernels.widen(linears(model)[part].weight).norm(dim=1) if a is None else a.magnitude
+                kernels.widen(linears(model)[part].merged_weight()).norm(dim=1)
+                if a is None else a.magnitude
                 for part, a in zip(slot.parts, parts)])
     # s = alpha / rank is to stay what it was
     alpha = first.alpha * (math.sqrt(n) if first.rslora else n)

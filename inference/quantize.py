@@ -50,7 +50,7 @@ def replace(owner: Any, name: str, parts: tuple[str, ...], quantize: str, dtype)
     The originals go before the next ones are packed: that keeps the peak of memory low.
     """
     layers = [getattr(owner, part) for part in parts]
-    weights = [la.weight.detach() for la in layers]
+    weights = [la.merged_weight().detach() for la in layers]
     biases = [la.bias for la in layers]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     bias = None if biases[0] is None else torch.cat([b.detach() for b in biases]).to(dtype)

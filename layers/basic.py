@@ -23,6 +23,10 @@ class Linear(Module):
         self.weight = Parameter(torch.empty(outputs, inputs))
         self.bias = Parameter(torch.zeros(outputs)) if bias else None
 
+    def merged_weight(self) -> Tensor:
+        """Return the matrix (out, in) that the layer multiplies by, adapters included."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
 

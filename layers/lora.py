@@ -84,39 +84,39 @@ def unpack(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
 class LoraLinear(Linear):
     """A Linear with adapters by name, of which the `active` ones count; W itself is frozen.
 
-    convert() puts one in the place of a Linear. The parameter "weight" is the base, under the name
-    that it had before; the attribute `weight` is the merged weight, base and active adapters. So
-    whoever reads a layer's weight, quantize.pack() say, gets the merged one.
+    convert() puts one in the place of a Linear. `weight` is the base, under the name that it had
+    before; merged_weight() is base plus active adapters, which is what is saved, packed and served.
     """
+
     def __init__(self, layer: Linear):
         Module.__init__(self)
-        self._parameters["weight"] = layer.weight
+        self.weight = layer.weight
         self.bias = layer.bias
         self.adapters = Module()
         self.active: tuple[str, ...] = ()
-        self.int8_scale: Tensor | None = None
-        self.kind: torch.dtype | None = None        # what `weight` is to the outside; None: W's
+        self.register_buffer("int8_scale", None)      # (N,) of an int8 base; moves with the model
+        self.merged_dtype: torch.dtype | None = None    # of merged_weight(); None: the base's
         self.train(layer.training)
 
     def round_base(self) -> None:
         """Hold W in int8, a scale per row, from here on."""
         if self.int8_scale is None:
             packed = Int8(self.base.detach(), None)
-            self._parameters["weight"] = Parameter(packed.weight, requires_grad=False)
-            del self.int8_scale
-            self.register_buffer("int8_scale", packed.scale)        # moves with the model
+            self.weight = Parameter(packed.weight, requires_grad=False)
+            self.int8_scale = packed.scale
 
     @property
     def base(self) -> Tensor:
-        """W (N, K) as it is, or unpacked."""
-        W = self._parameters["weight"]
+        """W (N, K) unchanged, or unpacked."""
+        W = self.weight
         return W if self.int8_scale is None else unpack(W, self.int8_scale, torch.float32)
 
-    @property
-    def weight(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
+        """Return W plus the changes of the active adapters, (N, K)."""
         base = self.base
-        wide = kernels.widen(base)      # bfloat16 would round each adapter's share away by itself
-        return sum((a.change(wide) for a in self.chosen()), wide).to(self.kind or base.dtype)
+        wide = kernels.widen(base)      # bfloat16 would round each adapter's share away
+        merged = sum((a.change(wide) for a in self.chosen()), wide)
+        return merged.to(self.merged_dtype or base.dtype)
 
     def chosen(self) -> list[Adapter]:
         return [getattr(self.adapters, name) for name in self.active]
@@ -125,7 +125,7 @@ class LoraLinear(Linear):
         """x (..., K) -> (..., N)."""
         shape = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])
-        W = self._parameters["weight"]
+        W = self.weight
         s = self.int8_scale
         bias = self.bias
         used = self.chosen()
@@ -301,10 +301,10 @@ def halve(model: Any) -> None:
     """Hold W of the layers with adapters in bfloat16 where that changes no bit of it, as in most
     checkpoints: half the memory, and no cast at every use. Merged it is float32 again."""
     for layer in layers(model).values():
-        W = layer._parameters["weight"]
+        W = layer.weight
         if W.dtype == torch.float32 and torch.equal(half := W.detach().bfloat16(), W):
-            layer._parameters["weight"] = Parameter(half, requires_grad=False)
-            layer.kind = torch.float32                  # what its weight is to the outside
+            layer.weight = Parameter(half, requires_grad=False)
+            layer.merged_dtype = torch.float32
 
 def merge(model: Any) -> Any:
     """Make the model, in place, a plain Transformer with the merged weights: no adapters, all
@@ -313,7 +313,7 @@ def merge(model: Any) -> Any:
     for name, layer in layers(model).items():
         with torch.device("meta"):
             plain = Linear(1, 1)
-        plain.weight = Parameter(layer.weight.detach())
+        plain.weight = Parameter(layer.merged_weight().detach())
         plain.bias = layer.bias
         replace_layer(model, name, plain.train(layer.training))
     for name, p in model.named_parameters():        # which moves without gradients, in balance()

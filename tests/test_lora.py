@@ -211,7 +211,7 @@ def test_int8_base_is_rounded_as_for_serving_and_gradients_pass_it(dora):
     layer = lora_layers.add_lora(model, rank=2, int8=True, dora=dora)[
         "model.layers.0.self_attn.q_proj"]
     stir(model)
-    assert layer._parameters["weight"].dtype == torch.int8 and torch.equal(layer.base, rounded)
+    assert layer.weight.dtype == torch.int8 and torch.equal(layer.base, rounded)
     # the oracle: a plain layer with the rounded weights, and the same adapter
     plain = Linear(*rounded.T.shape, bias=True)
     with torch.no_grad():
@@ -279,7 +279,7 @@ def test_frozen_weights_are_halved_where_no_bit_is_lost(dora):
         stir(model)
         if half:
             lora_layers.halve(model)
-        kinds = {n: la._parameters["weight"].dtype for n, la in lora_layers.layers(model).items()}
+        kinds = {n: la.weight.dtype for n, la in lora_layers.layers(model).items()}
         assert {n for n, kind in kinds.items() if kind == torch.bfloat16} == (
             set(kinds) - {"model.layers.1.mlp.up_proj"} if half else set())
         our_loss(model.train(), ids).backward()

@@ -133,7 +133,7 @@ def test_a_base_in_halves_is_saved_in_full(tmp_path):
             p.copy_(p.bfloat16())
     lora_layers.add_lora(model, rank=3)
     lora_layers.halve(model)
-    assert all(la._parameters["weight"].dtype == torch.bfloat16
+    assert all(la.weight.dtype == torch.bfloat16
                for la in lora_layers.layers(model).values())
     stir(model)
     ids = ids_of()
