@@ -14,6 +14,7 @@ The maths itself is in kernels.py; this file says what is connected to what.
 from __future__ import annotations
 
 import math
+import reprlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -36,8 +37,8 @@ from layers.kv_cache import Cache
 from layers.moe import MLP, MoE
 from layers.rope import rope_table
 
-# what `layer_types` may name: mixers, each with forward(x, context) and a decode state of its own;
-# a file of yours may add one (tests/layers/test_mixers.py has an example)
+# what `layer_types` may name; layers/context.py says what a mixer is, and a file of yours may add
+# one: MIXERS["mine"] = Mine (tests/layers/test_mixers.py does)
 MIXERS: dict[str, type[Module]] = {"full_attention": Attention, "sliding_attention": Attention}
 
 
@@ -150,8 +151,8 @@ class ModelConfig:
                    "activation": tuple(kernels.ACTIVATIONS), "scoring_func": ("softmax", "sigmoid")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise UserError(f"{name}={getattr(self, name)!r} does not exist: "
-                                f"choose {', '.join(allowed)}")
+                raise UserError(f"unknown {name} {getattr(self, name)!r}; choose from "
+                                f"{', '.join(allowed)}")
         if self.position == "rope" and (self.rotary_dim % 2 or not self.rotary_dim):
             raise UserError(f"head_dim {self.head_dim} x partial_rotary_factor "
                             f"{self.partial_rotary_factor} is odd or 0: RoPE rotates pairs")
@@ -163,10 +164,16 @@ class ModelConfig:
                                 for i in range(self.n_layer)]
         self.sliding_window_pattern = 0
         types = self.layer_types
-        if types is not None and (len(types) != self.n_layer or set(types) - MIXERS.keys()
-                                  or "sliding_attention" in types and not self.sliding_window):
-            raise UserError(f"layer_types needs, for each of {self.n_layer} layers, one of "
-                            f"{', '.join(MIXERS)}, and sliding_window for sliding_attention")
+        if types is not None:
+            if len(types) != self.n_layer:
+                raise UserError(f"layer_types names {len(types)} mixers for {self.n_layer} layers: "
+                                "give one per layer")
+            if unknown := [t for t in types if t not in list(MIXERS)]:
+                raise UserError(f"layer_types: unknown mixer {reprlib.repr(unknown[0])}; each "
+                                f"layer needs one of {', '.join(MIXERS)}")
+            if "sliding_attention" in types and not self.sliding_window:
+                raise UserError("layer_types has sliding_attention, whose window is missing: give "
+                                "sliding_window")
         if not set(self.nope_layers or ()) <= set(range(self.n_layer)):
             raise UserError(f"nope_layers {self.nope_layers} are not among {self.n_layer} layers")
         if self.num_experts:
@@ -408,6 +415,10 @@ class Transformer(Module):
             total += share
         return total
 
+    def state_size(self, length: float) -> float:
+        """Return the numbers in the cache of one row of `length` tokens, in all layers."""
+        return sum(block.mixer.state_size(length) for block in self.model.layers.children())
+
     def flops_per_token(self, T: int, training: bool = True, targets: float = 1.0) -> float:
         """Multiplications and additions of the matmuls that a token of a context of T costs, with
         the backward of what trains; see layers/flops.py. targets: share of tokens with one."""
@@ -420,9 +431,7 @@ def estimate_costs(config: ModelConfig, block_size: int = 0) -> dict[str, str]:
         model = Transformer(config)
     T = block_size or config.block_size
     N = model.parameter_count()
-    # a window's layers keep no more keys than it holds
-    tokens = sum(min(T, config.window(i) or T) for i in range(config.n_layer))
-    cache = 2 * config.n_kv_head * config.head_dim * tokens * 2
+    cache = 2 * model.state_size(T)
     rows = {"parameters": f"{N:,}"}
     if config.num_experts:
         rows["active parameters per token"] = f"{model.parameter_count(active=True):,}"

@@ -197,9 +197,11 @@ class Served:
         # bytes that a token reads; the reference is there to be read: it takes weights as they are
         self.bytes = count * weight.itemsize if cfg.backend == "reference" and not cfg.quantize \
             else pack(model, cfg.quantize)
-        c = model.config
-        dtype = model.compute_dtype or weight.dtype
-        self.token = 2 * c.n_layer * c.n_kv_head * c.head_dim * dtype.itemsize  # of its keys
+        self.itemsize = (model.compute_dtype or weight.dtype).itemsize
+
+    def count_state_bytes(self, length: float) -> float:
+        """Return the bytes of keys and values, or other states, of a row of `length` tokens."""
+        return self.model.state_size(length) * self.itemsize
 
 
 def say(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]], stops: set[int],
@@ -215,7 +217,7 @@ def say(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]], s
 
     steps = generate(served.model, prompts, cfg.max_new_tokens, cfg, seed, tokenizer.vocab_size,
                      lambda r, token: rows[r].over, memory)
-    meter = Meter(prompts, served.bytes, served.token)
+    meter = Meter(prompts, served.bytes, served.count_state_bytes)
     try:
         for step in steps:
             meter.step(step)

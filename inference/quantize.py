@@ -30,7 +30,7 @@ import torch
 import kernels
 from config import UserError, refuse_to_run
 from layers.packed import pack_matrix
-from model import MLP, Attention, Block, Linear, MoE, Norm, Transformer
+from model import Block, Linear, MoE, Norm, Transformer
 
 KINDS = ("", "int8", "int4")
 
@@ -88,13 +88,12 @@ def pack(model: Transformer, quantize: str = "") -> int:
     # a list of all modules would keep the originals alive until it is done
     for module in [m for m in model.modules() if not isinstance(m, Linear)]:
         parts: dict[str, tuple[str, ...]] = {}
-        if isinstance(module, Attention):
-            parts = {"joined": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",)}
-        elif isinstance(module, MLP):
-            gated = module.config.gated
-            parts = {"joined" if gated else "up_proj": ("gate_proj", "up_proj")[not gated:],
-                     "down_proj": ("down_proj",)}
-        elif isinstance(module, MoE):
+        if module is not model:                         # whose linear is the output matrix, below
+            parts.update(getattr(module, "joined_layers", {}))
+            together = {part for names in parts.values() for part in names}
+            parts.update({name: (name,) for name, child in module.named_children()
+                          if isinstance(child, Linear) and name not in together})
+        if isinstance(module, MoE):
             for p in module.experts.parameters():       # cast here once, or at every use
                 p.data = p.data.to(dtype)
             share = module.config.num_experts_per_tok / module.config.num_experts

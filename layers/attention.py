@@ -22,6 +22,7 @@ class Attention(Module):
     """Causal attention over all tokens before, or over the newest ones (a window), with heads that
     may share keys (GQA, Ainslie 2023)."""
     name = "self_attn"                      # of the module in a block, as in Hugging Face's files
+    joined_layers = {"joined": ("q_proj", "k_proj", "v_proj")}
     joined: Callable | None = None          # q, k and v in one, where quantize.pack() made it
 
     def __init__(self, config: Any, layer: int):
@@ -53,14 +54,19 @@ class Attention(Module):
         """Return an empty decode state of `layers`, which share it, for `length` tokens a row."""
         return KeyValues(self.config, layers, self.window, batch, length, device, dtype)
 
-    def add_flops(self, flops: Flops, live: bool, T: int) -> bool:
-        """Add the FLOPs of a token of a context of T; live: whether x has a gradient; return
+    def state_size(self, length: float) -> float:
+        """Return the numbers of a row of `length` tokens: keys and values, of a window at most."""
+        c = self.config
+        return 2 * c.n_kv_head * c.head_dim * min(length, self.window or length)
+
+    def add_flops(self, flops: Flops, has_grad: bool, T: int) -> bool:
+        """Add the FLOPs of a token of a context of T; has_grad: whether x has a gradient; return
         whether the result has one."""
         c = self.config
-        live = flops.multiply(live, self.q_proj, self.k_proj, self.v_proj)
-        live = live or c.qk_norm and trains(self.q_norm, self.k_norm)
-        flops.add(4 * min(T, self.window or T) * c.n_head * c.head_dim, 2 * live)
-        return flops.multiply(live, self.o_proj)
+        has_grad = flops.multiply(has_grad, self.q_proj, self.k_proj, self.v_proj)
+        has_grad = has_grad or c.qk_norm and trains(self.q_norm, self.k_norm)
+        flops.add(4 * min(T, self.window or T) * c.n_head * c.head_dim, 2 * has_grad)
+        return flops.multiply(has_grad, self.o_proj)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""

@@ -1,4 +1,20 @@
-"""What the layers of a forward share beside the hidden states: positions, documents, the cache."""
+"""What a mixer is, and what the mixers of a forward share beside the hidden states.
+
+A mixer is the part of a block in which tokens meet: a Module, named by `layer_types`, with
+
+    name                        of the module in its block, which its parameters' names begin with
+    __init__(config, layer)     the ModelConfig, and which layer it is
+    forward(x, context)         (B, T, C) -> (B, T, C); nothing crosses a document of context.doc
+    new_state(batch, length, device, dtype, layers)
+                                an empty decode state: KeyValues or RecurrentState of kv_cache.py,
+                                or a class with their methods; forward finds it as
+                                context.cache.states[layer]
+    state_key                   optional: layers that agree in it share one state
+    state_size(length)          numbers in the state of one row of `length` tokens
+    add_flops(flops, has_grad, T)   its matmuls, for layers/flops.py
+    joined_layers               optional: name -> linears of one input, which serving joins in one
+                                matrix; see inference/quantize.py
+"""
 from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple

@@ -24,7 +24,7 @@ def trains(*modules: Module | None) -> bool:
 
 
 class Flops:
-    """The matmuls of a token, added up; `live` says of an input whether it has a gradient."""
+    """The matmuls of a token, added up; `has_grad` says of an input whether it has a gradient."""
 
     def __init__(self) -> None:
         self.forward = 0
@@ -35,34 +35,34 @@ class Flops:
         self.forward += flops
         self.backward += flops * gradients
 
-    def multiply(self, live: bool, *layers: Module) -> bool:
-        """Add x W^T of layers side by side, adapters included; return whether the output is live.
-        """
+    def multiply(self, has_grad: bool, *layers: Module) -> bool:
+        """Add x W^T of layers side by side, adapters included; return whether the output has a
+        gradient."""
         for layer in layers:
             for name, p in layer.named_parameters():
                 adapter = ".adapters." in f".{name}"
                 if p.ndim < 2 or adapter and not p.requires_grad:   # one that is switched off
                     continue
                 # B of an adapter reads A x, which has a gradient as A trains
-                reads_live = live or adapter and name.endswith(".B")
-                self.add(2 * p.numel(), reads_live + p.requires_grad)
-        return live or trains(*layers)
+                input_has_grad = has_grad or adapter and name.endswith(".B")
+                self.add(2 * p.numel(), input_has_grad + p.requires_grad)
+        return has_grad or trains(*layers)
 
-    def feed(self, live: bool, mlp: Module) -> bool:
+    def feed(self, has_grad: bool, mlp: Module) -> bool:
         """Add a gated or plain MLP."""
         first: Iterable[Module] = [m for n, m in mlp.named_children() if n != "down_proj"]
-        return self.multiply(self.multiply(live, *first), mlp.down_proj)
+        return self.multiply(self.multiply(has_grad, *first), mlp.down_proj)
 
-    def route(self, live: bool, moe: Module, c: Any) -> bool:
+    def route(self, has_grad: bool, moe: Module, c: Any) -> bool:
         """Add an MoE layer: its router, the k chosen experts, the shared ones."""
-        routed = self.multiply(live, moe.gate)
+        routed = self.multiply(has_grad, moe.gate)
         e = moe.experts                                 # stacks (E, …), of which a token meets k
         flops = 2 * e.gate_proj[0].numel() * c.num_experts_per_tok
-        self.add(flops, live + e.gate_proj.requires_grad)
-        self.add(flops, live + e.up_proj.requires_grad)
-        inner = live or e.gate_proj.requires_grad or e.up_proj.requires_grad
+        self.add(flops, has_grad + e.gate_proj.requires_grad)
+        self.add(flops, has_grad + e.up_proj.requires_grad)
+        inner = has_grad or e.gate_proj.requires_grad or e.up_proj.requires_grad
         self.add(flops, inner + e.down_proj.requires_grad)
-        shared = c.n_shared_experts > 0 and self.feed(live, moe.shared_experts)
+        shared = c.n_shared_experts > 0 and self.feed(has_grad, moe.shared_experts)
         return routed or shared or trains(e)
 
 
@@ -72,17 +72,17 @@ def count_flops(model: Module, T: int, training: bool = True, targets: float = 1
     c = model.config
     flops = Flops()
     inner = model.model
-    live = trains(inner.embed_tokens, getattr(inner, "embed_positions", None))
+    has_grad = trains(inner.embed_tokens, getattr(inner, "embed_positions", None))
     for i, block in enumerate(inner.layers.children()):
         norms = {name: trains(m) for name, m in block.named_children() if name.endswith("norm")}
-        before = live or norms.get("input_layernorm", False)
+        before = has_grad or norms.get("input_layernorm", False)
         y = block.mixer.add_flops(flops, before, T)
-        live = live or y or norms.get("post_self_attn_layernorm", False)
+        has_grad = has_grad or y or norms.get("post_self_attn_layernorm", False)
         if c.norm_placement != "parallel":
-            before = live or norms.get("post_attention_layernorm", False)
+            before = has_grad or norms.get("post_attention_layernorm", False)
         y = flops.route(before, block.mlp, c) if c.is_moe(i) else flops.feed(before, block.mlp)
-        live = live or y or norms.get("post_mlp_layernorm", False)
+        has_grad = has_grad or y or norms.get("post_mlp_layernorm", False)
     head = inner.embed_tokens if c.tie_word_embeddings else model.lm_head
-    live = live or trains(inner.norm)
-    flops.add(2 * targets * c.vocab_size * c.n_embd, live + trains(head))
+    has_grad = has_grad or trains(inner.norm)
+    flops.add(2 * targets * c.vocab_size * c.n_embd, has_grad + trains(head))
     return flops.forward + flops.backward * training

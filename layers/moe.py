@@ -21,6 +21,7 @@ class MLP(Module):
         c = config
         self.config = config
         self.width = width
+        self.joined_layers = {"joined": ("gate_proj", "up_proj")} if c.gated else {}
         if c.gated:
             self.gate_proj = Linear(c.n_embd, width, c.mlp_bias)
         self.up_proj = Linear(c.n_embd, width, c.mlp_bias)

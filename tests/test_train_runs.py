@@ -318,7 +318,7 @@ def base(data, tmp_path_factory):
     ("--schedule=step", "cosine, linear, constant, wsd"),
     ("--optimizer=sgd", "choose from adamw, muon"),
     ("--family=bert", "choose from gpt2, llama, "),
-    ("--activation=tanh", "activation='tanh' does not exist"),
+    ("--activation=tanh", "unknown activation 'tanh'; choose from"),
     ("--dtype=int8", "auto, float32, bfloat16, float16"),
     ("--device=gpu", "--device=gpu is not usable here"),
     ("--device=cuda", "--device=cuda: PyTorch sees no GPU"),

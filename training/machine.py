@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 try:
     import resource
@@ -170,12 +170,14 @@ def memory_used(device: torch.device) -> float | None:
 
 class Meter:
     """What decoding achieves: tokens a second of the prompts and after them, and the bytes that
-    the latter read a second. weights: the bytes a step reads; token: those of a token's keys."""
+    the latter read a second. weights: the bytes a step reads; state: those of the cache of a row
+    of so many tokens."""
 
-    def __init__(self, prompts: list[list[int]], weights: int, token: int):
+    def __init__(self, prompts: list[list[int]], weights: int,
+                 state: Callable[[float], float]):
         self.prompt, self.length = sum(map(len, prompts)), max(map(len, prompts))
         self.weights = weights
-        self.token = token
+        self.state = state
         self.start = self.first = self.now = self.shown = time.perf_counter()
         self.count = self.steps = 0
 
@@ -201,7 +203,7 @@ class Meter:
         if self.steps > 1:
             rate = (self.steps - 1) / max(self.now - self.first, 1e-9)
             rows = self.count / self.steps
-            held = self.token * rows * (self.length + self.steps / 2)
+            held = rows * self.state(self.length + self.steps / 2)
             text += (f", then {rate * rows:,.0f} tokens/s, "
                      f"{rate * (self.weights + held) / 1e9:.1f} GB/s")
         return text

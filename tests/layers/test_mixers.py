@@ -32,14 +32,17 @@ class Gate(Module):
     def __init__(self, config, layer):
         super().__init__()
         C = config.n_embd
+        self.width = C
         self.layer = layer
         self.rate = Linear(C, C)
         self.value = Linear(C, C)
         self.o_proj = Linear(C, C)
 
     def new_state(self, batch, length, device, dtype, layers):
-        C = self.o_proj.weight.shape[1] if hasattr(self.o_proj, "weight") else self.o_proj.inputs
-        return RecurrentState(h=torch.zeros(batch, C, device=device, dtype=dtype))
+        return RecurrentState(h=torch.zeros(batch, self.width, device=device, dtype=dtype))
+
+    def state_size(self, length):
+        return self.width
 
     def forward(self, x, context):
         a = torch.sigmoid(self.rate(x))
@@ -62,9 +65,9 @@ class Gate(Module):
             state.tensors["h"] = h.detach()
         return self.o_proj(torch.stack(out, 1))
 
-    def add_flops(self, flops, live, T):
-        live = flops.multiply(live, self.rate, self.value)
-        return flops.multiply(live, self.o_proj)
+    def add_flops(self, flops, has_grad, T):
+        has_grad = flops.multiply(has_grad, self.rate, self.value)
+        return flops.multiply(has_grad, self.o_proj)
 
 
 @pytest.fixture(autouse=True)
@@ -222,7 +225,7 @@ FLAGS = ["--n_layer=3", "--n_head=2", "--n_embd=16", "--block_size=32", "--batch
 
 def test_it_trains_and_resumes_by_the_ordinary_scripts(data, tmp_path, monkeypatch):
     """train.py from scratch, six steps as four and two bit for bit; its checkpoint opens again
-    with the same logits; sft.py with adapters goes on from it; packed for serving it refuses."""
+    with the same logits, adapted, merged and packed for serving."""
     real = train.start.from_settings
 
     def with_gates(cfg, vocab_size):
@@ -276,6 +279,55 @@ def test_a_chat_stage_starts_from_it(data, tmp_path, monkeypatch):              
     assert checkpoint.load_model(last(out), "cpu").config.layer_types == TYPES["all three"]
 
 
-def test_an_unknown_mixer_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="one of full_attention, sliding_attention, gate"):
-        ModelConfig(n_layer=1, layer_types=["mamba"])
+@pytest.mark.parametrize("quantize, step", [("int8", 1 / 127), ("int4", 1 / 15)])
+def test_the_linears_of_a_mixer_are_quantized(quantize, step):
+    """As far from the weights as the steps of the format allow, and cached equals full. The output
+    is that of a float model with the rounded weights."""
+    wide = dict(n_embd=64, intermediate_size=64)
+    model = build("all three", **wide)
+    plain = build("all three", **wide)
+    size = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2)
+    read = pack(model, quantize)
+    gate = model.model.layers.get_submodule("0").gate
+    assert not [m for m in model.modules() if isinstance(m, Linear) and m is not getattr(
+        model, "lm_head", None)]
+    assert read < size * 1.2                            # bytes: 2 per weight if one was left out
+    original = plain.model.layers.get_submodule("0").gate
+    x = torch.randn(20, 64)
+    for name in ("rate", "value", "o_proj"):
+        W = getattr(original, name).weight.detach()
+        away = (getattr(gate, name)(x.bfloat16()).float() - x @ W.T).abs().max()
+        # rounding errors of 64 terms, and bfloat16's
+        assert 0 < away < W.abs().max() * step * 64 ** 0.5 * 3 + 0.1
+    text = ids_of(30)[0]
+    cache = model.new_cache(1, 40)
+    chunks = [feed(model, cache, [text[:17]]), *(feed(model, cache, [[t]]) for t in text[17:])]
+    assert (chunks[-1][0] - fresh_logits(model, text)).abs().max() < 0.1
+
+
+def test_costs_count_the_state_of_each_mixer():
+    """Keys and values of 300 tokens or of a window, and the recurrent state: against the tensors
+    of a cache, less the room that a window has to spare."""
+    for types, size in (("full", 3 * 300 * 32), ("windows", 3 * 4 * 32), ("gate", 3 * 16),
+                        ("all three", 16 + 4 * 32 + 300 * 32)):
+        model = build(types)
+        assert model.state_size(300) == size
+        cache = model.new_cache(1, 300)
+        tensors = [t for s in cache.distinct for t in (
+            s.tensors.values() if isinstance(s, RecurrentState) else [s.all])]
+        spare = sum(t.shape[-2] - 4 for t in tensors if t.ndim == 6 and t.shape[-2] < 300)
+        layers = types.count("windows") * 3 or 1
+        assert sum(t.numel() for t in tensors) == size + spare * 32 * layers
+        table = model_file.estimate_costs(model.config)
+        assert table["GB of KV cache per sequence (bf16)"] == f"{2 * size / 1e9:.3f}"
+
+
+@pytest.mark.parametrize("types, sentence", [
+    (["mamba", "gate"], "unknown mixer 'mamba'; each layer needs one of full_attention, "
+                        "sliding_attention, gate"),
+    (["gate"], "layer_types names 1 mixers for 2 layers"),
+    (["gate", ["gate"]], "unknown mixer"),
+    (["gate", "sliding_attention"], "give sliding_window")])
+def test_layer_types_that_cannot_be_are_refused(types, sentence):
+    with pytest.raises(UserError, match=sentence):
+        ModelConfig(n_layer=2, layer_types=types)
