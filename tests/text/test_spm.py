@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from text import bpe
 from text import chat
-from text.sentencepiece import CHATGLM, GLM4, LLAMA3, SEP, any_of
+from text.sentencepiece import SEP, any_of
+from text.tokenizer_model import CHATGLM, GLM4, LLAMA3
 import tokenizer as T
 from config import UserError
 from text import chat_template
