@@ -206,13 +206,13 @@ def parse_targets(targets: str | Sequence[str]) -> dict[str, int]:
 
 def select_linears(model: Any, targets: str | Sequence[str]) -> dict[str, Linear]:
     """Return the layers that targets name, for "" all of the blocks; refuse unknown ones."""
-    known = find_linears(model)
+    linears = find_linears(model)
     targets = parse_targets(targets)
-    if wrong := [t for t in targets if not any(matches(n, t) for n in known)]:
+    if wrong := [t for t in targets if not any(matches(n, t) for n in linears)]:
         raise UserError(f"--targets={reprlib.repr(','.join(wrong))} names no linear layer of this "
                         "model: choose from "
-                        + ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in known)))
-    return {n: m for n, m in known.items()
+                        + ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in linears)))
+    return {n: m for n, m in linears.items()
             if (matches(n, *targets) if targets else n != "lm_head")}
 
 
@@ -233,11 +233,11 @@ def check_model(model: Any, name: str) -> Any:
 def attach(model: Any, made: dict[str, Adapter], name: str) -> dict[str, LoraLinear]:
     """Put adapters on the layers that they are named after, freeze the rest, and activate them."""
     model.requires_grad_(False)
-    found = {part: layer for part, layer in find_lora_layers(model).items() if part in made}
-    for part, layer in found.items():
+    adapted = {part: layer for part, layer in find_lora_layers(model).items() if part in made}
+    for part, layer in adapted.items():
         layer.adapters.add_module(name, made[part].train(layer.training))
     activate(model, name)
-    return found
+    return adapted
 
 
 def add_lora(model: Any, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
@@ -282,11 +282,11 @@ def get_parameters(model: Any, name: str = "default") -> dict[str, Parameter]:
 
 def describe(model: Any, name: str = "default") -> str:
     """Return one line: which layers an adapter has, and its share of the parameters."""
-    found = get_adapter(model, name)
-    counts = Counter(n.rpartition(".")[2] for n in found)
+    parts = get_adapter(model, name)
+    counts = Counter(n.rpartition(".")[2] for n in parts)
     size = sum(p.numel() for p in get_parameters(model, name).values())
     base = sum(p.numel() for n, p in unwrap(model).named_parameters() if ".adapters." not in n)
-    return (f"LoRA {name!r} on {len(found)} linears "
+    return (f"LoRA {name!r} on {len(parts)} linears "
             f"({', '.join(f'{n} x {k}' for k, n in counts.items())}): {size:,} of "
             f"{base + size:,} parameters, {size / (base + size):.2%}"
             + ("; its routed experts get none" if unwrap(model).config.num_experts else ""))
@@ -295,11 +295,11 @@ def describe(model: Any, name: str = "default") -> str:
 def activate(model: Any, *chosen: str) -> None:
     """Use these adapters from here on, the sum of their changes; none: the base alone. Those that
     are off are frozen: DDP would wait for gradients that do not come."""
-    known = list_adapters(model)
+    existing = list_adapters(model)
     for name in chosen:
-        if name not in known:
+        if name not in existing:
             raise UserError(f"there is no adapter {reprlib.repr(name)}: "
-                            f"the model has {', '.join(known) or 'none'}")
+                            f"the model has {', '.join(existing) or 'none'}")
     for layer in find_lora_layers(model).values():
         layer.active = tuple(n for n in chosen if hasattr(layer.adapters, n))
         for name, adapter in layer.adapters.named_children():
