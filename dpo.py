@@ -52,7 +52,7 @@ import train
 from config import Idle, UserError, run
 from data import chats
 from formats import run_folder
-from layers.lora import disabled
+from layers.lora import disable_adapters
 from layers.unwrap import unwrap
 from model import Transformer
 from training import router, start
@@ -478,7 +478,7 @@ def add_reference(cfg: Config, run: sft.Run, model: Transformer, data: sft.Data)
         here = not cfg.reference and (not is_resumed(cfg)
                                       or bool(cfg.lora_rank) and not cfg.eval_only)
         judge = model if here else load_reference(cfg, run.tokenizer, machine)
-        with disabled(judge):
+        with disable_adapters(judge):
             values = np.concatenate([of_conversations(judge, p, cfg.batch_size, machine,
                                                       "reference") for p in packs])
     if machine.main and not cfg.eval_only and not (cached and file.exists()):

@@ -4,12 +4,12 @@
     torchrun --nproc_per_node=8 lora.py --init_from=DIR     # one node with eight GPUs
     python lora.py merge ADAPTER OUT                        # an adapter -> a plain checkpoint
 
-    import lora
+    from layers import lora
     lora.add_lora(model, rank=8, alpha=16)                  # only the adapters train from here
-    with lora.disabled(model): ...                          # the base, as DPO's reference
-    lora.save_adapter("mine", model); lora.load_adapter("mine", model, "mine")
+    with lora.disable_adapters(model): ...                  # the base, as DPO's reference
     lora.activate(model, "mine")                            # several adapters, chosen by name
     lora.merge(model)                                       # a plain Transformer again
+    formats.peft.save_adapter("mine", model)                # load_adapter("mine", model, "mine")
 
 A linear layer y = W x + b becomes y = W x + b + s B A x, with A (r, K), B (N, r) and s = alpha / r.
 W stays as it is; B starts at zero, so that the first step starts from the model that was there.

@@ -1,6 +1,6 @@
 """Generate text: python sample.py, from the checkpoint of the last training run.
 
-    python sample.py --prompt="Once upon a time"             # any device: found out by itself
+    python sample.py --prompt="Once upon a time"             # on any device
     python sample.py --model=DIR --num_samples=5             # any checkpoint directory, as a batch
     python sample.py --model=DIR --chat                      # talk to it; --quantize=int8: faster
     python sample.py --adapter=sums=out/lora,brief=DIR2 --chat      # LoRA, ours or PEFT's, by name
@@ -112,7 +112,7 @@ class Config(Sampling):
 
 
 def read_prompt(cfg: Config) -> str:
-    """The prompt, from wherever the settings say that it is; "" where they say nothing."""
+    """Return the prompt, from wherever the settings say that it is; "" without one."""
     given = {"prompt": cfg.prompt, "start": cfg.start, "file": cfg.file}
     named = [f"--{name}" for name, value in given.items() if value]
     if len(named) > 1:
@@ -134,7 +134,7 @@ def read_prompt(cfg: Config) -> str:
 
 
 def piped() -> bool:
-    """Whether stdin is a pipe or a file: not a terminal, nor the nothing of a background job."""
+    """Return whether stdin is a pipe or a file: not a terminal, /dev/null or closed."""
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
     except (OSError, ValueError, AttributeError):       # closed, or replaced by a test
@@ -145,8 +145,8 @@ def piped() -> bool:
 
 
 def find_adapters(cfg: Config) -> dict[str, Path]:
-    """Name -> folder of what --adapter lists. A folder of PEFT's layout, a checkpoint that has one
-    as adapter/, or a training run; without a name it goes by that of the folder."""
+    """Return name -> folder of what --adapter lists. A folder of PEFT's layout, a checkpoint that
+    has one as adapter/, or a training run; without a name it goes by that of the folder."""
     found: dict[str, Path] = {}
     for word in cfg.adapter:
         name, equals, path = word.partition("=")
@@ -166,7 +166,7 @@ def find_adapters(cfg: Config) -> dict[str, Path]:
 
 
 def find_model(cfg: Config, adapters: dict[str, Path]) -> Path:
-    """The checkpoint that is asked for; if none is, the one that the adapters were made on."""
+    """Return the checkpoint that the flags name; without one, that which the adapters belong to."""
     named = bool(cfg.model) or "out_dir" in getattr(cfg, "given", ())
     directory = resolve(cfg.model or cfg.out_dir, cfg.which) if named or not adapters else None
     if directory and directory.resolve() in [path.resolve().parent for path in adapters.values()]:
@@ -204,14 +204,15 @@ class Served:
         return self.model.state_size(length) * self.itemsize
 
 
-def say(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]], stops: set[int],
-        stream: bool, seed: int, memory: Memory | None = None) -> tuple[list[str], Meter]:
-    """Return what the model says after each prompt; with `stream` on stdout too, as it is made."""
+def generate_texts(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]],
+                   stops: set[int], stream: bool, seed: int, memory: Memory | None = None
+                   ) -> tuple[list[str], Meter]:
+    """Return the text after each prompt; with `stream` on stdout too, as it is made."""
     rows = [Text(tokenizer, cfg.stop, set() if cfg.ignore_eot else stops, ids) for ids in prompts]
-    said = [""] * len(rows)
+    texts = [""] * len(rows)
 
     def put(r: int, piece: str) -> None:
-        said[r] += piece
+        texts[r] += piece
         if stream:
             print(piece, end="", flush=True)
 
@@ -234,7 +235,7 @@ def say(cfg: Config, served: Served, tokenizer: Any, prompts: list[list[int]], s
         memory.cache = None
     for r, row in enumerate(rows):
         put(r, row.flush())
-    return said, meter
+    return texts, meter
 
 # ---------------------------------------------------------------------------------- to talk
 
@@ -246,7 +247,7 @@ def read_turn(line: str) -> str | list[str]:
     return line.split() if line.startswith("/") else line
 
 
-def turns(cfg: Config) -> Iterator[str | list[str]]:
+def read_turns(cfg: Config) -> Iterator[str | list[str]]:
     """Yield what the user says: --prompt alone, the lines of a pipe, or of a terminal with editing.
     The content of a file is always a message: code may begin with //."""
     if typed := cfg.prompt or cfg.start or cfg.file:
@@ -288,7 +289,7 @@ def check_command(words: list[str], adapters: dict[str, Path]) -> str:
 
 
 def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any) -> None:
-    """Turns of a user, and the model's answers on stdout; what was said is not computed again."""
+    """Turns of a user, and the model's answers on stdout; earlier turns are not computed again."""
     name = cfg.template or tokenizer.template
     stops = find_stop_ids(tokenizer, name)
     opening = [{"role": "system", "content": cfg.system}] if cfg.system else []
@@ -298,14 +299,14 @@ def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any
     refuse_unread(tokenizer, name, enable_thinking=cfg.think)
     thinking = {} if cfg.think is None else {"enable_thinking": cfg.think}
 
-    def render(said: list[dict]) -> list[int]:
-        return tokenizer.render(said, name, add_generation_prompt=True, **thinking)[0]
+    def render(turns: list[dict]) -> list[int]:
+        return tokenizer.render(turns, name, add_generation_prompt=True, **thinking)[0]
 
     # an answer has room for its --max_new_tokens, or for half of a small context
     limit = served.model.config.block_size
     room = max(1, limit - cfg.max_new_tokens, limit // 2)
     answers = 0                         # of this process, so that /new repeats nothing either
-    for turn in turns(cfg):
+    for turn in read_turns(cfg):
         if isinstance(turn, list):
             word, *names = turn
             if wrong := check_command(turn, adapters):
@@ -330,9 +331,9 @@ def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any
         ids = fit(render, messages, room)
         seed = cfg.seed + answers * TURN
         answers += 1
-        said, meter = say(cfg, served, tokenizer, [ids], stops, True, seed, memory)
+        (answer,), meter = generate_texts(cfg, served, tokenizer, [ids], stops, True, seed, memory)
         print(flush=True)
-        messages.append({"role": "assistant", "content": said[0]})
+        messages.append({"role": "assistant", "content": answer})
         print(f"({meter})", file=sys.stderr)
 
 # ------------------------------------------------------------------------------- a classifier
@@ -385,8 +386,9 @@ def main(cfg: Config) -> None:
     stream = cfg.stream and len(texts) == 1
     before = texts if cfg.echo else [""] * len(texts)
     print(before[0] if stream else "", end="", flush=True)
-    said, meter = say(cfg, served, tokenizer, prompts, set(tokenizer.stop_ids), stream, cfg.seed)
-    print("" if stream else f"\n{SEPARATOR}\n".join(map("".join, zip(before, said))), flush=True)
+    samples, meter = generate_texts(cfg, served, tokenizer, prompts, set(tokenizer.stop_ids),
+                                    stream, cfg.seed)
+    print("" if stream else f"\n{SEPARATOR}\n".join(map("".join, zip(before, samples))), flush=True)
     print("\n" * sys.stderr.isatty() + str(meter), file=sys.stderr)     # leave the live line
 
 

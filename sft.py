@@ -42,7 +42,7 @@ from formats.peft import FOLDER, check_ranks, find_base, load_adapter, read_base
 from formats.run_folder import GROWN, fingerprint
 from inference.labels import get_label_ids
 from inference.generate import Sampling, sample_text
-from layers.lora import add_lora, describe, halve, select
+from layers.lora import add_lora, describe, halve, select_linears
 from model import ModelConfig, Transformer
 from text.chat import find
 from tokenizer import Tokenizer
@@ -294,7 +294,7 @@ def load_model(cfg: Finetuning, run: Run) -> Transformer:
     grow(model, vocab_size, run.saved_vocab)
     grown = vocab_size > run.saved_vocab
     if adapters:                        # a target that is not there is told before a folder is made
-        select(model, cfg.targets)
+        select_linears(model, cfg.targets)
         if grown:
             place_base(cfg)
     prepare_out_dir(cfg, run.machine)

@@ -30,8 +30,8 @@ from formats.atomic import sync, write_json
 from formats.huggingface import Slot, disk_form, family_of, layout, padding
 from formats.run_folder import find_model, is_checkpoint, resolve
 from formats.safetensors import DTYPES, Stored, read, read_header, read_json, write_safetensors
-from layers.lora import (Adapter, LoraLinear, adapters, attach, check_model, convert, disabled,
-                         linears, matches)
+from layers.lora import (Adapter, LoraLinear, attach, check_model, convert,
+                         disable_adapters, find_linears, get_adapter, matches)
 from layers.unwrap import unwrap
 from model import Linear, Transformer
 
@@ -46,7 +46,7 @@ KINDS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "m
 def map_layers(model: Transformer, family: Family) -> dict[str, Slot]:
     """Return the name of each linear in the family's naming scheme -> our layers that it consists
     of."""
-    known = linears(model).keys()
+    known = find_linears(model).keys()
     slots = {}
     for name, slot in layout(disk_form(model.config, family), family).items():
         parts = tuple(p.removesuffix(".weight") for p in slot.parts)
@@ -59,7 +59,7 @@ def map_layers(model: Transformer, family: Family) -> dict[str, Slot]:
 def check_ranks(model: Transformer, name: str = "default") -> None:
     """Raise UserError where an adapter cannot be saved: what is one matrix in the family's files
     (GPT-2's c_attn) needs one rank."""
-    ranks = {part: len(adapter.A) for part, adapter in adapters(model, name).items()}
+    ranks = {part: len(adapter.A) for part, adapter in get_adapter(model, name).items()}
     for key, slot in map_layers(model, family_of(model.config)).items():
         if len({ranks[part] for part in slot.parts if part in ranks}) > 1:
             raise UserError(f"{key} is one matrix on disk: give the targets that it is made of one "
@@ -92,9 +92,9 @@ def join(slot: Slot, parts: list[Adapter | None], model: Transformer) -> tuple:
             B[:, rank * (i % n):rank * (i % n + 1)] = a.B
     lengths = None
     if first.magnitude is not None:             # without an adapter a row is as long as it is
-        with disabled(model):
+        with disable_adapters(model):
             lengths = slot.to_disk([
-                kernels.widen(linears(model)[part].merged_weight()).norm(dim=1)
+                kernels.widen(find_linears(model)[part].merged_weight()).norm(dim=1)
                 if a is None else a.magnitude
                 for part, a in zip(slot.parts, parts)])
     # s = alpha / rank is to stay what it was
@@ -113,7 +113,7 @@ def save_adapter(path: str | Path, model: Any, name: str = "default", base: str 
     adapters of attention alone: it takes a name such as mlp.up_proj for all of its experts."""
     model = unwrap(model)
     path = Path(path)
-    parts = adapters(model, name)
+    parts = get_adapter(model, name)
     if not parts:
         raise UserError(f"there is no adapter {reprlib.repr(name)} to save: add_lora() makes one")
     family = family_of(model.config)

@@ -27,6 +27,7 @@ from layers.unwrap import unwrap
 
 # ------------------------------------------------------------------------------ the layers
 
+
 class Adapter(Module):
     """The trained part beside one W (N, K): A (r, K), B (N, r) and, of DoRA, magnitude (N,)."""
 
@@ -46,25 +47,27 @@ class Adapter(Module):
         return self.alpha / len(self.A) ** (0.5 if self.rslora else 1)
 
     def narrow(self, x: Tensor) -> Tensor:
-        """s A x: (..., K) -> (..., r). Dropout falls on this branch alone, in training alone."""
+        """Return s A x: (..., K) -> (..., r). Dropout falls on this branch and in
+        training only."""
         if self.dropout and self.training:
             x = kernels.dropout(x, self.dropout)
         return kernels.linear(x, self.A) * self.scale       # here, where activations are thin
 
     def stretch(self, base: Tensor) -> Tensor:
-        """DoRA's magnitude / |W + s B A| of each row, (N,). The length counts as a constant in the
+        """Return DoRA's magnitude / |W + s B A| of each row, (N,). The norm is a constant in the
         backward, which saves memory and costs no accuracy (Liu 2024, section 4.3)."""
         with torch.no_grad():
             length = (base + self.scale * (self.B @ self.A)).norm(dim=1)
         return self.magnitude / length
 
     def change(self, base: Tensor) -> Tensor:
-        """What the adapter adds to W, (N, K)."""
+        """Return what the adapter adds to W, (N, K)."""
         delta = self.scale * (self.B @ self.A)
         if self.magnitude is None:
             return delta
         stretch = self.stretch(base).unsqueeze(1)
         return (stretch - 1) * base + stretch * delta
+
 
 class FromInt8(torch.autograd.Function):
     """y = x W^T + b with W = q s unpacked at every use: a plain product would keep the unpacked W
@@ -78,8 +81,11 @@ class FromInt8(torch.autograd.Function):
     def backward(ctx, g: Tensor):                       # all but x is frozen
         return g @ unpack(*ctx.saved_tensors, g.dtype), None, None, None
 
+
 def unpack(q: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return W (N, K) = q s, of int8 and one scale per row."""
     return q.to(dtype) * s.to(dtype).unsqueeze(1)
+
 
 class LoraLinear(Linear):
     """A Linear with adapters by name, of which the `active` ones count; W itself is frozen.
@@ -99,7 +105,7 @@ class LoraLinear(Linear):
         self.train(layer.training)
 
     def round_base(self) -> None:
-        """Hold W in int8, a scale per row, from here on."""
+        """Round W to int8, one scale per row, in place."""
         if self.int8_scale is None:
             packed = Int8(self.base.detach(), None)
             self.weight = Parameter(packed.weight, requires_grad=False)
@@ -107,7 +113,7 @@ class LoraLinear(Linear):
 
     @property
     def base(self) -> Tensor:
-        """W (N, K) unchanged, or unpacked."""
+        """Return W (N, K), unpacked if it is int8."""
         W = self.weight
         return W if self.int8_scale is None else unpack(W, self.int8_scale, torch.float32)
 
@@ -115,10 +121,11 @@ class LoraLinear(Linear):
         """Return W plus the changes of the active adapters, (N, K)."""
         base = self.base
         wide = kernels.widen(base)      # bfloat16 would round each adapter's share away
-        merged = sum((a.change(wide) for a in self.chosen()), wide)
+        merged = sum((a.change(wide) for a in self.list_active()), wide)
         return merged.to(self.merged_dtype or base.dtype)
 
-    def chosen(self) -> list[Adapter]:
+    def list_active(self) -> list[Adapter]:
+        """Return the active adapters."""
         return [getattr(self.adapters, name) for name in self.active]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +135,7 @@ class LoraLinear(Linear):
         W = self.weight
         s = self.int8_scale
         bias = self.bias
-        used = self.chosen()
+        used = self.list_active()
         y = kernels.linear(x, W, bias) if s is None else FromInt8.apply(x, W, s, bias)
         if any(a.magnitude is not None for a in used):     # DoRA stretches W x, and not the bias
             plain = y if bias is None else y - bias.to(x.dtype)
@@ -143,6 +150,7 @@ class LoraLinear(Linear):
         return y.view(*shape, -1)
 
 # ---------------------------------------------------------------------------- on a model
+
 
 def replace_layer(model: Any, name: str, layer: Module) -> None:
     """Put `layer` in the place of the module `name` of a model."""
@@ -161,46 +169,52 @@ def convert(model: Any, name: str, int8: bool = False) -> LoraLinear:
     return layer
 
 
-def layers(model: Any) -> dict[str, LoraLinear]:
+def find_lora_layers(model: Any) -> dict[str, LoraLinear]:
     """Return name -> layer, of the layers of a model that have adapters."""
     return {n: m for n, m in unwrap(model).named_modules() if isinstance(m, LoraLinear)}
 
-def linears(model: Any) -> dict[str, Linear]:
-    """Name -> layer, of those that can have adapters: the linears of attention and MLP, and an
-    output matrix of its own, lm_head. Routed experts are no layers but stacks of matrices."""
+
+def find_linears(model: Any) -> dict[str, Linear]:
+    """Return name -> layer, of those that can have adapters: the linears of mixers and MLPs, and an
+    untied output matrix, lm_head. Routed experts are stacks of matrices, which get none."""
     return {n: m for n, m in unwrap(model).named_modules() if isinstance(m, Linear)
             and (n.startswith("model.layers.") or n == "lm_head")}
 
 
-def names(model: Any) -> list[str]:
-    """The adapters of a model, in the order in which they came."""
-    return list(dict.fromkeys(n for la in layers(model).values() for n in la.adapters._modules))
+def list_adapters(model: Any) -> list[str]:
+    """Return the names of a model's adapters, in the order in which they were added."""
+    layers = find_lora_layers(model).values()
+    return list(dict.fromkeys(name for la in layers for name, _ in la.adapters.named_children()))
+
 
 def matches(name: str, *targets: str) -> bool:
-    """Whether a target means a layer: its name or the end of it, as in PEFT. "q_proj" is that of
-    every layer, "layers.0.self_attn.q_proj" that of the first."""
+    """Return whether a target means a layer: by its name or the end of it, as in PEFT.
+    "q_proj" is that of every layer, "layers.0.self_attn.q_proj" that of the first."""
     return any(f".{name}".endswith(f".{target}") for target in targets)
 
-def parse(targets: str | Sequence[str]) -> dict[str, int]:
-    """"q_proj,lm_head:8" -> {"q_proj": 0, "lm_head": 8}: names, and ranks of their own."""
+
+def parse_targets(targets: str | Sequence[str]) -> dict[str, int]:
+    """Return names and their ranks: "q_proj,lm_head:8" -> {"q_proj": 0, "lm_head": 8}."""
     text = targets if isinstance(targets, str) else ",".join(targets)
     pairs = [t.partition(":") for t in text.replace(" ", "").split(",") if t]
     for name, colon, rank in pairs:
         if colon and not re.fullmatch("[1-9][0-9]{,5}", rank):
-            raise UserError(f"--targets={reprlib.repr(text)}: the rank of {name} is no number "
-                            "above 0")
+            raise UserError(f"--targets={reprlib.repr(text)}: the rank of {name} must be a "
+                            "positive integer")
     return {name: int(rank or 0) for name, _, rank in pairs}
 
-def select(model: Any, targets: str | Sequence[str]) -> dict[str, Linear]:
-    """The layers that targets name, for "" all of the blocks; UserError if one names none."""
-    known = linears(model)
-    targets = parse(targets)
-    if wrong := [t for t in targets if not any(matches(n, t) for n in known)]:
+
+def select_linears(model: Any, targets: str | Sequence[str]) -> dict[str, Linear]:
+    """Return the layers that targets name, for "" all of the blocks; refuse unknown ones."""
+    linears = find_linears(model)
+    targets = parse_targets(targets)
+    if wrong := [t for t in targets if not any(matches(n, t) for n in linears)]:
         raise UserError(f"--targets={reprlib.repr(','.join(wrong))} names no linear layer of this "
                         "model: choose from "
-                        + ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in known)))
-    return {n: m for n, m in known.items()
+                        + ", ".join(dict.fromkeys(n.rpartition(".")[2] for n in linears)))
+    return {n: m for n, m in linears.items()
             if (matches(n, *targets) if targets else n != "lm_head")}
+
 
 def check_model(model: Any, name: str) -> Any:
     """Return the bare model, if it can take an adapter of that name."""
@@ -211,24 +225,26 @@ def check_model(model: Any, name: str) -> Any:
     # the name becomes an attribute and a part of parameter names
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name) or hasattr(Module(), name):
         raise UserError(f"{reprlib.repr(name)} cannot be an adapter's name: use letters and digits")
-    if name in names(model):
+    if name in list_adapters(model):
         raise UserError(f"the model has an adapter {name!r} already: choose another name")
     return model
+
 
 def attach(model: Any, made: dict[str, Adapter], name: str) -> dict[str, LoraLinear]:
     """Put adapters on the layers that they are named after, freeze the rest, and activate them."""
     model.requires_grad_(False)
-    found = {part: layer for part, layer in layers(model).items() if part in made}
-    for part, layer in found.items():
+    adapted = {part: layer for part, layer in find_lora_layers(model).items() if part in made}
+    for part, layer in adapted.items():
         layer.adapters.add_module(name, made[part].train(layer.training))
     activate(model, name)
-    return found
+    return adapted
+
 
 def add_lora(model: Any, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0,
              targets: str | Sequence[str] = "", rslora: bool = False, dora: bool = False,
              name: str = "default", int8: bool = False) -> dict[str, LoraLinear]:
     """Freeze the model and give its linears a new adapter, which is active and changes nothing
-    yet; returns the adapted layers by name (describe() says them in a line).
+    yet; return the adapted layers by name (describe() is their summary).
 
     targets: names by commas, "" for all linears of attention and MLP; "lm_head:4" has rank 4 at the
     others' scale. int8: their frozen weights are rounded as layers/packed.Int8 does. Other adapters
@@ -239,8 +255,8 @@ def add_lora(model: Any, rank: int = 8, alpha: float = 16.0, dropout: float = 0.
         raise UserError(f"rank {rank}, alpha {alpha}, dropout {dropout} cannot be LoRA's: rank "
                         "is at least 1, alpha above 0, dropout from 0 up to 1")
     made = {}
-    ranks = parse(targets)
-    for part in select(model, targets):
+    ranks = parse_targets(targets)
+    for part in select_linears(model, targets):
         base = convert(model, part, int8).base.detach()
         N, K = base.shape
         r = next((r for t, r in ranks.items() if r and matches(part, t)), rank)
@@ -251,44 +267,49 @@ def add_lora(model: Any, rank: int = 8, alpha: float = 16.0, dropout: float = 0.
         made[part] = Adapter(base, A, A.new_zeros(N, r), length, own, dropout, rslora)
     return attach(model, made, name)
 
-def adapters(model: Any, name: str = "default") -> dict[str, Adapter]:
-    """Name of a layer -> its part of one adapter."""
-    return {n: getattr(la.adapters, name) for n, la in layers(model).items()
+
+def get_adapter(model: Any, name: str = "default") -> dict[str, Adapter]:
+    """Return name of a layer -> its part of one adapter."""
+    return {n: getattr(la.adapters, name) for n, la in find_lora_layers(model).items()
             if hasattr(la.adapters, name)}
 
-def parameters(model: Any, name: str = "default") -> dict[str, Parameter]:
-    """The parameters of one adapter by their full names."""
-    return {f"{n}.adapters.{name}.{k}": p for n, a in adapters(model, name).items()
+
+def get_parameters(model: Any, name: str = "default") -> dict[str, Parameter]:
+    """Return the parameters of one adapter by their full names."""
+    return {f"{n}.adapters.{name}.{k}": p for n, a in get_adapter(model, name).items()
             for k, p in a.named_parameters()}
 
+
 def describe(model: Any, name: str = "default") -> str:
-    """One line: which layers an adapter has, and its share of the parameters."""
-    found = adapters(model, name)
-    counts = Counter(n.rpartition(".")[2] for n in found)
-    size = sum(p.numel() for p in parameters(model, name).values())
+    """Return one line: which layers an adapter has, and its share of the parameters."""
+    parts = get_adapter(model, name)
+    counts = Counter(n.rpartition(".")[2] for n in parts)
+    size = sum(p.numel() for p in get_parameters(model, name).values())
     base = sum(p.numel() for n, p in unwrap(model).named_parameters() if ".adapters." not in n)
-    return (f"LoRA {name!r} on {len(found)} linears "
+    return (f"LoRA {name!r} on {len(parts)} linears "
             f"({', '.join(f'{n} x {k}' for k, n in counts.items())}): {size:,} of "
             f"{base + size:,} parameters, {size / (base + size):.2%}"
             + ("; its routed experts get none" if unwrap(model).config.num_experts else ""))
 
+
 def activate(model: Any, *chosen: str) -> None:
     """Use these adapters from here on, the sum of their changes; none: the base alone. Those that
     are off are frozen: DDP would wait for gradients that do not come."""
-    known = names(model)
+    existing = list_adapters(model)
     for name in chosen:
-        if name not in known:
+        if name not in existing:
             raise UserError(f"there is no adapter {reprlib.repr(name)}: "
-                            f"the model has {', '.join(known) or 'none'}")
-    for layer in layers(model).values():
+                            f"the model has {', '.join(existing) or 'none'}")
+    for layer in find_lora_layers(model).values():
         layer.active = tuple(n for n in chosen if hasattr(layer.adapters, n))
         for name, adapter in layer.adapters.named_children():
             adapter.requires_grad_(name in chosen)
 
+
 @contextlib.contextmanager
-def disabled(model: Any) -> Iterator[None]:
-    """Inside, the model is the base that it was before its adapters."""
-    before = {layer: layer.active for layer in layers(model).values()}
+def disable_adapters(model: Any) -> Iterator[None]:
+    """Turn the adapters off inside a `with`: the model is its base again."""
+    before = {layer: layer.active for layer in find_lora_layers(model).values()}
     for layer in before:
         layer.active = ()
     try:
@@ -297,20 +318,22 @@ def disabled(model: Any) -> Iterator[None]:
         for layer, active in before.items():
             layer.active = active
 
+
 def halve(model: Any) -> None:
-    """Hold W of the layers with adapters in bfloat16 where that changes no bit of it, as in most
+    """Store W of the layers with adapters in bfloat16 where that changes no bit of it, as in most
     checkpoints: half the memory, and no cast at every use. Merged it is float32 again."""
-    for layer in layers(model).values():
+    for layer in find_lora_layers(model).values():
         W = layer.weight
         if W.dtype == torch.float32 and torch.equal(half := W.detach().bfloat16(), W):
             layer.weight = Parameter(half, requires_grad=False)
             layer.merged_dtype = torch.float32
 
+
 def merge(model: Any) -> Any:
     """Make the model, in place, a plain Transformer with the merged weights: no adapters, all
     weights to be trained or saved. An int8 base comes back in float32."""
     model = unwrap(model)
-    for name, layer in layers(model).items():
+    for name, layer in find_lora_layers(model).items():
         with torch.device("meta"):
             plain = Linear(1, 1)
         plain.weight = Parameter(layer.merged_weight().detach())
@@ -319,6 +342,7 @@ def merge(model: Any) -> Any:
     for name, p in model.named_parameters():        # which moves without gradients, in balance()
         p.requires_grad_(not name.endswith("e_score_correction_bias"))
     return model
+
 
 if __name__ == "__main__":
     refuse_to_run()

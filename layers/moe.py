@@ -1,4 +1,4 @@
-"""The second half of a block: an MLP, or a mixture of experts with its router."""
+"""The second half of a block: an MLP, or an MoE layer: a router and its experts."""
 from __future__ import annotations
 
 from typing import Any, Callable

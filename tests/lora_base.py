@@ -34,7 +34,7 @@ def stir(model, name="default", size=0.1, seed=2):
     """As if trained: B is no longer zero, nor a magnitude what it was."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in lora_layers.parameters(model, name).values():
+        for p in lora_layers.get_parameters(model, name).values():
             p += torch.empty_like(p).normal_(0.0, size, generator=generator)
 
 

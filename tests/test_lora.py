@@ -54,7 +54,7 @@ def test_only_the_adapters_train():
     base = copy.deepcopy(model.state_dict())
     adapted = lora_layers.add_lora(model, rank=2)
     assert len(adapted) == 2 * 7
-    own = lora_layers.parameters(model)
+    own = lora_layers.get_parameters(model)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert sorted(trained) == sorted(own) and len(own) == 2 * len(adapted)
     start = {n: p.detach().clone() for n, p in own.items()}
@@ -90,7 +90,7 @@ def test_recomputed_blocks_give_the_same_gradients():
         model.checkpointing = checkpointing
         torch.manual_seed(6)
         our_loss(model, ids).backward()
-        grads.append({n: p.grad for n, p in lora_layers.parameters(model).items()})
+        grads.append({n: p.grad for n, p in lora_layers.get_parameters(model).items()})
     assert all(torch.equal(g, grads[1][n]) for n, g in grads[0].items())
 
 
@@ -105,7 +105,7 @@ def test_dropout_only_in_training_and_only_beside_the_base():
     model.eval()
     assert torch.equal(model.logits(ids), model.logits(ids))
     # half of the inputs of A are gone and the others doubled: on average nothing changes
-    layer = next(iter(lora_layers.layers(model).values())).train()
+    layer = next(iter(lora_layers.find_lora_layers(model).values())).train()
     x = torch.randn(1, layer.base.shape[1])
     with torch.no_grad():
         many = layer(x.expand(20000, -1)).mean(0)
@@ -124,15 +124,16 @@ def test_several_adapters_are_chosen_by_name():
         stir(model, name, seed=seed)
         seen[name] = model.logits(ids)  # the newest is the active one
     assert (
-        lora_layers.names(model) == ["poet", "coder"] and away(seen["poet"], seen["coder"]) > 1e-2
+        lora_layers.list_adapters(model) == ["poet", "coder"]
+        and away(seen["poet"], seen["coder"]) > 1e-2
     )
     lora_layers.activate(model, "poet")
     assert torch.equal(model.logits(ids), seen["poet"])
     # what is off does not train, or DDP would wait for its gradients
-    assert all(p.requires_grad for p in lora_layers.parameters(model, "poet").values())
-    assert not any(p.requires_grad for p in lora_layers.parameters(model, "coder").values())
+    assert all(p.requires_grad for p in lora_layers.get_parameters(model, "poet").values())
+    assert not any(p.requires_grad for p in lora_layers.get_parameters(model, "coder").values())
     with pytest.raises(RuntimeError):
-        with lora_layers.disabled(model):
+        with lora_layers.disable_adapters(model):
             assert torch.equal(model.logits(ids), base)
             raise RuntimeError
     assert torch.equal(model.logits(ids), seen["poet"])
@@ -141,7 +142,7 @@ def test_several_adapters_are_chosen_by_name():
     lora_layers.activate(model, "poet", "coder")
     layer = model.get_submodule("model.layers.0.mlp.down_proj")
     W = layer.base
-    changes = [a.change(W) for a in layer.chosen()]
+    changes = [a.change(W) for a in layer.list_active()]
     x = torch.randn(3, W.shape[1])
     assert away(layer(x), x @ (W + changes[0] + changes[1]).T) < 1e-5
     both = model.logits(ids)
@@ -156,11 +157,11 @@ def test_reference_of_dpo_gets_no_gradient():
     base = model.logits(ids)
     lora_layers.add_lora(model)
     stir(model)
-    with lora_layers.disabled(model), torch.no_grad():
+    with lora_layers.disable_adapters(model), torch.no_grad():
         reference = model(ids)
     (model(ids) - reference).square().sum().backward()
     assert torch.equal(reference, base)
-    assert all(p.grad is not None for p in lora_layers.parameters(model).values())
+    assert all(p.grad is not None for p in lora_layers.get_parameters(model).values())
 
 
 def test_targets_by_name():
@@ -175,8 +176,8 @@ def test_targets_by_name():
     (dict(targets="q_proj,c_attn"), f"'c_attn'.*choose from {LINEARS}$"),
     (dict(targets="proj"), f"choose from {LINEARS}$"),
     (dict(targets="embed_tokens"), "choose from"),
-    (dict(targets="q_proj:x"), "the rank of q_proj is no number above 0"),
-    (dict(targets="q_proj,v_proj:0"), "the rank of v_proj is no number above 0"),
+    (dict(targets="q_proj:x"), "the rank of q_proj must be a positive integer"),
+    (dict(targets="q_proj,v_proj:0"), "the rank of v_proj must be a positive integer"),
     (dict(rank=0), "rank is at least 1"), (dict(alpha=0.0), "alpha above 0"),
     (dict(alpha=float("nan")), "alpha above 0"), (dict(dropout=1.0), "dropout from 0 up to 1"),
     (dict(name="a.b"), "cannot be an adapter's name"),
@@ -186,7 +187,8 @@ def test_wrong_settings_are_one_sentence_and_change_nothing(wrong, listed):
     model = build(tie_word_embeddings=False)
     with pytest.raises(UserError, match=listed):
         lora_layers.add_lora(model, **wrong)
-    assert all(p.requires_grad for p in model.parameters()) and not lora_layers.layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not lora_layers.find_lora_layers(model)
 
 
 def test_a_name_is_taken_once_and_a_packed_model_takes_none():
@@ -237,7 +239,7 @@ def test_int8_keeps_no_unpacked_weight_for_the_backward():
     """QLoRA's point: what autograd holds between forward and backward has no float W in it."""
     model, ids = build(vocab_size=V + 2), ids_of()
     lora_layers.add_lora(model, rank=2, int8=True)
-    shapes = {tuple(la.base.shape) for la in lora_layers.layers(model).values()}
+    shapes = {tuple(la.base.shape) for la in lora_layers.find_lora_layers(model).values()}
     held = []
 
     def pack(t):
@@ -255,10 +257,10 @@ def test_bfloat16_base_has_float32_adapters():
     model, ids = build().bfloat16(), ids_of()
     lora_layers.add_lora(model, rank=2)
     stir(model)
-    assert {p.dtype for p in lora_layers.parameters(model).values()} == {torch.float32}
+    assert {p.dtype for p in lora_layers.get_parameters(model).values()} == {torch.float32}
     our_loss(model, ids).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.any()
-               for p in lora_layers.parameters(model).values())
+               for p in lora_layers.get_parameters(model).values())
     after = model.logits(ids)
     assert away(lora_layers.merge(model).logits(ids), after) < 5e-2
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -279,12 +281,12 @@ def test_frozen_weights_are_halved_where_no_bit_is_lost(dora):
         stir(model)
         if half:
             lora_layers.halve(model)
-        kinds = {n: la.weight.dtype for n, la in lora_layers.layers(model).items()}
+        kinds = {n: la.weight.dtype for n, la in lora_layers.find_lora_layers(model).items()}
         assert {n for n, kind in kinds.items() if kind == torch.bfloat16} == (
             set(kinds) - {"model.layers.1.mlp.up_proj"} if half else set())
         our_loss(model.train(), ids).backward()
-        grads = [p.grad for p in lora_layers.parameters(model).values()]
-        with lora_layers.disabled(model):
+        grads = [p.grad for p in lora_layers.get_parameters(model).values()]
+        with lora_layers.disable_adapters(model):
             base = model.logits(ids)
         after = model.logits(ids)
         quantize.pack(copy.deepcopy(model))                 # reads weights of one type

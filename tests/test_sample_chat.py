@@ -187,7 +187,7 @@ def tuned(talker, tmp_path_factory):
         lora_layers.add_lora(
             model, rank=3, alpha=9, targets="" if name == "sums" else "q_proj,up_proj"
         )
-        for parameter in lora_layers.parameters(model).values():
+        for parameter in lora_layers.get_parameters(model).values():
             parameter.data.normal_(0, 0.3)              # B as well, which starts at zero
         folder = peft.save_adapter(top / name, model, base=str(talker))
         out[name] = folder, save_model(top / f"{name}-merged", lora_layers.merge(model),

@@ -160,7 +160,7 @@ def test_a_step_of_lora_is_trls_with_peft(base, packed, tmp_path, dora):
     lora_layers.add_lora(model, rank=4, alpha=12, dora=dora)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():                   # as if trained: B is no longer zero
-        for p in lora_layers.parameters(model).values():
+        for p in lora_layers.get_parameters(model).values():
             p += torch.empty_like(p).normal_(0.0, 0.1, generator=generator)
     adapter = save_adapter(tmp_path / "adapter", model, base=str(base[0]))
     hf = transformers.AutoModelForCausalLM.from_pretrained(base[0], dtype=torch.float32)

@@ -58,7 +58,7 @@ def test_loss_and_gradients_are_pefts(tmp_path, options):
     wanted = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     words = {"A": "lora_A.default.weight", "B": "lora_B.default.weight",
              "magnitude": "lora_magnitude_vector.default.weight"}
-    own = lora_layers.parameters(model)
+    own = lora_layers.get_parameters(model)
     assert len(own) == len(wanted)
     for name, p in own.items():
         layer, kind = name.split(".adapters.default.")
@@ -84,10 +84,10 @@ def test_peft_opens_ours(tmp_path, name, targets):
     again = build(name)
     load_adapter(tmp_path / "adapter", again, "other")
     assert torch.equal(again.logits(ids), model.logits(ids))
-    mine, its = lora_layers.parameters(model), lora_layers.parameters(again, "other")
+    mine, its = lora_layers.get_parameters(model), lora_layers.get_parameters(again, "other")
     assert [n.replace(".default.", ".other.") for n in mine] == list(its)
     assert all(torch.equal(a, b) for a, b in zip(mine.values(), its.values()))
-    layer = next(iter(lora_layers.adapters(again, "other").values()))
+    layer = next(iter(lora_layers.get_adapter(again, "other").values()))
     assert (layer.dropout, layer.alpha, layer.rslora) == (0.1, 6, bool(targets))
 
 
@@ -99,7 +99,7 @@ def test_the_output_matrix_and_ranks_of_their_own(tmp_path, rslora):
     made = lora_layers.add_lora(model, rank=4, alpha=6, targets="q_proj,lm_head:2", rslora=rslora)
     assert list(made) == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj",
                           "lm_head"]
-    ranks = {n: (len(a.A), a.scale) for n, a in lora_layers.adapters(model).items()}
+    ranks = {n: (len(a.A), a.scale) for n, a in lora_layers.get_adapter(model).items()}
     assert {r for r, _ in ranks.values()} == {2, 4} and ranks["lm_head"][0] == 2
     scale = 6 / 4 ** (0.5 if rslora else 1)
     assert all(s == pytest.approx(scale) for _, s in ranks.values())
@@ -110,7 +110,7 @@ def test_the_output_matrix_and_ranks_of_their_own(tmp_path, rslora):
     our_loss(model, ids).backward()
     theirs(ids, labels=ids).loss.backward()
     their = {n: p.grad for n, p in theirs.named_parameters() if "lm_head.lora_" in n}
-    head = lora_layers.adapters(model)["lm_head"]
+    head = lora_layers.get_adapter(model)["lm_head"]
     for ours, letter in ((head.A, "A"), (head.B, "B")):
         assert away(ours.grad, next(g for n, g in their.items() if f"lora_{letter}" in n)) < 1e-4
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_a_base_in_halves_is_saved_in_full(tmp_path):
     lora_layers.add_lora(model, rank=3)
     lora_layers.halve(model)
     assert all(la.weight.dtype == torch.bfloat16
-               for la in lora_layers.layers(model).values())
+               for la in lora_layers.find_lora_layers(model).values())
     stir(model)
     ids = ids_of()
     before = model.logits(ids)
@@ -276,7 +276,8 @@ def test_hostile_adapters_are_one_sentence_and_change_nothing(adapter, damage, s
     with pytest.raises(UserError, match=sentence) as error:
         load_adapter(folder, model)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
-    assert not lora_layers.layers(model) and all(p.requires_grad for p in model.parameters())
+    assert not lora_layers.find_lora_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_files_that_are_no_files(adapter):
@@ -345,7 +346,7 @@ def test_a_stage_begins_and_goes_on(tmp_path):
     for dtype, kind in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)):
         model = build().bfloat16().float()
         sft.add_adapters(Config(lora_int8=False), model, None, dtype=dtype)
-        assert {la.base.dtype for la in lora_layers.layers(model).values()} == {kind}
+        assert {la.base.dtype for la in lora_layers.find_lora_layers(model).values()} == {kind}
     assert sft.find_frozen(dataclasses.replace(cfg, lora_rank=0)).init_from == "resume"
 
 

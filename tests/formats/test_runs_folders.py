@@ -251,7 +251,7 @@ def test_pefts_adapters_on_the_output_matrix_open_here(words, tmp_path, tied, ta
     other = made(words, seed=9, tie_word_embeddings=tied)
     with pytest.raises(UserError, match="lm_head has other weights"):
         peft.load_adapter(tmp_path / "adapter", other)
-    assert other.config.tie_word_embeddings == tied and not lora_layers.layers(other)
+    assert other.config.tie_word_embeddings == tied and not lora_layers.find_lora_layers(other)
 
 
 def test_a_base_is_not_replaced_by_the_model_that_is_merged_from_it(go, place, tmp_path):
