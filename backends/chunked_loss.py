@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-import kernels
 from config import refuse_to_run
+import kernels
 from kernels import capped, row_losses, widen
 
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from config import refuse_to_run
 import kernels
 from backends.chunked_loss import ChunkedLoss
-from config import refuse_to_run
 
 
 # ------------------------------------------------------------------------- normalisation

@@ -8,8 +8,8 @@ import math
 
 import torch
 
-import kernels
 from config import refuse_to_run
+import kernels
 
 
 @kernels.adamw.torch

@@ -26,10 +26,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
+from config import refuse_to_run
 import kernels
 from backends.triton_common import (FLAT, capped, check, expect, learns, one_type, online, rows_of,
                                     ship, window)
-from config import refuse_to_run
 
 ROW = dict(R=1, BLOCK=4096, num_warps=8)        # a program of a loss walks one row of logits
 

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
+from config import refuse_to_run
 import kernels
 from backends.triton_common import check, expect, one_type, rounding, rows_of, ship
-from config import refuse_to_run
 
 GROUP = 8                               # tiles that a band of the grid is high: see swizzle
 

@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch.autograd import Function
 
+from config import refuse_to_run
 import kernels
 from backends.triton_common import (KINDS, check, expect, learns, one_type, rounding, ship,
                                     value_and_slope)
 from backends.triton_matmul import blocks, choices, even, even_rows, product, sixteens, swizzle
-from config import refuse_to_run
 
 
 EXPERTS = (64, 1024)                    # expert numbers that a program reads at once

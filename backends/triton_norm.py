@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch.autograd import Function
 
+from config import refuse_to_run
 import kernels
 from backends.triton_common import (NORM_SIZES, check, expect, programs, rows_of, ship, tile,
                                     window)
-from config import refuse_to_run
 from kernels import Unsupported
 
 

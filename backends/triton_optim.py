@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from config import refuse_to_run
 import kernels
 from backends.triton_common import check, expect, ship
-from config import refuse_to_run
 
 
 # ------------------------------------------------------------------- one launch, many tensors

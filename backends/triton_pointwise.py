@@ -24,10 +24,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
+from config import refuse_to_run
 import kernels
 from backends.triton_common import (FLAT, KINDS, LOOP_SIZES, NORM_SIZES, check, expect, online,
                                     rows_of, ship, tile, value_and_slope, window)
-from config import refuse_to_run
 from kernels import Unsupported
 
 RUN = 32                                # sorted tokens per program of embedding_backward

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from config import refuse_to_run
 import kernels
 from benchmarks.common import Results
 from checkpoint import load_model, load_tokenizer, save_model
-from config import refuse_to_run
 from inference.generate import Sampling, generate
 from inference.quantize import pack
 from model import ModelConfig, Transformer

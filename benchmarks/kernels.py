@@ -21,9 +21,9 @@ from typing import Any, Callable
 
 import torch
 
+from config import UserError, refuse_to_run
 import kernels
 from benchmarks.common import Results, describe_machine
-from config import UserError, refuse_to_run
 from training.machine import keep_freed_memory
 
 DTYPES = ("float32", "bfloat16", "float16")

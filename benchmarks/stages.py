@@ -35,11 +35,11 @@ from typing import Any
 
 import torch
 
+from config import UserError, configure, run
 import dpo
 import sft
 import train
 from benchmarks.common import ROOT, Results
-from config import UserError, configure, run
 from data import chats
 from training.machine import memory_used
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import ROOT, Results
 from config import UserError, refuse_to_run
+from benchmarks.common import ROOT, Results
 from data import loader
 from model import ModelConfig, Transformer
 

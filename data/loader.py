@@ -186,6 +186,11 @@ class Reader:
                 continue
             except (ValueError, RecursionError) as e:       # RecursionError: "[[[[[[[[[[…"
                 problem = getattr(e, "msg", "nested too deeply")
+            # what is incomplete belongs to one value, which would be parsed again with more of it
+            if not ended and len(buffer) - start >= BLOCK // 2 \
+                    and files.count_containers(buffer[start:]) > files.CONTAINERS:
+                raise UserError(f"{path}, line {line}: a record of more than "
+                                f"{files.CONTAINERS:,} lists and objects; split it")
             if not ended and len(buffer) - start < LONGEST:
                 # at least double what is there, so that parsing again stays linear
                 more = [buffer[start:]]

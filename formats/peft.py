@@ -21,8 +21,8 @@ from typing import Any, Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-import kernels
 from config import UserError, refuse_to_run
+import kernels
 from families import FAMILIES
 from families.base import Family
 from formats import run_folder

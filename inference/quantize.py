@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-import kernels
 from config import UserError, refuse_to_run
+import kernels
 from layers.packed import pack_matrix
 from model import MLP, Attention, Block, Linear, MoE, Norm, Transformer
 

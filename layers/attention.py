@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-import kernels
 from config import refuse_to_run
+import kernels
 from layers.basic import Linear, Norm, linear_together
 from layers.context import Context
 from layers.flops import Flops, trains

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from config import refuse_to_run
 import kernels
 from backends import chunked_loss, foreach      # noqa: F401  before a compiler traces
-from config import refuse_to_run
 
 
 class Linear(Module):

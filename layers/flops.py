@@ -17,6 +17,8 @@ from typing import Any, Iterable
 
 from torch.nn import Module
 
+from config import refuse_to_run
+
 
 def trains(*modules: Module | None) -> bool:
     """Return whether any parameter of these modules has a gradient."""
@@ -86,3 +88,7 @@ def count_flops(model: Module, T: int, training: bool = True, targets: float = 1
     live = live or trains(inner.norm)
     flops.add(2 * targets * c.vocab_size * c.n_embd, live + trains(head))
     return flops.forward + flops.backward * training
+
+
+if __name__ == "__main__":
+    refuse_to_run()

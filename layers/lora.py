@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-import kernels
 from config import UserError, refuse_to_run
+import kernels
 from layers.basic import Linear
 from layers.packed import Int8
 from layers.unwrap import unwrap

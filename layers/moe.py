@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-import kernels
 from config import refuse_to_run
+import kernels
 from layers.basic import Embedding, Linear, glu_through, linear_together
 
 

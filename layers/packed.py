@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import kernels
 from config import refuse_to_run
+import kernels
 
 GROUP = 32                  # weights of a row that share a scale and an offset in int4
 FEW = 16                    # rows of x up to which multiplying packed int8 beats unpacking it

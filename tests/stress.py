@@ -314,6 +314,7 @@ def make_kinds(folder: str) -> None:
     """Make every kind of file for this worker process; a damaged one is no other worker's."""
     import formats_read
     KINDS.extend(formats_read.make_all(Path(tempfile.mkdtemp(dir=folder))))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)        # progress bars and warnings of libraries
 
 
 def mutate_kind(job: tuple[int, str, int]) -> tuple[int, Counter, float, list[str]]:
@@ -420,7 +421,8 @@ def pairs(bench: Bench) -> str:
         "prepare": lambda w, n: [*prepare, bench.text, f"--out={w / 'out'}"],
         "train": lambda w, n: ["train.py", *bench.stages["train"][1], f"--out_dir={w / 'out'}"],
         "teacher cache": lambda w, n: ["distill.py", *bench.stages["distill"][1],
-                                       f"--cache_dir={w / 'cache'}",
+                                       "--generate=24", "--generate_temperature=1",
+                                       "--generate_tokens=100", f"--cache_dir={w / 'cache'}",
                                        f"--out_dir={w / 'out'}-{n}"],
         "download": lambda w, n: [*prepare, url, f"--cache={w / 'cache'}",
                                   f"--out={w / 'out'}-{n}"],

@@ -27,6 +27,7 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import Tensor
 
+from config import refuse_to_run
 from layers.unwrap import unwrap
 from training.batch import Batch, mask_valid_tokens
 
@@ -165,3 +166,7 @@ def report(cfg: Any, whole: GlobalBatch, load: Tensor, probability: Tensor) -> d
         means = (load / whole.tokens, probability / whole.tokens)
         said["balance"] = multiply_means(*means).mean().item()
     return said
+
+
+if __name__ == "__main__":
+    refuse_to_run()
