@@ -39,6 +39,7 @@ from data import loader
 from families import PRETRAINED
 from formats import atomic
 from inference.generate import Sampling, encode, sample_text
+from inference.labels import get_label_ids
 from layers.unwrap import unwrap
 from model import ModelConfig, Transformer
 from tokenizer import load

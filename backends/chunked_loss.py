@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 
+from config import refuse_to_run
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from config import refuse_to_run
 import kernels
 from kernels import capped, row_losses, widen
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 from typing import Callable
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from config import refuse_to_run
 import kernels
 from backends.chunked_loss import ChunkedLoss
 

@@ -15,11 +15,12 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from config import UserError, refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from config import UserError, refuse_to_run
 import kernels
 
 SOURCE = Path(__file__).with_name("cuda.cu")

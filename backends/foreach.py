@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import math
 
+from config import refuse_to_run
+
 import torch
 
-from config import refuse_to_run
 import kernels
 
 

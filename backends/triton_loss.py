@@ -20,13 +20,14 @@ from __future__ import annotations
 
 from typing import Callable, Iterator
 
+from config import refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-from config import refuse_to_run
 import kernels
 from backends.triton_common import (FLAT, capped, check, expect, learns, one_type, online, rows_of,
                                     ship, window)

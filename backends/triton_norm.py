@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from typing import Iterator
 
+from config import refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
 from torch.autograd import Function
 
-from config import refuse_to_run
 import kernels
 from backends.triton_common import (NORM_SIZES, check, expect, programs, rows_of, ship, tile,
                                     window)

@@ -13,12 +13,13 @@ the clipping factor stays on the device. How to read a kernel: see triton_pointw
 from itertools import accumulate
 from typing import Iterator, Sequence
 
+from config import refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from config import refuse_to_run
 import kernels
 from backends.triton_common import check, expect, ship
 

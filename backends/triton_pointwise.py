@@ -18,13 +18,14 @@ from __future__ import annotations
 
 from typing import Iterator
 
+from config import refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-from config import refuse_to_run
 import kernels
 from backends.triton_common import (FLAT, KINDS, LOOP_SIZES, NORM_SIZES, check, expect, online,
                                     rows_of, ship, tile, value_and_slope, window)

@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from config import refuse_to_run
+
 import torch
 
-from config import refuse_to_run
 import kernels
 from benchmarks.common import Results
 from checkpoint import load_model, load_tokenizer, save_model

@@ -19,9 +19,10 @@ import statistics
 import time
 from typing import Any, Callable
 
+from config import UserError, refuse_to_run
+
 import torch
 
-from config import UserError, refuse_to_run
 import kernels
 from benchmarks.common import Results, describe_machine
 from training.machine import keep_freed_memory

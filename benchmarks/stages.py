@@ -33,9 +33,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from config import UserError, configure, run
+
 import torch
 
-from config import UserError, configure, run
 import dpo
 import sft
 import train

@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from config import UserError, refuse_to_run
+
 import torch
 
-from config import UserError, refuse_to_run
 from benchmarks.common import ROOT, Results
 from data import loader
 from model import ModelConfig, Transformer

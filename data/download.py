@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from config import UserError, refuse_to_run
+
 import requests
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError, refuse_to_run  # noqa: E402  (only now the root is on the path)
-from data import shards  # noqa: E402
-from formats import atomic  # noqa: E402
+from data import shards
+from formats import atomic
 
 HUB = "https://huggingface.co/datasets"
 PATIENCE = (1, 2, 4)                    # seconds to wait after each failure but the last

@@ -20,20 +20,19 @@ import gzip
 import json
 import os
 import re
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, Iterator
 
+from config import UserError, refuse_to_run
+
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError, refuse_to_run  # noqa: E402  (only now the root is on the path)
-from text import files  # noqa: E402
+from text import files
 
+ROOT = Path(__file__).resolve().parent.parent
 VERSION = 1                             # of the layout: meta.json and the shards beside it
 DTYPES = ("uint16", "uint32")           # 16 bits hold ids below 65,536; nothing else is written
 

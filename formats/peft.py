@@ -18,10 +18,11 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
+from config import UserError, refuse_to_run
+
 import torch
 from torch import Tensor
 
-from config import UserError, refuse_to_run
 import kernels
 from families import FAMILIES
 from families.base import Family

@@ -25,9 +25,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from config import UserError, refuse_to_run
+
 import torch
 
-from config import UserError, refuse_to_run
 import kernels
 from layers.packed import pack_matrix
 from model import MLP, Attention, Block, Linear, MoE, Norm, Transformer

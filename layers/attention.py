@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from typing import Any, Callable, Sequence
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.nn import Module
 
-from config import refuse_to_run
 import kernels
 from layers.basic import Linear, Norm, linear_together
 from layers.context import Context

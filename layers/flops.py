@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from typing import Any, Iterable
 
+from config import refuse_to_run
+
 from torch.nn import Module
 
-from config import refuse_to_run
 
 
 def trains(*modules: Module | None) -> bool:

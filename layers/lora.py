@@ -15,11 +15,12 @@ import reprlib
 from collections import Counter
 from typing import Any, Iterator, Sequence
 
+from config import UserError, refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from config import UserError, refuse_to_run
 import kernels
 from layers.basic import Linear
 from layers.packed import Int8

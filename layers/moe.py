@@ -3,11 +3,12 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from config import refuse_to_run
 import kernels
 from layers.basic import Embedding, Linear, glu_through, linear_together
 

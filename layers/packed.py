@@ -9,10 +9,11 @@ in the place of a model's linears, and says what the formats are.
 """
 from __future__ import annotations
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 
-from config import refuse_to_run
 import kernels
 
 GROUP = 32                  # weights of a row that share a scale and an offset in int4

@@ -6,11 +6,12 @@
 """
 from __future__ import annotations
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from config import refuse_to_run
 import kernels
 from model import Transformer
 

@@ -24,10 +24,11 @@ from __future__ import annotations
 
 from typing import Any, Callable, Sequence
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 
-from config import refuse_to_run
 from layers.unwrap import unwrap
 from training.batch import Batch, mask_valid_tokens
 
