@@ -27,6 +27,7 @@ from formats import atomic
 
 HUB = "https://huggingface.co/datasets"
 PATIENCE = (1, 2, 4)                    # seconds to wait after each failure but the last
+LARGEST = 1 << 40                       # bytes of a file, where the server does not say how many
 NAME_LENGTH = 80                        # of a file in the cache, without its hash and .part
 
 
@@ -190,9 +191,13 @@ def fetch(url: str, part: Path, trusted: bool = False) -> str:
             for block in r.iter_content(1 << 16):       # a block that breaks off is lost: small
                 have += f.write(block)
                 show(have)
-                if total and have > total:              # more than was announced
+                if have > (total or LARGEST):           # more than was announced, or without end
                     break
         show(have, last=True)
+    if not total and have > LARGEST:
+        remove_part(part)
+        raise UserError(f"{url} cannot be fetched: the server sent more than {LARGEST:,} bytes and "
+                        "no end; give a copy with --file")
     return f"{have:,} of {total:,} bytes arrived" if total and have != total else ""
 
 

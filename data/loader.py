@@ -418,7 +418,7 @@ class Tokens:
         """Map one shard, refusing whatever is not exactly what meta.json says."""
         # meta.json may come from anywhere: a name must not lead out of the directory
         if not name or Path(name).name != name:
-            raise self.dataset.damaged(f"{name!r} is not the name of a shard")
+            raise self.dataset.damaged(f"{name!r:.80} is not the name of a shard")
         path = self.dataset.directory / name
         try:
             if not path.is_file():          # nor a folder, a pipe, or a link that leads nowhere
