@@ -327,7 +327,9 @@ def checked(values: dict[str, Any], where: str,
     if config.position == "rope":
         try:                                # numbers of which each is possible, and not all
             found = [rope_frequencies(config, local) for local in (False, True)]
-            good = all(f.isfinite().all() and 0 < factor < math.inf for f, factor in found)
+            # radians a token: of a million float32 leaves no digit of the angle
+            good = all(f.isfinite().all() and f.max() <= 1e3 and 0 < factor < math.inf
+                       for f, factor in found)
         except (ArithmeticError, ValueError):
             good = False
         if not good:
