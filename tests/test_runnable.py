@@ -9,8 +9,8 @@ RUNNABLE = ("data/prepare.py", "data/skills.py", "benchmarks/lifecycle.py")
 
 
 def run_file(path, *flags):
-    return path, subprocess.run([sys.executable, path, *flags], cwd=ROOT, capture_output=True, text=True,
-                                timeout=300)
+    return path, subprocess.run([sys.executable, path, *flags], cwd=ROOT, capture_output=True,
+                                text=True, timeout=300)
 
 
 def list_imported():
