@@ -336,6 +336,15 @@ def chat(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: Any
         messages.append({"role": "assistant", "content": answer})
         print(f"({meter})", file=sys.stderr)
 
+def read_lines(text: str) -> list[str]:
+    """Return the lines of a prompt with --lines; empty ones have no answer, which is noted."""
+    texts = files.split_lines(text)
+    empty = len(text.replace("\r\n", "\n").removesuffix("\n").split("\n")) - len(texts)
+    if empty and texts:
+        print(f"note: --lines: {empty} empty line{'s' * (empty > 1)} left out, so that there are "
+              f"{len(texts)} answers", file=sys.stderr)
+    return texts
+
 # ------------------------------------------------------------------------------- a classifier
 
 
@@ -349,7 +358,7 @@ def label(cfg: Config, directory: Path, adapters: dict[str, Path], tokenizer: An
         raise UserError(f"--{min(idle)} has no effect on a classifier, as {directory} is: leave it "
                         "out")
     # the newline at the end of a file or a pipe is none of the text
-    texts = files.split_lines(text) if cfg.lines else [text.rstrip("\r\n")]
+    texts = read_lines(text) if cfg.lines else [text.rstrip("\r\n")]
     if not "".join(texts).strip():
         raise UserError("there is no text to label: give it with --prompt, --file or a pipe")
     served = Served(cfg, directory, adapters)
@@ -377,7 +386,7 @@ def main(cfg: Config) -> None:
         return label(cfg, directory, adapters, tokenizer, text)
     if cfg.chat:
         return chat(cfg, directory, adapters, tokenizer)
-    texts = files.split_lines(text) if cfg.lines else [text]
+    texts = read_lines(text) if cfg.lines else [text]
     if not texts:
         raise UserError("--lines: the prompt has no line with text")
     texts = [t for t in texts for _ in range(cfg.num_samples)]

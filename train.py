@@ -39,6 +39,7 @@ from data import loader
 from families import PRETRAINED
 from formats import atomic
 from inference.generate import Sampling, encode, sample_text
+from inference.labels import get_label_ids
 from layers.unwrap import unwrap
 from model import ModelConfig, Transformer
 from tokenizer import load
@@ -432,6 +433,9 @@ def start_from(cfg: Config, tokenizer: Any, vocab_size: int) -> tuple[ModelConfi
                                    "last" if resume else "best")
     if any((directory / name).is_file() for name in start.VOCABULARIES):
         own = checkpoint.load_tokenizer(directory)
+        if get_label_ids(own):
+            raise UserError(f"{directory} is a classifier, and what is made of it would be taken "
+                            "for one: start from the model that it was trained from")
         start.check_tokens(cfg.dataset, tokenizer, directory, own)
         tokenizer = own
     elif name in PRETRAINED:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 
+from config import refuse_to_run
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
 import kernels
-from config import refuse_to_run
 from kernels import capped, row_losses, widen
 
 

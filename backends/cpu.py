@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from typing import Callable
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 import kernels
 from backends.chunked_loss import ChunkedLoss
-from config import refuse_to_run
 
 
 # ------------------------------------------------------------------------- normalisation

@@ -15,12 +15,13 @@ import functools
 from pathlib import Path
 from typing import Any
 
+from config import UserError, refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
 import kernels
-from config import UserError, refuse_to_run
 
 SOURCE = Path(__file__).with_name("cuda.cu")
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import math
 
+from config import refuse_to_run
+
 import torch
 
 import kernels
-from config import refuse_to_run
 
 
 @kernels.adamw.torch

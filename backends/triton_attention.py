@@ -23,13 +23,14 @@ from __future__ import annotations
 import math
 from typing import Iterator
 
+from config import refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-from config import refuse_to_run
 import kernels
 from kernels import Unsupported
 from backends.triton_common import check, expect, one_type, rounding

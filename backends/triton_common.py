@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import Sequence
 
+from config import UserError, refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from config import UserError, refuse_to_run
 from kernels import Unsupported
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from typing import Callable, Iterator
 
+from config import refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
@@ -29,7 +31,6 @@ from torch.autograd import Function
 import kernels
 from backends.triton_common import (FLAT, capped, check, expect, learns, one_type, online, rows_of,
                                     ship, window)
-from config import refuse_to_run
 
 ROW = dict(R=1, BLOCK=4096, num_warps=8)        # a program of a loss walks one row of logits
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import Iterator
 
+from config import refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,6 @@ from torch.autograd import Function
 
 import kernels
 from backends.triton_common import check, expect, one_type, rounding, rows_of, ship
-from config import refuse_to_run
 
 GROUP = 8                               # tiles that a band of the grid is high: see swizzle
 

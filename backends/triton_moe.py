@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Iterator
 
+from config import refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
@@ -17,7 +19,6 @@ import kernels
 from backends.triton_common import (KINDS, check, expect, learns, one_type, rounding, ship,
                                     value_and_slope)
 from backends.triton_matmul import blocks, choices, even, even_rows, product, sixteens, swizzle
-from config import refuse_to_run
 
 
 EXPERTS = (64, 1024)                    # expert numbers that a program reads at once

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Iterator
 
+from config import refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,6 @@ from torch.autograd import Function
 import kernels
 from backends.triton_common import (NORM_SIZES, check, expect, programs, rows_of, ship, tile,
                                     window)
-from config import refuse_to_run
 from kernels import Unsupported
 
 

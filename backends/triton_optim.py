@@ -13,6 +13,8 @@ the clipping factor stays on the device. How to read a kernel: see triton_pointw
 from itertools import accumulate
 from typing import Iterator, Sequence
 
+from config import refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,6 @@ from torch import Tensor
 
 import kernels
 from backends.triton_common import check, expect, ship
-from config import refuse_to_run
 
 
 # ------------------------------------------------------------------- one launch, many tensors

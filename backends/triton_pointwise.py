@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from typing import Iterator
 
+from config import refuse_to_run
+
 import torch
 import triton
 import triton.language as tl
@@ -27,7 +29,6 @@ from torch.autograd import Function
 import kernels
 from backends.triton_common import (FLAT, KINDS, LOOP_SIZES, NORM_SIZES, check, expect, online,
                                     rows_of, ship, tile, value_and_slope, window)
-from config import refuse_to_run
 from kernels import Unsupported
 
 RUN = 32                                # sorted tokens per program of embedding_backward

@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from config import refuse_to_run
+
 import torch
 
 import kernels
 from benchmarks.common import Results
 from checkpoint import load_model, load_tokenizer, save_model
-from config import refuse_to_run
 from inference.generate import Sampling, generate
 from inference.quantize import pack
 from model import ModelConfig, Transformer

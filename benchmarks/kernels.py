@@ -19,11 +19,12 @@ import statistics
 import time
 from typing import Any, Callable
 
+from config import UserError, refuse_to_run
+
 import torch
 
 import kernels
 from benchmarks.common import Results, describe_machine
-from config import UserError, refuse_to_run
 from training.machine import keep_freed_memory
 
 DTYPES = ("float32", "bfloat16", "float16")

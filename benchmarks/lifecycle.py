@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any, Iterator
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-# only now the root is on the path
+if __name__ == "__main__":          # in place of this folder, whose training.py hides training/
+    sys.path[0] = str(ROOT)
 from checkpoint import load_model               # noqa: E402
 from config import Stopped, UserError, run      # noqa: E402
 from formats.run_folder import resolve          # noqa: E402
@@ -63,6 +63,7 @@ STAGES = {
 }
 
 
+LAST = ("lora", "distill", "student")           # stages that no other starts from
 SCREEN = threading.Lock()                       # held by the command whose progress is shown
 
 
@@ -148,13 +149,13 @@ def command(line: str, threads: int = 0) -> tuple[float, str]:
     return time.perf_counter() - began, out
 
 
-def unfinished(folder: str) -> bool:
-    """Return whether a run in `folder` was stopped, or killed, before its last step."""
+def read_complete(folder: str) -> bool | None:
+    """Return whether the run in `folder` came to its last step; None where there is no run."""
     try:
         names = json.loads((ROOT / folder / "checkpoints.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(names, dict) and names.get("complete") is False
+        return None
+    return names.get("complete") if isinstance(names, dict) else None
 
 
 def out_dir(line: str) -> str:
@@ -179,11 +180,15 @@ def parameters(folder: str) -> int:
 def model_of(cfg: Config, title: str, line: str, threads: int = 0) -> str:
     """Make one model, ask it the test set, and tell of it: a row of the table."""
     folder = out_dir(line)
-    if unfinished(folder):                          # its own settings are saved with it
+    if read_complete(folder) is False:                          # its own settings are saved with it
         print(f"\n{folder} holds a run that was stopped: it goes on (remove the folder to begin it "
               "anew)", file=sys.stderr, flush=True)
         line = f"{line.split()[0]} --init_from=resume --out_dir={folder}"
-    seconds, _ = command(f"{line} --device={cfg.device}", threads)
+    if cfg.first in LAST and read_complete(folder):   # what it starts from was not made again
+        print(f"\n{folder} is complete (remove the folder to make it again)", file=sys.stderr)
+        seconds = last(folder, "seconds") or 0.0
+    else:
+        seconds, _ = command(f"{line} --device={cfg.device}", threads)
     _, said = command(f"eval.py --out_dir={folder} --limit={cfg.limit} --device={cfg.device}",
                       threads)
     print(said, file=sys.stderr)

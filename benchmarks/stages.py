@@ -33,13 +33,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from config import UserError, configure, run
+
 import torch
 
 import dpo
 import sft
 import train
 from benchmarks.common import ROOT, Results
-from config import UserError, configure, run
 from data import chats
 from training.machine import memory_used
 

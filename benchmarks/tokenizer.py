@@ -13,9 +13,9 @@ import sysconfig
 from pathlib import Path
 from typing import Any, Callable
 
+from config import UserError, refuse_to_run
 import tokenizer
 from benchmarks.common import print_rates, time_rounds
-from config import UserError, refuse_to_run
 from text.bpe import chunks, file_texts
 
 

@@ -19,10 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from config import UserError, refuse_to_run
+
 import torch
 
 from benchmarks.common import ROOT, Results
-from config import UserError, refuse_to_run
 from data import loader
 from model import ModelConfig, Transformer
 

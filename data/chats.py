@@ -26,19 +26,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
+from config import UserError, refuse_to_run
+
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from text import chat  # noqa: E402  (found only once the root is on the path)
-from config import UserError, refuse_to_run  # noqa: E402
-from data import loader  # noqa: E402
-from data.layouts import (ADAPTERS, KEPT, KINDS, as_context, conversation,  # noqa: E402, F401
+from text import chat
+from data import loader
+from data.layouts import (ADAPTERS, KEPT, KINDS, as_context, conversation,  # noqa: F401
                           preference, render_options)
-from data.messages import Messages, Notes  # noqa: E402
-from text import files  # noqa: E402
+from data.messages import Messages, Notes
+from text import files
 
+ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = 20           # of a file without a validation file every 20th record validates
 COLUMNS = ("text", "label")             # of records to classify
 

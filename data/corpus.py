@@ -15,22 +15,20 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
+from config import UserError, refuse_to_run
+
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-import tokenizer  # noqa: E402  (found only once the root is on the path)
-from config import UserError, refuse_to_run  # noqa: E402
-from data import loader  # noqa: E402
-from data.download import Progress, note  # noqa: E402
-from data.shards import draw_uniform  # noqa: E402
+import tokenizer
+from data import loader
+from data.download import Progress, note
+from data.shards import draw_uniform
 
 # characters of text for each entry of a vocabulary: each is then seen some 16 times on average
 EVIDENCE = 64

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from config import UserError, refuse_to_run
+
 import requests
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError, refuse_to_run  # noqa: E402  (only now the root is on the path)
-from data import shards  # noqa: E402
-from formats import atomic  # noqa: E402
+from data import shards
+from formats import atomic
 
 HUB = "https://huggingface.co/datasets"
 PATIENCE = (1, 2, 4)                    # seconds to wait after each failure but the last
+LARGEST = 1 << 40                       # bytes of a file, where the server does not say how many
 NAME_LENGTH = 80                        # of a file in the cache, without its hash and .part
 
 
@@ -191,9 +191,13 @@ def fetch(url: str, part: Path, trusted: bool = False) -> str:
             for block in r.iter_content(1 << 16):       # a block that breaks off is lost: small
                 have += f.write(block)
                 show(have)
-                if total and have > total:              # more than was announced
+                if have > (total or LARGEST):           # more than was announced, or without end
                     break
         show(have, last=True)
+    if not total and have > LARGEST:
+        remove_part(part)
+        raise UserError(f"{url} cannot be fetched: the server sent more than {LARGEST:,} bytes and "
+                        "no end; give a copy with --file")
     return f"{have:,} of {total:,} bytes arrived" if total and have != total else ""
 
 

@@ -12,14 +12,10 @@ column beside a system turn or a prompt beside the conversation that holds it, h
 """
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any, Callable
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError, refuse_to_run  # noqa: E402  (only now the root is on the path)
-from data.messages import (Keys, Messages, Notes, is_empty, read_tools,  # noqa: E402
+from config import UserError, refuse_to_run
+from data.messages import (Keys, Messages, Notes, is_empty, read_tools,
                            read_turns, text_of)
 
 CONVERSATION = ("messages", "conversations", "conversation")    # keys of a list of turns

@@ -20,20 +20,19 @@ import gzip
 import json
 import os
 import re
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, Iterator
 
+from config import UserError, refuse_to_run
+
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError, refuse_to_run  # noqa: E402  (only now the root is on the path)
-from text import files  # noqa: E402
+from text import files
 
+ROOT = Path(__file__).resolve().parent.parent
 VERSION = 1                             # of the layout: meta.json and the shards beside it
 DTYPES = ("uint16", "uint32")           # 16 bits hold ids below 65,536; nothing else is written
 
@@ -186,6 +185,11 @@ class Reader:
                 continue
             except (ValueError, RecursionError) as e:       # RecursionError: "[[[[[[[[[[…"
                 problem = getattr(e, "msg", "nested too deeply")
+            # what is incomplete belongs to one value, which would be parsed again with more of it
+            if not ended and len(buffer) - start >= BLOCK // 2 \
+                    and files.count_containers(buffer[start:]) > files.CONTAINERS:
+                raise UserError(f"{path}, line {line}: a record of more than "
+                                f"{files.CONTAINERS:,} lists and objects; split it")
             if not ended and len(buffer) - start < LONGEST:
                 # at least double what is there, so that parsing again stays linear
                 more = [buffer[start:]]
@@ -414,7 +418,7 @@ class Tokens:
         """Map one shard, refusing whatever is not exactly what meta.json says."""
         # meta.json may come from anywhere: a name must not lead out of the directory
         if not name or Path(name).name != name:
-            raise self.dataset.damaged(f"{name!r} is not the name of a shard")
+            raise self.dataset.damaged(f"{name!r:.80} is not the name of a shard")
         path = self.dataset.directory / name
         try:
             if not path.is_file():          # nor a folder, a pipe, or a link that leads nowhere

@@ -17,15 +17,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any, Callable, Iterable
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from text import chat  # noqa: E402  (found only once the root is on the path)
-from config import UserError, refuse_to_run  # noqa: E402
+from config import UserError, refuse_to_run
+from text import chat
 
 # Roles as other projects call them (ShareGPT, Gemma, OpenAI, Llama 3), and as chat.py does
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant",

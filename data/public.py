@@ -22,7 +22,6 @@ from __future__ import annotations
 import gzip
 import json
 import re
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -32,17 +31,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, Iterable, Iterator
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError, refuse_to_run  # noqa: E402  (found once the root is on the path)
-from data import chats, loader  # noqa: E402
-from data.chat_files import is_complete, print_report  # noqa: E402
-from data.download import HUB, Progress, download, note  # noqa: E402
-from data.layouts import ADAPTERS  # noqa: E402
-from data.shards import draw_uniform, hash_file  # noqa: E402
-from formats.atomic import build_directory  # noqa: E402
-from tasks.skills import SPLITS  # noqa: E402
+from config import UserError, refuse_to_run
+from data import chats, loader
+from data.chat_files import is_complete, print_report
+from data.download import HUB, Progress, download, note
+from data.layouts import ADAPTERS
+from data.shards import draw_uniform, hash_file
+from formats.atomic import build_directory
+from tasks.skills import SPLITS
 
+ROOT = Path(__file__).resolve().parent.parent
 VERSION = 2                             # of what is written: a change builds it again
 LIMIT = 2 << 30                         # bytes that an archive may hold: IMDb's are 0.5 GB
 TEXT_LIMIT = 1 << 24                    # bytes of one of its files

@@ -8,15 +8,13 @@ data/prepare.py writes them, data/loader.py maps them into memory.
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 from typing import Any
 
+from config import UserError, refuse_to_run
+
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT)) if str(ROOT) not in sys.path else None
-from config import UserError, refuse_to_run  # noqa: E402  (only now the root is on the path)
 
 BLOCK = 1 << 20                         # bytes that are hashed at once
 

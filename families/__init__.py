@@ -10,6 +10,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from config import refuse_to_run
 from families.base import Family
 
 
@@ -19,7 +20,7 @@ def read_rows() -> tuple[Family, ...]:
     Of rows that fit a model, the one that needs fewer biases of zero is written, then the first.
     """
     stems = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
-    rows = [row for stem in stems if stem != "base"
+    rows = [row for stem in stems if stem not in ("base", "config")
             for row in importlib.import_module(f"families.{stem}").ROWS]
     return tuple(sorted(rows, key=lambda row: row.rank))
 
@@ -39,3 +40,7 @@ LAYOUTS: dict[str, Family] = {row.layout: row for row in ROWS if row.layout}
 DEFAULT = ROWS[0].title             # of --family and of model.py --show: nanoGPT's model
 # Any combination of flags that no family has; the names are ours and only this project reads it
 HANDMADE = Family("handmade", "", {}, (), {})
+
+
+if __name__ == "__main__":
+    refuse_to_run()

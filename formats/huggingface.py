@@ -15,10 +15,11 @@ import reprlib
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from config import UserError, field_types, refuse_to_run
+
 import torch
 from torch import Tensor
 
-from config import UserError, field_types, refuse_to_run
 from formats.config_keys import check_keys
 from families import FAMILIES, HANDMADE, ROWS, WRAPPERS
 from families.base import LARGEST_DEPTH, Family
@@ -254,6 +255,9 @@ def merge_rope(hf: dict, family: Family, values: dict, where: str) -> dict[str, 
     local = slide.get("rope_theta")
     if local is None and LOCAL_KEY in family.reads:
         local = hf.get(LOCAL_KEY)
+    if local is not None and (not is_number(local) or local == 0):      # ours: 0 is rope_theta
+        raise UserError(f"{where}: expected a positive rope_theta of the layers with a window, got "
+                        f"{shorten(local)}")
     silent = family.defaults.get("rope_local_theta", 10000.0)
     values["rope_local_theta"] = silent if local is None else local
     return {**full, **old}
@@ -326,7 +330,9 @@ def checked(values: dict[str, Any], where: str,
     if config.position == "rope":
         try:                                # numbers of which each is possible, and not all
             found = [rope_frequencies(config, local) for local in (False, True)]
-            good = all(f.isfinite().all() and 0 < factor < math.inf for f, factor in found)
+            # radians a token: of a million float32 leaves no digit of the angle
+            good = all(f.isfinite().all() and f.max() <= 1e3 and 0 < factor < math.inf
+                       for f, factor in found)
         except (ArithmeticError, ValueError):
             good = False
         if not good:

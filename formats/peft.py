@@ -18,11 +18,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
+from config import UserError, refuse_to_run
+
 import torch
 from torch import Tensor
 
 import kernels
-from config import UserError, refuse_to_run
 from families import FAMILIES
 from families.base import Family
 from formats import run_folder

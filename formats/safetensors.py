@@ -24,10 +24,11 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Iterable, NamedTuple
 
+from config import UserError, refuse_to_run
+
 import torch
 from torch import Tensor
 
-from config import UserError, refuse_to_run
 
 HEADER_BYTES = 100 * 10 ** 6        # the safetensors library refuses longer headers, so do we
 JSON_BYTES = 64 * 10 ** 6           # of a config.json or an index: the largest published has 10 MB

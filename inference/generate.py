@@ -19,10 +19,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Sequence
 
+from config import UserError
+
 import torch
 from torch import Tensor
 
-from config import UserError
 
 TURN = 1_000_003        # from the seed of one turn of a chat to the next; rows are 1 apart
 NOT_FINITE = ("the model's logits are nan or infinite, so there is no next token: its weights are "

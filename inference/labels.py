@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import Any, Iterator
 
+from config import UserError
+
 import torch
 from torch import Tensor
 
-from config import UserError
 from inference.generate import NOT_FINITE, prefill
 
 LABEL = "<|label:{}|>"          # the control token of a label

@@ -25,10 +25,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from config import UserError, refuse_to_run
+
 import torch
 
 import kernels
-from config import UserError, refuse_to_run
 from layers.packed import pack_matrix
 from model import Block, Linear, MoE, Norm, Transformer
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from typing import Any, Callable, Sequence
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 import kernels
-from config import refuse_to_run
 from layers.basic import Linear, Norm, linear_together
 from layers.context import Context
 from layers.flops import Flops, trains

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 import kernels
 from backends import chunked_loss, foreach      # noqa: F401  before a compiler traces
-from config import refuse_to_run
 
 
 class Linear(Module):

@@ -19,9 +19,10 @@ from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple
 
+from config import refuse_to_run
+
 from torch import Tensor
 
-from config import refuse_to_run
 
 
 class Context(NamedTuple):

@@ -15,7 +15,10 @@ from __future__ import annotations
 
 from typing import Any, Iterable
 
+from config import refuse_to_run
+
 from torch.nn import Module
+
 
 
 def trains(*modules: Module | None) -> bool:
@@ -86,3 +89,7 @@ def count_flops(model: Module, T: int, training: bool = True, targets: float = 1
     has_grad = has_grad or trains(inner.norm)
     flops.add(2 * targets * c.vocab_size * c.n_embd, has_grad + trains(head))
     return flops.forward + flops.backward * training
+
+
+if __name__ == "__main__":
+    refuse_to_run()

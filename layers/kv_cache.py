@@ -19,10 +19,11 @@ from __future__ import annotations
 import copy
 from typing import Any, Sequence
 
+from config import UserError, refuse_to_run
+
 import torch
 from torch import Tensor
 
-from config import UserError, refuse_to_run
 
 
 class KeyValues:

@@ -15,12 +15,13 @@ import reprlib
 from collections import Counter
 from typing import Any, Iterator, Sequence
 
+from config import UserError, refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 import kernels
-from config import UserError, refuse_to_run
 from layers.basic import Linear
 from layers.packed import Int8
 from layers.unwrap import unwrap

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
 import kernels
-from config import refuse_to_run
 from layers.basic import Embedding, Linear, glu_through, linear_together
 
 

@@ -9,11 +9,12 @@ in the place of a model's linears, and says what the formats are.
 """
 from __future__ import annotations
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 
 import kernels
-from config import refuse_to_run
 
 GROUP = 32                  # weights of a row that share a scale and an offset in int4
 FEW = 16                    # rows of x up to which multiplying packed int8 beats unpacking it

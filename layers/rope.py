@@ -8,10 +8,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from config import UserError, refuse_to_run
+
 import torch
 from torch import Tensor
 
-from config import UserError, refuse_to_run
 
 
 def rope_frequencies(config: Any, local: bool = False) -> tuple[Tensor, float]:

@@ -4,14 +4,17 @@
     python tests/stress.py --minutes=1              # the same, with a share of the repetitions
     python tests/stress.py --only=kills,pairs --seed=7
 
-Every section runs until its share of the time is over, and prints what it did; a run that did not
-end bit for bit as the one that was never disturbed, a traceback, or a hang is a failure, and the
-status is then 1. Runs are small, and forked from processes that have imported PyTorch.
+Every section repeats what is in COUNTS as often as stands there (a share of it with fewer minutes)
+and prints what it did. A run that did not end bit for bit as the one that was never disturbed, a
+wrong value, a traceback, or a hang is a failure, and the status is then 1. Runs are small, and
+forked from processes that have imported PyTorch; two of them run at a time.
 """
 import contextlib
+import http.server
 import importlib
-import io
 import json
+import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -19,7 +22,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,17 +34,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
 import config  # noqa: E402
 
+WORKERS = 2
 SMALL = ["--batch_size=2", "--gradient_accumulation_steps=2", "--warmup_iters=2",
          "--eval_interval=4", "--eval_iters=1", "--log_interval=1", "--device=cpu",
-         "--dtype=float32", "--max_iters=40", "--dropout=0.1"]
+         "--dtype=float32", "--max_iters=24", "--dropout=0.1"]
 SHAPE = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=64"]
-SHARES = {"kills": 0.45, "ranks": 0.1, "mutations": 0.2, "configs": 0.05, "pairs": 0.2}
+EXPERTS = ["--family=qwen3_moe", "--num_experts=4", "--num_experts_per_tok=2"]
+# how often each section repeats what it does, with --minutes=20
+COUNTS = {"kills": 100, "terms": 40, "ranks": 8, "mutations": 2000, "pairs": 24}
+CHUNK = 250                             # mutations of one kind that a worker makes at once
+VALUES = ("nan", "-inf", "-1e30", "9" * 60, "x" * 10 ** 5, "", "[]", "\x00\udcff")
 
 
 @dataclass
 class Config:
-    minutes: float = 20.0           # of all sections together
-    only: list[str] = field(default_factory=lambda: list(SHARES))   # sections, by commas
+    minutes: float = 20.0           # of all sections together: a share of the repetitions
+    only: list[str] = field(default_factory=lambda: ["kills", "ranks", "mutations", "configs",
+                                                     "pairs"])      # sections, by commas
     seed: int = 0
     ranges = {"minutes": "(0, 1e4]"}
 
@@ -46,37 +58,57 @@ class Config:
 class Bench:
     """The folder of a stress run, its data, and processes from which runs are forked."""
 
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.rng, self.servers, self.number = folder, random.Random(seed), {}, 0
+    def __init__(self, folder: Path, cfg: Config):
+        self.folder = folder
+        self.rng = random.Random(cfg.seed)
+        self.seed = cfg.seed
+        self.scale = cfg.minutes / 20
+        self.servers = {}
+        self.number = 0
+        self.lock = threading.Lock()
         self.failures: list[str] = []
-        text = folder / "text.txt"
+        self.text = folder / "text.txt"
         words = ["".join(self.rng.choices("abcdefgh", k=self.rng.randrange(2, 8)))
                  for _ in range(300)]
-        text.write_text("\n".join(" ".join(self.rng.choices(words, k=40)) for _ in range(800)))
-        self.call("data/prepare.py", text, "--vocab_size=290", f"--out={folder / 'text'}",
+        self.text.write_text("\n".join(" ".join(self.rng.choices(words, k=40))
+                                       for _ in range(800)))
+        self.call("data/prepare.py", self.text, "--vocab_size=290", f"--out={folder / 'text'}",
                   "--workers=1")
         self.call("data/skills.py", "skills", "--train=400", "--val=20", "--test=10",
                   "--pref=60", "--rl=1", f"--out={folder / 'skills'}")
-        self.run("train", [f"--dataset={folder / 'text'}", *SHAPE, *SMALL, "--max_iters=2",
-                           "--block_size=128", f"--out_dir={folder / 'base'}"])
-        self.run("sft", [f"--init_from={folder / 'base'}", f"--dataset={folder / 'skills'}",
-                         *SMALL, "--max_iters=2", f"--out_dir={folder / 'chat'}"])
-        talk = [f"--init_from={folder / 'chat'}", f"--dataset={folder / 'skills'}", *SMALL]
-        student = [f"--teacher={folder / 'chat'}", f"--dataset={folder / 'skills'}", *SMALL]
+        labels = folder / "labels.csv"
+        labels.write_text("text,label\n" + "".join(
+            f"{' '.join(self.rng.choices(words, k=6))},{self.rng.choice(('ham', 'spam'))}\n"
+            for _ in range(200)))
+        data = f"--dataset={folder / 'text'}"
+        chats = f"--dataset={folder / 'skills'}"
+        for name, flags in (("base", []), ("experts", EXPERTS)):
+            self.run("train", [data, *SHAPE, *SMALL, *flags, "--max_iters=2", "--block_size=128",
+                               f"--out_dir={folder / name}"])
+        self.run("sft", [f"--init_from={folder / 'base'}", chats, *SMALL, "--max_iters=2",
+                         f"--out_dir={folder / 'chat'}"])
+        self.run("sft", [f"--init_from={folder / 'base'}", chats, *SMALL, "--max_iters=2",
+                         "--lora_rank=2", f"--out_dir={folder / 'adapted'}"])
+        talk = [f"--init_from={folder / 'chat'}", chats, *SMALL]
+        student = [f"--teacher={folder / 'chat'}", chats, *SMALL, "--n_layer=1", "--n_head=2",
+                   "--n_embd=16"]
         # name -> script, flags; resumed by --init_from=resume
         self.stages = {
-            "train": ("train", [f"--dataset={folder / 'text'}", *SHAPE, *SMALL]),
-            "train muon": ("train", [f"--dataset={folder / 'text'}", *SHAPE, *SMALL,
-                                     "--optimizer=muon", "--family=qwen3"]),
-            "train moe": ("train", [f"--dataset={folder / 'text'}", *SHAPE, *SMALL,
-                                    "--family=qwen3_moe", "--num_experts=4",
-                                    "--num_experts_per_tok=2"]),
-            "sft": ("sft", talk), "sft lora": ("sft", [*talk, "--lora_rank=2"]),
+            "train": ("train", [data, *SHAPE, *SMALL]),
+            "train muon": ("train", [data, *SHAPE, *SMALL, "--optimizer=muon", "--family=qwen3"]),
+            "train moe": ("train", [data, *SHAPE, *SMALL, *EXPERTS]),
+            "sft": ("sft", talk),
+            "sft lora": ("sft", [*talk, "--lora_rank=2"]),
+            "sft moe": ("sft", [f"--init_from={folder / 'experts'}", chats, *SMALL]),
+            "classify": ("classify", [f"--init_from={folder / 'base'}", f"--dataset={labels}",
+                                      *SMALL]),
             "dpo": ("dpo", talk),
-            "distill": ("distill", [*student, "--n_layer=1", "--n_head=2", "--n_embd=16"]),
-            "distill cache": ("distill", [*student, "--n_layer=1", "--n_head=2", "--n_embd=16",
-                                          "--cache_top_k=8", "--alpha=0"]),
+            "distill": ("distill", student),
         }
+
+    def count(self, name: str) -> int:
+        """Return how often something is repeated: its count, or the share of it."""
+        return math.ceil(COUNTS[name] * self.scale)
 
     def fail(self, what: str) -> None:
         self.failures.append(what[:600])
@@ -90,24 +122,26 @@ class Bench:
         return done
 
     def start(self, script: str, flags: list[str], env=None, limit=120):
-        """A run in a process of its own."""
+        """Start a run in a process of its own, forked from a server of this thread."""
         import runs
-        if script not in self.servers:
-            self.servers[script] = subprocess.Popen(
-                [sys.executable, "-c", runs.SERVER, script], cwd=ROOT, text=True,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.number += 1
-        where = self.folder / f"said{self.number}"
+        key = (threading.get_ident(), script)
+        with self.lock:
+            if key not in self.servers:
+                self.servers[key] = subprocess.Popen(
+                    [sys.executable, "-c", runs.SERVER, script], cwd=ROOT, text=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.number += 1
+            where = self.folder / f"said{self.number}"
         where.mkdir()
-        server = self.servers[script]
-        job = {"argv": flags, "env": env or {}, "limit": limit, "file_size": 0, "kill_at": (),
-               "stdout": str(where / "stdout"), "stderr": str(where / "stderr")}
+        server = self.servers[key]
+        job = {"argv": list(map(str, flags)), "env": env or {}, "limit": limit, "file_size": 0,
+               "kill_at": (), "stdout": str(where / "stdout"), "stderr": str(where / "stderr")}
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         return runs.Forked(server, int(server.stdout.readline()), where)
 
     def run(self, script: str, flags: list[str], **how) -> float:
-        """Seconds of a run that must end well."""
+        """Return the seconds of a run that must end well."""
         began = time.monotonic()
         status, _, said = self.start(script, flags, **how).wait()
         if status:
@@ -121,7 +155,7 @@ class Bench:
 
 
 def same_run(bench: Bench, name: str, straight: Path, out: Path) -> None:
-    """Weights, optimizer, counters, log, and the best checkpoint, bit for bit."""
+    """Compare weights, optimizer, counters, log, and the best checkpoint, bit for bit."""
     import runs
     try:
         runs.assert_same_run(straight, out)
@@ -134,297 +168,331 @@ def same_run(bench: Bench, name: str, straight: Path, out: Path) -> None:
         bench.fail(f"{name}: not the run that was never disturbed: {type(e).__name__} {e}")
 
 
-# --------------------------------------------------------------------------------- sections
+# --- sections ------------------------------------------------------------------------------------
 
 
-def kills(bench: Bench, until: float) -> str:
-    """SIGKILL and SIGTERM at random moments of every stage and of prepare.py, until the end."""
-    counts = {signal.SIGKILL: 0, signal.SIGTERM: 0}
-    straight, length, rounds = {}, {}, 0
-    while time.monotonic() < until or not rounds:
-        for name, (script, flags) in bench.stages.items():
-            if time.monotonic() > until and rounds:
+def kills(bench: Bench) -> str:
+    """SIGKILL and SIGTERM at random moments of every stage and of prepare.py."""
+    counts = Counter()
+    straight = {}
+    wanted = {signal.SIGKILL: bench.count("kills"), signal.SIGTERM: bench.count("terms")}
+
+    def missing() -> list[int]:
+        return [number for number, count in wanted.items() if counts[number] < count]
+
+    def disturb(name: str, round_: int) -> None:
+        rng = random.Random(f"{bench.seed} {name} {round_}")
+        if name == "prepare":
+            counts[signal.SIGKILL] += kill_prepare(bench, rng)
+            return
+        script, flags = bench.stages[name]
+        if name not in straight:
+            folder = bench.folder / f"straight-{name.replace(' ', '-')}"
+            straight[name] = (folder, bench.run(script, [*flags, f"--out_dir={folder}"]))
+        folder, length = straight[name]
+        out = bench.folder / f"killed-{name.replace(' ', '-')}" / "out"
+        for attempt in range(200):
+            # the last attempts are left alone, so that every run comes to its end
+            resume = ["--init_from=resume"] if (out / "checkpoints.json").exists() else []
+            run = bench.start(script, [*flags, *resume, f"--out_dir={out}"])
+            number = rng.choices((signal.SIGKILL, signal.SIGTERM), (3, 2))[0]
+            if attempt < 4:
+                time.sleep(rng.random() * length)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(run.pid, number)
+            status, _, said = run.wait()
+            if status in (-signal.SIGKILL, 128 + signal.SIGTERM, -signal.SIGTERM):
+                counts[number] += 1                     # the last: before the loop of training
+            elif status == 0:
                 break
-            if name not in straight:
-                straight[name] = bench.folder / f"straight-{name.replace(' ', '-')}"
-                length[name] = bench.run(script, [*flags, f"--out_dir={straight[name]}"])
-            out = bench.folder / "killed" / "out"
-            for attempt in range(200):
-                # the last attempts are left alone, so that every run comes to its end
-                resume = (out / "checkpoints.json").exists()
-                more = ["--init_from=resume"] if resume else []
-                run = bench.start(script, [*flags, *more, f"--out_dir={out}"])
-                number = bench.rng.choice(list(counts))
-                if attempt < 4:
-                    time.sleep(bench.rng.random() * length[name])
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(run.pid, number)
-                status, _, said = run.wait()
-                if status in (-signal.SIGKILL, 128 + signal.SIGTERM):
-                    counts[number] += 1
-                elif status == 0:
-                    break
-                elif status != -signal.SIGTERM:         # before the loop: nothing to save yet
-                    bench.fail(f"{name}: status {status}: {said[-400:]}")
-                    break
-            same_run(bench, name, straight[name], out)
-            shutil.rmtree(bench.folder / "killed", ignore_errors=True)
-        rounds += 1
-        prepared = kill_prepare(bench)
-        counts[signal.SIGKILL] += prepared
+            else:
+                bench.fail(f"{name}: status {status}: {said[-400:]}")
+                break
+        same_run(bench, name, folder, out)
+        shutil.rmtree(out.parent, ignore_errors=True)
+
+    def work(names: list[str]) -> None:
+        for round_ in range(50):
+            for name in names:
+                if round_ and not missing():
+                    return
+                disturb(name, round_)
+
+    names = [*bench.stages, "prepare"]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(work, [names[n::WORKERS] for n in range(WORKERS)]))
+    if missing():
+        bench.fail(f"kills: {dict(counts)} of {wanted}")
     return (f"{counts[signal.SIGKILL]} SIGKILLs and {counts[signal.SIGTERM]} SIGTERMs over "
             f"{len(bench.stages)} kinds of run and prepare.py")
 
 
-def kill_prepare(bench: Bench, attempts: int = 2) -> int:
+def kill_prepare(bench: Bench, rng: random.Random, attempts: int = 2) -> int:
     """Kill prepare.py at random moments; then it ends with the same shards, and nothing else."""
-    out, killed = bench.folder / "prepared", 0
-    argv = ["data/prepare.py", str(bench.folder / "text.txt"), "--vocab_size=290",
-            f"--out={out}", "--workers=1", "--shard_tokens=5000"]
-    whole = bench.folder / "prepared-whole"
-    if not whole.exists():
-        bench.call(*argv[:3], f"--out={whole}", *argv[4:])
+    out = bench.folder / "prepared"
+    straight = bench.folder / "prepared-straight"
+    argv = ["data/prepare.py", str(bench.text), "--vocab_size=290", "--workers=1",
+            "--shard_tokens=5000"]
+    if not straight.exists():
+        bench.call(*argv, f"--out={straight}")
+    killed = 0
     for _ in range(attempts):
-        child = subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.DEVNULL)
-        time.sleep(1 + bench.rng.random() * 3)
+        child = subprocess.Popen([sys.executable, *argv, f"--out={out}"], cwd=ROOT,
+                                 stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(1 + rng.random() * 3)
         child.kill()
         killed += child.wait() == -signal.SIGKILL
-    bench.call(*argv)
-    shards = {p.name: p.read_bytes() for p in whole.glob("*.npy")}
+    bench.call(*argv, f"--out={out}")
+    shards = {p.name: p.read_bytes() for p in straight.glob("*.npy")}
     if shards != {p.name: p.read_bytes() for p in out.glob("*.npy")} or list(out.glob(".*")):
         bench.fail(f"prepare.py: {sorted(p.name for p in out.iterdir())} after kills")
     shutil.rmtree(out)
     return killed
 
 
-def ranks(bench: Bench, until: float) -> str:
-    """One rank of several is killed; the others say so, and another number of ranks goes on."""
+def start_ranks(bench: Bench, count: int, flags: list[str]) -> list:
+    """Start the ranks of one run, as torchrun would."""
     import socket
-    killed = 0
-    script, flags = bench.stages["train"]
-    while time.monotonic() < until or not killed:
-        out, count = bench.folder / "ranks" / "out", bench.rng.choice((2, 3))
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            env = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(s.getsockname()[1])}
-        group = [bench.start(script, [*flags, "--max_iters=4000", f"--out_dir={out}"],
-                             env={**env, "RANK": str(r), "LOCAL_RANK": str(r)})
-                 for r in range(count)]
-        while not (out / "checkpoints.json").exists() and time.monotonic() < until + 60:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [bench.start("train", flags, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)})
+            for r in range(count)]
+
+
+def ranks(bench: Bench) -> str:
+    """One rank of several is killed; the others say so, and another number of ranks goes on to
+    the losses of the run that was never disturbed, to float32's rounding."""
+    import runs
+    flags = [*bench.stages["train"][1], "--dropout=0", "--batch_size=1",
+             "--gradient_accumulation_steps=12", "--lr_decay_iters=4000"]
+    straight = bench.folder / "straight-ranks"
+    bench.run("train", [*flags, "--max_iters=150", f"--out_dir={straight}"])
+    expected = runs.curve(straight)
+    changes = Counter()
+    for number in range(bench.count("ranks")):
+        out = bench.folder / "ranks" / "out"
+        count = (2, 3, 4)[number % 3]
+        after = bench.rng.choice([n for n in (1, 2, 3, 4) if n != count])
+        group = start_ranks(bench, count, [*flags, "--max_iters=4000", f"--out_dir={out}"])
+        limit = time.monotonic() + 90
+        while not (out / "checkpoints.json").exists() and time.monotonic() < limit:
             time.sleep(0.05)
         time.sleep(bench.rng.random())
         victim = bench.rng.randrange(count)
         os.kill(group[victim].pid, signal.SIGKILL)
-        killed += 1
         for rank, run in enumerate(group):
             status, _, said = run.wait()
             if rank != victim and (status != 2 or "Traceback" in said
                                    or "another rank" not in said):
                 bench.fail(f"rank {rank} of {count}, {victim} killed: {status} {said[-400:]}")
         step = int(json.loads((out / "checkpoints.json").read_text())["last"][5:])
-        bench.run(script, ["--init_from=resume", f"--out_dir={out}", f"--max_iters={step + 3}",
-                           "--device=cpu"])
+        resume = ["--init_from=resume", f"--out_dir={out}", f"--max_iters={step + 3}",
+                  "--device=cpu"]
+        for rank, run in enumerate(start_ranks(bench, after, resume) if after > 1 else
+                                   [bench.start("train", resume)]):
+            status, _, said = run.wait()
+            if status:
+                bench.fail(f"resumed on {after} ranks of {count}: {status} {said[-400:]}")
+        steps = [row["step"] for row in runs.log(out) if "loss" in row]
+        if steps != list(range(1, step + 4)):
+            bench.fail(f"resumed on {after} ranks of {count}: steps {steps[-6:]} after {step}")
+        worst = max(abs(a - b) for a, b in zip(runs.curve(out), expected))
+        if worst > 1e-4:
+            bench.fail(f"resumed on {after} ranks of {count}: a loss differs by {worst}")
+        changes[f"{count} -> {after}"] += 1
         shutil.rmtree(bench.folder / "ranks")
-    return f"{killed} ranks killed, resumed on one"
+    told = ", ".join(f"{change}: {n}" for change, n in sorted(changes.items()))
+    return f"{sum(changes.values())} ranks killed, resumed on another number of ranks ({told})"
 
 
-def mutate(rng: random.Random, data: bytes) -> bytes:
-    """Bytes changed, cut, doubled, inserted or removed at random places; mostly near the front."""
-    data = bytearray(data)
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        at = rng.randrange(max(1, min(len(data), rng.choice((64, 2000, len(data) or 1)))))
-        how, n = rng.randrange(5), rng.choice((1, 1, 2, 9, 100))
-        if how == 0:
-            data[at:at + n] = rng.randbytes(n)
-        elif how == 1:
-            del data[at:at + n]
-        elif how == 2:
-            data[at:at] = rng.choice((b"0", b"-", b'"', b"[", b"}", b"9" * 30, b"\x00", b"\xff",
-                                      b"1e999", b"null", rng.randbytes(n)))
-        elif how == 3:
-            data[at:at] = data[at:at + n]
-        else:
-            data = data[:at]
-    return bytes(data)
+KINDS = []                              # of this worker: every kind of file, in its own folder
 
 
-WRONG = (None, True, -1, 1e308, float("inf"), 2 ** 70, "x", "", [], {}, [[]], "9" * 40)
+def make_kinds(folder: str) -> None:
+    """Make every kind of file for this worker process; a damaged one is no other worker's."""
+    import formats_read
+    KINDS.extend(formats_read.make_all(Path(tempfile.mkdtemp(dir=folder))))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)        # progress bars and warnings of libraries
 
 
-def places(value, path=()):
-    """The path of every place of a JSON value, the first few of a long list or table."""
-    yield path
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(
-        value, list) else ()
-    for key, below in list(inner)[:12]:
-        yield from places(below, (*path, key))
+def mutate_kind(job: tuple[int, str, int]) -> tuple[int, Counter, float, list[str]]:
+    """Judge `count` damaged files of one kind: what came of them, the slowest, the failures."""
+    import mutations as damage
+    number, seed, count = job
+    kind = KINDS[number]
+    rng = random.Random(f"{kind.name} {seed}")
+    told = Counter()
+    failures = []
+    slowest = 0.0
+    for _ in range(count):
+        data = damage.damage(rng, kind)
+        began = time.monotonic()
+        try:
+            told[damage.judge(kind, data)] += 1
+        except AssertionError as e:
+            kind.file.write_bytes(kind.sound)
+            failures.append(f"{e}: {data[:300]!r}")
+        slowest = max(slowest, time.monotonic() - began)
+    return number, told, slowest, failures
 
 
-def changed(rng: random.Random, text: str) -> bytes:
-    """A JSON text with a value of another type at one place, or without it."""
-    value = json.loads(text)
-    path = rng.choice([p for p in places(value) if p])
-    at = value
-    for key in path[:-1]:
-        at = at[key]
-    if rng.random() < 0.2:
-        del at[path[-1]]
-    else:
-        at[path[-1]] = rng.choice(WRONG)
-    return json.dumps(value).encode()
+def mutations(bench: Bench) -> str:
+    """Files of every kind, damaged: the same value, the library's, or one sentence."""
+    context = multiprocessing.get_context("spawn")
+    count = bench.count("mutations")
+    names = {}
+    with context.Pool(WORKERS, make_kinds, (str(bench.folder),)) as pool:
+        names = pool.apply(list_names)
+        told = {number: Counter() for number in range(len(names))}
+        slowest = (0.0, "")
+        sizes = [min(CHUNK, count - at) for at in range(0, count, CHUNK)]
+        jobs = [(number, f"{bench.seed} {n}", size) for n, size in enumerate(sizes)
+                for number in range(len(names))]
+        for number, results, seconds, failures in pool.imap_unordered(mutate_kind, jobs):
+            told[number] += results
+            slowest = max(slowest, (seconds, names[number]))
+            for failure in failures:
+                bench.fail(failure)
+    for number, results in told.items():
+        print(f"  {names[number]}: {sum(results.values())} "
+              f"({', '.join(f'{n} {what}' for what, n in sorted(results.items()))})", flush=True)
+    total = sum(told.values(), Counter())
+    return (f"{total.total():,} of {len(names)} kinds, {count:,} each ({total['same']:,} the same, "
+            f"{total['library']:,} as the library, {total['refused']:,} refused); slowest "
+            f"{slowest[0]:.1f} s ({slowest[1]})")
 
 
-def mutations(bench: Bench, until: float) -> str:
-    """Files of every kind, damaged: read as before, or one sentence, within seconds."""
-    import checkpoint
-    import runs
-    import train
-    from formats import safetensors
-    from data import loader
-    from training import faults
-    model = runs.last(bench.folder / "chat")
-    data, chats_file = bench.folder / "text", next((bench.folder / "skills").glob("val*.jsonl"))
-
-    def tokens(folder):
-        found = loader.Dataset(folder)
-        for split in found.shards:
-            ids = found.tokens(split)
-            ids.read(0, min(9, len(ids)))
-
-    readers = [     # (file, the folder it is in, reader of such a folder)
-        (model / "model.safetensors", lambda d: safetensors.read_header(d / "model.safetensors")),
-        (model / "config.json", checkpoint.read_config),
-        (model / "tokenizer.json", checkpoint.load_tokenizer),
-        (model / "tokenizer_config.json", checkpoint.load_tokenizer),
-        (model / "trainer.pt", checkpoint.load_trainer),
-        (bench.folder / "chat" / "log.jsonl", lambda d: faults.read_log(
-            d / "log.jsonl", train.State(step=2))),
-        (bench.folder / "chat" / "checkpoints.json", checkpoint.resolve),
-        (data / "meta.json", tokens), (data / "train_00000.npy", tokens),
-        (chats_file, lambda d: list(loader.Reader().records(d / chats_file.name)))]
-    counts = {file.name: [0, 0] for file, _ in readers}
-    slowest = (0.0, "")
-
-    def hang(number, frame):
-        raise TimeoutError("more than 20 seconds")
-    signal.signal(signal.SIGALRM, hang)
-    while time.monotonic() < until or not counts[readers[-1][0].name][0]:
-        for file, read in readers:
-            copy = bench.folder / "mutated"
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(file.parent, copy, ignore=lambda folder, names: [
-                n for n in names if n.startswith("step_")])
-            if file.name == "checkpoints.json":         # what it names, so that it resolves
-                (copy / model.name).mkdir()
-                (copy / model.name / "config.json").touch()
-            for _ in range(20):
-                whole = file.read_bytes()
-                structured = file.suffix == ".json" and bench.rng.random() < 0.5
-                bad = changed(bench.rng, whole.decode()) if structured else mutate(bench.rng,
-                                                                                   whole)
-                (copy / file.name).write_bytes(bad)
-                began = time.monotonic()
-                signal.alarm(20)
-                try:
-                    with contextlib.redirect_stderr(io.StringIO()):
-                        read(copy)
-                except config.UserError as e:
-                    counts[file.name][1] += 1
-                    if len(str(e)) > 1000:
-                        bench.fail(f"{file.name}: a sentence of {len(str(e))} characters")
-                except Exception as e:
-                    kept = bench.folder / f"bad-{len(bench.failures)}-{file.name}"
-                    kept.write_bytes(bad)
-                    bench.fail(f"{file.name}: {type(e).__name__}: {str(e)[:200]} ({kept})")
-                finally:
-                    signal.alarm(0)
-                counts[file.name][0] += 1
-                slowest = max(slowest, (time.monotonic() - began, file.name))
-    told = ", ".join(f"{name} {n} ({refused} refused)" for name, (n, refused) in counts.items())
-    return f"{told}; slowest {slowest[0]:.1f} s ({slowest[1]})"
+def list_names() -> list[str]:
+    return [kind.name for kind in KINDS]
 
 
-def configs(bench: Bench, until: float) -> str:
+def configs(bench: Bench) -> str:
     """Every setting of every script with wrong values: a sentence, or a value of its type."""
     from test_ranges import MODULES, class_of
     tried = 0
+    refused = 0
     for module in MODULES:
         cls = class_of(module)
         for name in config.field_types(cls):
-            for value in ("nan", "-inf", "-1e30", "9" * 60, "x" * 10 ** 5, "", "[]", "\x00\udcff"):
+            for value in VALUES:
                 tried += 1
                 try:
                     config.configure(cls, [f"--{name}={value}"])
                 except config.UserError as e:
+                    refused += 1
                     if len(str(e)) > 1000:
                         bench.fail(f"{module} --{name}: {len(str(e))} characters")
                 except Exception as e:
                     bench.fail(f"{module} --{name}={value[:20]}: {type(e).__name__}: {e}")
-    return f"{tried} wrong values"
+    return (f"{tried:,} wrong values: {len(VALUES)} kinds at every field of {len(MODULES)} "
+            f"scripts, {refused:,} refused and the others of the field's type (text, a path)")
 
 
-def pairs(bench: Bench, until: float) -> str:
-    """Two at once: prepare.py, one out_dir, one cache of a teacher, one converted folder."""
-    done, script = 0, {}
-    text = str(bench.folder / "text.txt")
-    for name in ("train", "distill cache"):
-        script[name] = bench.stages[name]
-    while time.monotonic() < until or not done:
-        kind = ("prepare", "train", "distill cache", "convert")[done % 4]
-        where = bench.folder / "pair"
-        shutil.rmtree(where, ignore_errors=True)
+class Server(http.server.ThreadingHTTPServer):
+    """One text at every address, sent slowly enough that two downloads overlap."""
+
+    def __init__(self, body: bytes):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                for at in range(0, len(body), 20_000):
+                    self.wfile.write(body[at:at + 20_000])
+                    time.sleep(0.05)
+
+            def log_message(self, *args):
+                pass
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+def pairs(bench: Bench) -> str:
+    """Two at once: neither ends with a wrong result and status 0, and one comes to its end."""
+    server = Server(bench.text.read_bytes())
+    url = f"http://127.0.0.1:{server.server_port}/text.txt"
+    folder = bench.folder
+    prepare = ["data/prepare.py", "--vocab_size=290", "--workers=1"]
+    adapter = next((folder / "adapted").glob("step_*/adapter"))
+    # kind -> how each of the two is called, by the folder of the pair
+    kinds = {
+        "prepare": lambda w, n: [*prepare, bench.text, f"--out={w / 'out'}"],
+        "train": lambda w, n: ["train.py", *bench.stages["train"][1], f"--out_dir={w / 'out'}"],
+        "teacher cache": lambda w, n: ["distill.py", *bench.stages["distill"][1],
+                                       "--generate=24", "--generate_temperature=1",
+                                       "--generate_tokens=100", f"--cache_dir={w / 'cache'}",
+                                       f"--out_dir={w / 'out'}-{n}"],
+        "download": lambda w, n: [*prepare, url, f"--cache={w / 'cache'}",
+                                  f"--out={w / 'out'}-{n}"],
+        "convert": lambda w, n: ["checkpoint.py", "convert", folder / "chat", w / "out"],
+        "merge": lambda w, n: ["lora.py", "merge", adapter, w / "out"],
+    }
+    alone = {}
+    for kind, call in kinds.items():
+        where = folder / f"alone-{kind.replace(' ', '-')}"
         where.mkdir()
-        wait = bench.rng.random() * 1.5
-        if kind in script:
-            name, flags = script[kind]
-            outs = [where / "out"] * 2 if kind == "train" else [where / "a", where / "b"]
-            both = []
-            for out in outs:
-                both.append(bench.start(name, [*flags, f"--out_dir={out}", *(
-                    [f"--cache_dir={where / 'cache'}"] if "cache" in kind else [])]))
-                time.sleep(wait)
-            ends = [(status, said) for status, _, said in (run.wait() for run in both)]
-        else:
-            argv = ["data/prepare.py", text, "--vocab_size=290", f"--out={where / 'out'}",
-                    "--workers=1"] if kind == "prepare" else [
-                    "checkpoint.py", "convert", str(bench.folder / "chat"), str(where / "out")]
-            both = []
-            for _ in range(2):
-                both.append(subprocess.Popen([sys.executable, *argv], cwd=ROOT, text=True,
-                                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-                time.sleep(wait / 4)
-            ends = [(child.returncode, said) for child, said in
-                    [(child, child.communicate(timeout=120)[1]) for child in both]]
-        told = [(status, said[-300:]) for status, said in ends]
-        if any(status not in (0, 2) or "Traceback" in said for status, said in ends):
-            bench.fail(f"{kind} twice: {told}")
-        if not any(status == 0 for status, _ in ends):
+        bench.call(*call(where, 0))
+        alone[kind] = list_results(where)
+    done = Counter()
+    ends = Counter()
+    for number in range(bench.count("pairs")):
+        kind = list(kinds)[number % len(kinds)]
+        where = folder / "pair"
+        where.mkdir()
+        both = []
+        for n in range(2):
+            both.append(subprocess.Popen(
+                [sys.executable, *map(str, kinds[kind](where, n))], cwd=ROOT, text=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+            time.sleep(bench.rng.random())
+        told = []
+        for child in both:
+            said = child.communicate(timeout=120)[1]
+            told.append((child.returncode, said[-300:]))
+            ends[child.returncode] += 1
+            if child.returncode not in (0, 2) or "Traceback" in said:
+                bench.fail(f"{kind} twice: {told}")
+        if not any(status == 0 for status, _ in told):
             bench.fail(f"{kind} twice: neither came to its end: {told}")
-        left = [p.name for p in where.rglob(".*") if p.name != ".writable"]
+        results = list_results(where)
+        if any(results[name] != alone[kind].get(name) for name in results) \
+                or not alone[kind].keys() <= results.keys():
+            bench.fail(f"{kind} twice: other files than one alone makes: {told}")
+        left = [p.name for p in where.rglob("*") if p.name.endswith((".part", ".new", ".old"))
+                or p.name.startswith(".") and p.name != ".writable"]
         if left:
             bench.fail(f"{kind} twice: left behind {left}")
-        done += 1
-    shutil.rmtree(where)
-    return f"{done} pairs"
+        done[kind] += 1
+        shutil.rmtree(where)
+    server.shutdown()
+    told = ", ".join(f"{n} of {kind}" for kind, n in done.items())
+    return (f"{done.total()} pairs ({told}): {ends[0]} runs came to the result of one alone, "
+            f"{ends[2]} were refused in a sentence")
+
+
+def list_results(folder: Path) -> dict[str, bytes]:
+    """Return the weights and shards in a folder: "out-1/x" is "out-0/x", as one alone has it."""
+    return {str(path.relative_to(folder)).replace("out-1", "out-0"): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.suffix in (".npy", ".safetensors") and path.is_file()}
 
 
 def main(cfg: Config) -> None:
     sections = {"kills": kills, "ranks": ranks, "mutations": mutations, "configs": configs,
                 "pairs": pairs}
     for name in cfg.only:
-        importlib.import_module("runs")
         if name not in sections:
             raise config.UserError(f"unknown section {name!r}; choose from {', '.join(sections)}")
     began = time.monotonic()
+    importlib.import_module("runs")
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), cfg.seed)
-        share = cfg.minutes * 60 / sum(SHARES[name] for name in cfg.only)
+        bench = Bench(Path(folder), cfg)
         try:
             for name in cfg.only:
                 start = time.monotonic()
-                told = sections[name](bench, start + SHARES[name] * share)
+                told = sections[name](bench)
                 print(f"{name}: {told}, in {time.monotonic() - start:.0f} s", flush=True)
         finally:
             bench.close()

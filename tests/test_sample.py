@@ -355,3 +355,12 @@ def test_a_missing_model_is_status_2_and_a_reader_that_leaves_is_no_error(saved,
                            "--prompt=a"], stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert gone.returncode == 0 and "Traceback" not in gone.stderr
+
+
+@pytest.mark.parametrize("text, lines, note", [
+    ("a\n\nb\n", ["a", "b"], "1 empty line left out, so that there are 2 answers"),
+    ("a\r\n\r\n\r\nb", ["a", "b"], "2 empty lines left out"), ("a\nb\n", ["a", "b"], "")])
+def test_empty_lines_of_a_prompt_are_counted(text, lines, note, capsys):
+    assert sample.read_lines(text) == lines
+    err = capsys.readouterr().err
+    assert note in err and bool(note) == bool(err)

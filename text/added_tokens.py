@@ -13,6 +13,7 @@ import re
 from functools import lru_cache
 from typing import Any, Callable, Iterable, Iterator, Mapping
 
+from config import refuse_to_run
 from text.bpe import any_of, compiled
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -116,3 +117,7 @@ def cut(text: str, pattern: re.Pattern | None, tokens: Mapping[str, Mapping]
         begin = stop
     if begin < len(text):
         yield begin, text[begin:], None
+
+
+if __name__ == "__main__":
+    refuse_to_run()

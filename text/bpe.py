@@ -30,10 +30,11 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Iterable, Iterator
 
+from config import UserError, refuse_to_run
+
 import numpy as np
 import tiktoken
 
-from config import UserError, refuse_to_run
 from text import files
 
 NEVER = 1 << 62         # the rank of a pair that is no token

@@ -25,8 +25,8 @@ import re
 from os.path import commonprefix
 from typing import Any, Callable, Iterable, Iterator, Mapping, NamedTuple
 
-from text.bpe import any_of
 from config import UserError
+from text.bpe import any_of
 from text.added_tokens import BLANK
 from text.sandbox import Template, compile_template
 

@@ -12,6 +12,7 @@ import json
 import re
 from typing import Any, Iterator, NamedTuple
 
+from config import refuse_to_run
 from text.bpe import PATTERNS, compiled, printable
 
 BEHAVIORS = ("Isolated", "Removed", "Contiguous", "MergedWithPrevious", "MergedWithNext")
@@ -177,3 +178,7 @@ def translate(pattern: str) -> str:
             token = {"$": r"(?=\n|\z)", ".": r"[^\n]"}.get(token, token)
         out.append(token)
     return "".join(out)
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -29,6 +29,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any, Callable, Iterable, Iterator
 
+from config import UserError
+
 import jinja2
 import jinja2.ext
 import jinja2.meta
@@ -36,7 +38,6 @@ import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
-from config import UserError
 
 SOURCE = 200_000        # characters of a template; the longest published ones have 20,000
 STEPS = 1_000_000       # iterations, calls and filters of one rendering; more for a long input

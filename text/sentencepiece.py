@@ -27,8 +27,8 @@ from itertools import chain
 from operator import add
 from typing import Any, Iterable, Iterator, Mapping
 
-from text.bpe import PieceCache, any_of, bpe, mend
 from config import UserError, refuse_to_run
+from text.bpe import PieceCache, any_of, bpe, mend
 from text.added_tokens import cut, flags_of, number
 from text.tokenizer_json import list_added
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Iterator
 
-from text.bpe import PATTERNS, mend, read_json, read_text
 from config import UserError
+from text.bpe import PATTERNS, mend, read_json, read_text
 from text.added_tokens import flags_of
 from text.tokenizer_json import list_added
 

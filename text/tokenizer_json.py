@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any, Iterable, Mapping
 
+from config import refuse_to_run
 from text.bpe import BYTE_ORDER, CHAR_BYTE, bpe, printable, unprintable
 from text import pre_tokenizer
 from text.added_tokens import flags_of, number
@@ -293,3 +294,7 @@ def check_ids(ids: Any) -> list[int]:
     if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
         raise ValueError(f"the post_processor has {ids!r:.40}, expected ids")
     return ids
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 
-from config import refuse_to_run
 
 Batch = dict[str, Any]                  # tensors; of a micro-batch, "whole" is what it is part of
 Loss = Callable[[Any, Batch], tuple[Tensor, Tensor, dict]]

@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 from typing import Any, Iterator
 
+from config import refuse_to_run
+
 import torch.distributed as dist
 
-from config import refuse_to_run
 from formats import atomic
 from training.log import clock
 

@@ -16,10 +16,11 @@ import sys
 from pathlib import Path
 from typing import Any, Iterator
 
+from config import LostRank, UserError
+
 import torch.distributed as dist
 from torch import Tensor
 
-from config import LostRank, UserError
 from formats import atomic
 
 

@@ -6,6 +6,8 @@
 """
 from __future__ import annotations
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
@@ -55,3 +57,7 @@ def watch(model: Transformer, layers: list[int]) -> list[Tensor]:
         model.model.layers.get_submodule(str(i)).register_forward_hook(
             lambda module, args, out: seen.append(out[0]))
     return seen
+
+
+if __name__ == "__main__":
+    refuse_to_run()

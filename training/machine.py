@@ -22,11 +22,12 @@ try:
 except ImportError:         # Windows
     resource = None
 
+from config import UserError, refuse_to_run
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from config import UserError, refuse_to_run
 from formats import atomic
 
 # Dense bf16 (fp16 where that is all) peak of a device in TFLOP/s, from the makers' data sheets.

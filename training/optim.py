@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Iterable
 
+from config import UserError, refuse_to_run
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from config import UserError, refuse_to_run
 from kernels import adamw, muon
 
 class Optimizer:

@@ -24,6 +24,8 @@ from __future__ import annotations
 
 from typing import Any, Callable, Sequence
 
+from config import refuse_to_run
+
 import torch
 from torch import Tensor
 
@@ -165,3 +167,7 @@ def report(cfg: Any, whole: GlobalBatch, load: Tensor, probability: Tensor) -> d
         means = (load / whole.tokens, probability / whole.tokens)
         said["balance"] = multiply_means(*means).mean().item()
     return said
+
+
+if __name__ == "__main__":
+    refuse_to_run()

@@ -2,13 +2,15 @@
 """
 import contextlib
 import hashlib
+import http.server
 import random
+import threading
 
 import pytest
 
 import tokenizer as tokenizers
 from config import UserError
-from data import prepare
+from data import download, prepare
 from prepare_base import bpe, documents, prep, server, shard, words     # noqa: F401
 
 
@@ -115,6 +117,38 @@ def test_without_a_network_one_sentence_says_what_works(tmp_path, server):
     assert "the connection to 127.0.0.1 failed" in str(e.value) and "--file" in str(e.value)
     assert "network" in str(e.value) and "\n" not in str(e.value)
     assert not (tmp_path / "out").exists()
+
+
+def serve_without_end(headers):
+    """Answer every request with these headers and zeros until the client has had enough."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(1 << 16))
+
+        def log_message(self, *args):
+            pass
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    return found
+
+
+@pytest.mark.parametrize("headers", [{}, {"Content-Length": "-5"}, {"Content-Length": "x" * 999},
+                                     {"ETag": "e" * 9999}])
+def test_a_server_that_sends_without_end_is_one_sentence(tmp_path, monkeypatch, headers):
+    monkeypatch.setattr(download, "LARGEST", 1 << 20)
+    monkeypatch.setattr(download, "PATIENCE", ())
+    endless = serve_without_end(headers)
+    with pytest.raises(UserError) as e:
+        download.download(f"http://127.0.0.1:{endless.server_port}/a.txt", tmp_path)
+    endless.shutdown()
+    assert "cannot be fetched" in str(e.value) and len(str(e.value)) < 400
+    assert sum(p.stat().st_size for p in tmp_path.iterdir()) < 1 << 17
 
 
 # --- datasets with a name, from a mirror -------------------------------------------------------

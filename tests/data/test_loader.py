@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -406,3 +407,21 @@ def test_a_line_without_an_end_is_not_held_in_memory(tmp_path, monkeypatch):
 ])
 def test_where_a_long_text_is_cut(text, cut):
     assert text[:loader.cut_at(text)] == cut
+
+
+@pytest.mark.parametrize("record", ['{"x": [%s[]]}', "[[1], %s[]]", '{"a": 1, "x": [{}, %s1]}'])
+def test_a_record_of_millions_of_lists_is_refused_before_it_costs_memory(record, tmp_path):
+    """A list is 2 bytes of text and 64 of memory: bounded by what is parsed before the refusal."""
+    (tmp_path / "r.jsonl").write_text(record % ("[]," * 1_500_000) + "\n")
+    tracemalloc.start()
+    with pytest.raises(UserError, match="line 1: (a record of more than|an? .* where)"):
+        list(loader.Reader().records(tmp_path / "r.jsonl"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80e6, f"{peak / 1e6:.0f} MB for a file of 4.5 MB"
+
+
+def test_brackets_within_a_long_text_are_text(tmp_path):
+    text = 'a[{"\\[{\\\\' * 300_000
+    (tmp_path / "r.jsonl").write_text(json.dumps({"text": text}) + "\n" + '{"text": "b"}\n')
+    assert [r["text"] for _, r in loader.Reader().records(tmp_path / "r.jsonl")] == [text, "b"]

@@ -368,3 +368,21 @@ def test_the_base_of_gemma3s_windows_in_the_words_of_transformers_4(local, tmp_p
     theirs = family.theirs(hf)
     assert theirs is not None and not differ(theirs, family.ours(hf))
     assert model_config_from_hf(hf).rope_local_theta == (local or 1e4)
+
+
+def test_a_factor_that_leaves_no_digit_of_the_angle_is_refused(tmp_path):
+    hf = {**Family("qwen3", tmp_path / "m").hf, "rope_parameters": None, "rope_theta": 1e4,
+          "rope_scaling": {"rope_type": "yarn", "factor": 1e-6,
+                           "original_max_position_embeddings": 32}}
+    with pytest.raises(UserError, match="gives no frequencies"):
+        model_config_from_hf(hf)
+
+
+@pytest.mark.parametrize("local", [0, -1, "10000"])
+def test_a_base_of_gemma3s_windows_that_is_no_base_is_refused(local, tmp_path):
+    """0 is ours for "as in the other layers", which transformers does not take it for."""
+    hf = {**Family("gemma3_text", tmp_path / "m").hf, "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": local}}}
+    with pytest.raises(UserError, match="expected a positive rope_theta"):
+        model_config_from_hf(hf)
