@@ -197,6 +197,7 @@ class ModelConfig:
             self.layer_types[layer] == "sliding_attention") else 0
 
     def is_moe(self, layer: int) -> bool:
+        """Return whether the layer has routed experts instead of one MLP."""
         dense = layer < self.first_k_dense_replace or layer in (self.mlp_only_layers or ())
         return self.num_experts > 0 and not dense
 
@@ -227,7 +228,7 @@ class Block(Module):
 
     @property
     def mixer(self) -> Any:
-        """The layer's mixer, under whatever name its parameters have."""
+        """Return the layer's mixer, whatever name its parameters have."""
         return getattr(self, self.mixer_name)
 
     def add(self, x: Tensor, branch: Tensor) -> Tensor:
@@ -280,8 +281,8 @@ class Transformer(Module):
             self.init_weights()
 
     def init_weights(self) -> None:
-        """GPT-2's: N(0, 0.02), and residual projections divided by sqrt(2 n_layer), so that the
-        sum of all branches keeps its variance whatever the depth (Radford 2019, section 2.3)."""
+        """Initialise as GPT-2: N(0, 0.02), and residual projections divided by sqrt(2 n_layer), so
+        that the sum of all branches keeps its variance at any depth (Radford 2019, section 2.3)."""
         c = self.config
         for name, p in self.named_parameters():
             if p.ndim >= 2:
@@ -291,7 +292,7 @@ class Transformer(Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """The (V, C) matrix that turns hidden states into logits."""
+        """Return the (V, C) matrix that turns hidden states into logits."""
         tied = self.config.tie_word_embeddings
         return self.model.embed_tokens.weight if tied else self.lm_head.merged_weight()
 
@@ -379,13 +380,13 @@ class Transformer(Module):
         return (out, routes) if router else out
 
     def to_logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """The plain head: (..., C), (V, C) -> (..., V)."""
+        """Return logits (..., V) of hidden (..., C) and weight (V, C): the plain head."""
         z = self.output(hidden) if self.output else kernels.linear(hidden, weight)
         cap = self.config.final_logit_softcapping
         return torch.tanh(z / cap) * cap if cap else z
 
     def logits(self, ids: Tensor, doc: Tensor | None = None) -> Tensor:
-        """(B, T) -> (B, T, V) float32, without gradients: for tests and notebooks."""
+        """Return logits (B, T, V) float32 of ids (B, T), without gradients, for tests."""
         with torch.no_grad():
             return self(ids, doc=doc).float()
 
@@ -402,8 +403,8 @@ class Transformer(Module):
     # ------------------------------------------------------------------ what it costs
 
     def parameter_count(self, embeddings: bool = True, active: bool = False) -> int:
-        """All parameters; without embeddings, those that are not a look-up table (nanoGPT's N);
-        active: those that one token meets, of the routed experts only the chosen ones."""
+        """Return the number of parameters; without embeddings, of those in no look-up table
+        (nanoGPT's N); active: of those that one token meets, its chosen experts included."""
         c = self.config
         total = 0
         for name, p in self.named_parameters():
@@ -420,8 +421,8 @@ class Transformer(Module):
         return sum(block.mixer.state_size(length) for block in self.model.layers.children())
 
     def flops_per_token(self, T: int, training: bool = True, targets: float = 1.0) -> float:
-        """Multiplications and additions of the matmuls that a token of a context of T costs, with
-        the backward of what trains; see layers/flops.py. targets: share of tokens with one."""
+        """Return the FLOPs of the matmuls that a token of a context of T costs, with the backward
+        of what trains; see layers/flops.py. targets: share of tokens with one."""
         return count_flops(self, T, training, targets)
 
 

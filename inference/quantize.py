@@ -37,6 +37,7 @@ KINDS = ("", "int8", "int4")
 
 
 def refuse(*args, **kwargs):
+    """Raise UserError: what REFUSED names does this on a packed model."""
     raise UserError("a packed model is for serving alone: load the checkpoint again to train, "
                     "save, move or count it")
 

@@ -115,6 +115,7 @@ class Int4(Integer):
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
+        """Return whether the kernel takes a matrix of this shape and device."""
         rows, columns = weight.shape
         return weight.device.type == "cpu" and rows % 16 == 0 and columns % GROUP == 0
 

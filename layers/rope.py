@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 def rope_frequencies(config: Any, local: bool = False) -> tuple[Tensor, float]:
-    """Radians a position for each rotated pair, (R / 2,) float32, theta^(-2i/R), and a factor on
-    cos and sin. `local`: of the layers with a window, which keep their own base, unscaled.
+    """Return radians per position of each rotated pair, (R / 2,) float32, theta^(-2i/R), and a
+    factor on cos and sin. `local`: of layers with a window, which have their own base, unscaled.
 
     linear   all divided by `factor`: positions are squeezed into the trained range (Chen 2023)
     llama3   keeps the fast ones, divides the slow ones, blends between the wavelengths
@@ -75,7 +75,7 @@ def rope_frequencies(config: Any, local: bool = False) -> tuple[Tensor, float]:
 
 
 def rope_table(config: Any, length: int, device, local: bool = False):
-    """cos and sin of every position times every frequency, each (length, R / 2) float32."""
+    """Return cos and sin of every position times every frequency, each (length, R / 2) float32."""
     frequencies, factor = rope_frequencies(config, local)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
     return (angles.cos() * factor).to(device), (angles.sin() * factor).to(device)
