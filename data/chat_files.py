@@ -14,7 +14,6 @@ from data.shards import hash_file
 ROOT = Path(__file__).resolve().parent.parent
 
 
-
 def write_records(folder: Path, name: str, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Write name.jsonl, one record per line; return its entry in meta.json."""
     path = folder / f"{name}.jsonl"

@@ -24,7 +24,6 @@ from config import refuse_to_run
 from torch import Tensor
 
 
-
 class Context(NamedTuple):
     """What a mixer may read beside x (B, T, C)."""
     # x (B, T, H, D) -> x turned, for the positions at hand: of all layers, and of those with a base

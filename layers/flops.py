@@ -20,7 +20,6 @@ from config import refuse_to_run
 from torch.nn import Module
 
 
-
 def trains(*modules: Module | None) -> bool:
     """Return whether any parameter of these modules has a gradient."""
     return any(p.requires_grad for module in modules if module for p in module.parameters())

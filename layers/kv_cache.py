@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 
-
 class KeyValues:
     """Keys and values of the layers that share a window, each (batch, n_kv_head, room, head_dim).
 

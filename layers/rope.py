@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 
-
 def rope_frequencies(config: Any, local: bool = False) -> tuple[Tensor, float]:
     """Return radians per position of each rotated pair, (R / 2,) float32, theta^(-2i/R), and a
     factor on cos and sin. `local`: of layers with a window, which have their own base, unscaled.

@@ -433,7 +433,6 @@ def test_fixed_batches_are_rows_without_repetition(packed):
     assert same(fixed[0], packed.fixed(8, 16)[0])
 
 
-
 # ---------------------------------------------------------------------------------- pairs
 
 def preferences(n, seed=0):
