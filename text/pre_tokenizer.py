@@ -33,7 +33,7 @@ class Splits:
         self.steps = steps
         self.spelled = steps[-1] is not None        # whether chunks are printable characters
         for step in filter(None, steps):
-            compiled(step.pattern, 0x7F)            # UserError now, not in the middle of a run
+            check_time(step.pattern)                # now, not in the middle of a run
 
     def chunks(self, text: str) -> Iterator[list[str]]:
         """Yield the chunks of a text, all in one list."""
@@ -93,6 +93,7 @@ def read(pre: dict) -> tuple[str, Splits | None]:
         steps = [Split(r"[\s\S]+"), None]           # no cut at all
     if len(steps) == 2 and steps[1] is None:
         pattern, behavior, invert = steps[0]
+        check_time(pattern)
         # what matches is a chunk, and what lies between two matches another: bpe.total()
         if (behavior, invert) == ("Isolated", False) and shortest(pattern):
             return pattern, None
@@ -101,10 +102,70 @@ def read(pre: dict) -> tuple[str, Splits | None]:
     return json.dumps(pre, sort_keys=True), Splits(steps)
 
 
+def parse(pattern: str) -> Any:
+    """Return the tree of a split pattern as Python's `re` parses it."""
+    parser = getattr(re, "_parser", None) or re.sre_parse       # the latter in Python 3.10
+    return parser.parse(compiled(pattern, 0x7F).pattern)
+
+
 def shortest(pattern: str) -> int:
     """Return how many characters a match has at least."""
-    parser = getattr(re, "_parser", None) or re.sre_parse       # the latter in Python 3.10
-    return parser.parse(compiled(pattern, 0x7F).pattern).getwidth()[0]
+    return parse(pattern).getwidth()[0]
+
+
+def check_time(pattern: str) -> None:
+    """Raise ValueError for a pattern that may take exponential time: a file names it, and a text
+    that does not match is tried in every way that the pattern can divide it.
+
+    (x+)+y is such a pattern, and (x|xx)+y: what repeats without a bound can match one text in
+    several ways, and what follows may fail. At the end of a pattern nothing can.
+    """
+    if pattern not in PATTERNS.values() and backtracks(parse(pattern), False):
+        raise ValueError(f"the split pattern {pattern!r:.80} repeats what has several lengths "
+                         "before something that may fail, which may take exponential time")
+
+
+def backtracks(tree: Any, fails_after: bool) -> bool:
+    """Return whether a tree of `re` has such a repeat; fails_after: whether what follows may fail.
+    """
+    for at in reversed(range(len(tree))):
+        op, value = tree[at]
+        name = str(op)
+        if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+            _, most, body = value
+            low, high = body.getwidth()
+            often = most > 8                    # (x?){30}y takes 2^30 ways as well
+            if name != "POSSESSIVE_REPEAT" and often and fails_after and (
+                    low != high or any(str(o) == "BRANCH" for o, _ in walk(body))):
+                return True
+            # inside, the next round follows, which may fail, but then the repeat ends there
+            if backtracks(body, fails_after):
+                return True
+        elif name == "BRANCH":
+            if any(backtracks(branch, fails_after) for branch in value[1]):
+                return True
+        elif name == "SUBPATTERN":
+            if backtracks(value[-1], fails_after):
+                return True
+        elif name == "ATOMIC_GROUP":
+            if backtracks(value, False):        # its inside is never tried again
+                return True
+        elif name in ("ASSERT", "ASSERT_NOT") and backtracks(value[1], True):
+            return True
+        fails_after = fails_after or name != "MAX_REPEAT" or value[0] > 0
+    return False
+
+
+def walk(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the nodes of a tree of `re`, those inside others included."""
+    for op, value in tree:
+        yield op, value
+        parts = value if isinstance(value, (tuple, list)) else (value,)
+        for part in parts:
+            inner = part if isinstance(part, list) else [part]
+            for sub in inner:
+                if hasattr(sub, "getwidth"):
+                    yield from walk(sub)
 
 
 def flatten(part: Any, kind: str = "pre_tokenizer") -> list[dict]:
