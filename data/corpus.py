@@ -230,13 +230,16 @@ def convert_bins(files: list[tuple[Path, str]], tok: Any, writers: dict[str, Any
                 or path.stat().st_size != 1024 + 2 * int(head[2]):
             raise UserError(f"{path} is not a whole GPT-2 shard of llm.c's format: delete it and "
                             "run this again")
-        ids = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-        show = Progress(f"converting {path.name}", len(ids), "M tokens")
-        for start in range(0, len(ids), loader.BLOCK):
-            part = np.asarray(ids[start:start + loader.BLOCK])
+        count = int(head[2])
+        show = Progress(f"converting {path.name}", count, "M tokens")
+        for start in range(0, count, loader.BLOCK):
+            size = min(loader.BLOCK, count - start)
+            part = np.fromfile(path, dtype="<u2", count=size, offset=1024 + 2 * start)
+            if len(part) < size:
+                raise UserError(f"{path} was cut while it was read: run this again")
             writers[split].write(part, (part == tok.eot).sum(), lengths[part].sum())
             show(start + len(part))
-        show(len(ids), last=True)
+        show(count, last=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 from config import UserError, refuse_to_run
+from data.shards import Shard
 
 import numpy as np
 import torch
@@ -35,7 +36,6 @@ from text import files
 ROOT = Path(__file__).resolve().parent.parent
 VERSION = 1                             # of the layout: meta.json and the shards beside it
 DTYPES = ("uint16", "uint32")           # 16 bits hold ids below 65,536; nothing else is written
-
 
 # --- text files --------------------------------------------------------------------------------
 BLOCK = 1 << 20                         # bytes read at once: the unit of memory
@@ -414,8 +414,8 @@ class Tokens:
         # ends[i] is the position just behind shard i: where a read has to change shards
         self.ends = np.cumsum([len(s) for s in self.shards], dtype=np.int64)
 
-    def open(self, name: str, count: int) -> np.ndarray:
-        """Map one shard, refusing whatever is not exactly what meta.json says."""
+    def open(self, name: str, count: int) -> Shard:
+        """Open one shard, refusing whatever is not exactly what meta.json says."""
         # meta.json may come from anywhere: a name must not lead out of the directory
         if not name or Path(name).name != name:
             raise self.dataset.damaged(f"{name!r:.80} is not the name of a shard")
@@ -433,7 +433,7 @@ class Tokens:
             raise self.dataset.damaged(f"{name} does not hold one row of 16 or 32 bit ids")
         if len(shard) != count:
             raise self.dataset.damaged(f"{name} holds {len(shard)} tokens, meta.json says {count}")
-        return shard
+        return Shard(path, shard.dtype, shard.offset, count)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -447,7 +447,10 @@ class Tokens:
         i = int(np.searchsorted(self.ends, start, side="right"))
         while done < n:
             begin = start + done - (int(self.ends[i]) - len(self.shards[i]))
-            part = self.shards[i][begin:begin + n - done]
+            part = self.shards[i].read(begin, n - done)
+            if len(part) < min(n - done, len(self.shards[i]) - begin):
+                raise self.dataset.damaged(f"{self.dataset.shards[self.split][i][0]} was cut while "
+                                           "it was read")
             out[done:done + len(part)] = part
             done = done + len(part)
             i = i + 1

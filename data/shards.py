@@ -3,11 +3,12 @@
     writer = Shards(folder, "train", vocab_size=16384, shard_tokens=100_000_000)
     writer.write(ids, documents=1, size=1234)       # ids (n,): they continue where the last ended
 
-data/prepare.py writes them, data/loader.py maps them into memory.
+data/prepare.py writes them, data/loader.py reads them, each window by itself.
 """
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,39 @@ class Shards:
         if self.file:
             self.finish()
         return self.about
+
+
+class Shard:
+    """The ids of one .npy file, read and not mapped: where another process cuts a mapped file, the
+    system ends this one by SIGBUS, and no sentence could be said. The file stays open, so that a
+    dataset that is prepared anew meanwhile is not read in the middle of a run."""
+
+    def __init__(self, path: Path, dtype: np.dtype, offset: int, count: int):
+        self.file = open(path, "rb")
+        self.dtype = dtype
+        self.offset = offset
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, begin: int, n: int) -> np.ndarray:
+        """Return up to n ids from `begin` on; fewer where the shard ends, or was cut."""
+        size = max(0, min(n, self.count - begin)) * self.dtype.itemsize
+        at = self.offset + begin * self.dtype.itemsize
+        if hasattr(os, "pread"):
+            data = os.pread(self.file.fileno(), size, at)
+            while 0 < len(data) < size:             # a call may return a part, of 2 GB at most
+                more = os.pread(self.file.fileno(), size - len(data), at + len(data))
+                if not more:
+                    break
+                data += more
+        else:                                       # Windows
+            self.file.seek(at)
+            data = self.file.read(size)
+        return np.frombuffer(data[:len(data) // self.dtype.itemsize * self.dtype.itemsize],
+                             self.dtype)
+
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from config import UserError
+from conftest import ROOT
 from data import loader, shards
 
 
@@ -65,9 +69,43 @@ def test_many_shards_read_as_one_sequence(tmp_path):
             tokens.read(start, n)
 
 
-def test_shards_are_mapped_not_loaded(tmp_path):
+def test_of_a_shard_no_more_is_read_than_asked_for(tmp_path, monkeypatch):
     tokens = positions(tmp_path / "d", 5000)
-    assert all(isinstance(s, np.memmap) for s in tokens.shards)
+    sizes = []
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda fd, n, at: sizes.append(n) or real(fd, n, at))
+    assert tokens.read(17, 30).tolist() == list(range(17, 47))
+    assert sum(sizes) == 30 * 2
+
+
+def test_a_shard_that_is_cut_meanwhile_is_a_sentence_and_no_signal(tmp_path):
+    """By a process of its own: a mapped file would end it by SIGBUS."""
+    positions(tmp_path / "d", 5000)
+    code = """if True:
+        import os, sys
+        from data import loader
+        from config import UserError
+        tokens = loader.Dataset(sys.argv[1]).tokens("train")
+        for path in tokens.dataset.directory.glob("train*.npy"):
+            os.truncate(path, 200)
+        try:
+            tokens.read(0, 5000)
+        except UserError as e:
+            print(e)"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "d"], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert "was cut while it was read" in done.stdout
+
+
+def test_a_dataset_that_is_prepared_anew_is_not_read_in_the_middle_of_a_run(tmp_path):
+    tokens = positions(tmp_path / "d", 5000)
+    before = tokens.read(0, 5000)
+    for path in (tmp_path / "d").glob("train*.npy"):
+        new = path.with_name("new.npy")
+        np.save(new, np.zeros(len(np.load(path)), np.load(path).dtype))
+        new.replace(path)
+    assert np.array_equal(tokens.read(0, 5000), before)
 
 
 def test_a_writer_refuses_ids_that_would_wrap_around(tmp_path):
