@@ -314,7 +314,7 @@ def base(data, tmp_path_factory):
     ("nosuch.py", "'nosuch.py' does not exist"),
     ("--init_from=gpt9", "no checkpoint at gpt9"),
     ("--init_from=resume --out_dir={tmp}/none", "no checkpoint at .*none"),
-    ("--backend=cudnn", "choose auto, reference, torch, triton"),
+    ("--backend=cudnn", "unknown --backend=cudnn; choose from auto"),
     ("--schedule=step", "cosine, linear, constant, wsd"),
     ("--optimizer=sgd", "choose from adamw, muon"),
     ("--family=bert", "choose from gpt2, llama, "),
