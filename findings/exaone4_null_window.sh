@@ -8,7 +8,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install -q torch==2.13.0 numpy transformers==5.24.0
-"$work/venv/bin/python" - <<'PY' 2>/dev/null
+"$work/venv/bin/python" - <<'PY'
 import sys
 
 import transformers
