@@ -30,8 +30,8 @@ def count_threads():
 
 torch.set_num_threads(1)
 before = count_threads()
-store = tempfile.NamedTemporaryFile()
-dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
+store = f"{tempfile.mkdtemp()}/store"
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
 model = DistributedDataParallel(torch.nn.Linear(2, 2))
 model(torch.ones(1, 2)).sum().backward()
 del model
